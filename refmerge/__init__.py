@@ -1,0 +1,1 @@
+"""refmerge: the reference implementation of model merging."""
