@@ -1,0 +1,91 @@
+"""Name -> method and name -> backend, loaded on first use.
+
+A method's file is its registration: `refmerge/methods/<family>/<name>.py` defines `<name>`, and
+`refmerge/compat/<tool>/<name>.py` the entry `<tool>:<name>`. Others add theirs through the entry-point groups
+`refmerge.methods` and `refmerge.backends`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import warnings
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from refmerge.errors import UsageError
+from refmerge.method import Method
+
+
+@cache
+def _files() -> dict[str, tuple[str, str]]:
+    """Registry name -> (module, attribute) of the methods that come with refmerge."""
+    found = {}
+    for root, is_tool in (("refmerge.methods", False), ("refmerge.compat", True)):
+        for folder in pkgutil.iter_modules(importlib.import_module(root).__path__):
+            package = importlib.import_module(f"{root}.{folder.name}")
+            for module in pkgutil.iter_modules(package.__path__):
+                if not module.name.startswith("_"):
+                    name = f"{folder.name}:{module.name}" if is_tool else module.name
+                    found[name] = (f"{package.__name__}.{module.name}", module.name)
+    return found
+
+
+@cache
+def _entry_points(group: str) -> dict[str, EntryPoint]:
+    return {ep.name: ep for ep in entry_points(group=group)}
+
+
+def names() -> list[str]:
+    """All method names, sorted: the papers' first, then `tool:name`."""
+    return sorted({*_files(), *_entry_points("refmerge.methods")}, key=lambda n: (":" in n, n))
+
+
+def _load_plugin(group: str, name: str) -> Any:
+    """The object behind an entry point. A plug-in that breaks is a warning that names it, and None."""
+    try:
+        return _entry_points(group)[name].load()
+    except Exception as e:
+        warnings.warn(f"plug-in {name!r} of {group} failed to load: {type(e).__name__}: {e}", stacklevel=3)
+        return None
+
+
+@cache
+def get(name: str) -> Method:
+    """The method of that name. UsageError lists what is available where there is none, or its plug-in is broken."""
+    if name in _files():
+        module, attribute = _files()[name]
+        return getattr(importlib.import_module(module), attribute)
+    if name in _entry_points("refmerge.methods"):
+        loaded = _load_plugin("refmerge.methods", name)
+        if isinstance(loaded, Method):
+            return loaded
+    tool, _, bare = name.rpartition(":")
+    known = names()
+    if tool:
+        same_tool = [n for n in known if n.startswith(tool + ":")]
+        has = f"{tool} has {', '.join(same_tool)}" if same_tool else "no entry of that tool exists"
+        also = [n for n in known if n == bare or n.endswith(":" + bare)]
+        others = f"; {bare} exists as {', '.join(also)}" if also else ""
+        raise UsageError(f"no method {name!r}: {has}{others}")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"no method {name!r}{hint} (available: {', '.join(n for n in known if ':' not in n)})")
+
+
+def backend_names() -> list[str]:
+    """Names of the registered backends, installed or not."""
+    return sorted(_entry_points("refmerge.backends"))
+
+
+def open_backend(spec: str) -> Any:
+    """The backend for "numpy", "torch", "torch:cuda:0", "cupy", ... UsageError if it is missing or cannot run here."""
+    name, _, device = spec.partition(":")
+    if name not in _entry_points("refmerge.backends"):
+        raise UsageError(f"no backend {name!r} (available: {', '.join(backend_names())})")
+    module = _load_plugin("refmerge.backends", name)
+    if module is None:
+        raise UsageError(f"backend {name!r} is broken (available: {', '.join(n for n in backend_names() if n != name)})")
+    return module.open(device or None)
