@@ -1,0 +1,23 @@
+"""Checkpoints on disk: strict reading, exact conversion, streaming and atomic writing of safetensors."""
+
+from refmerge.checkpoint.dtypes import DTYPES, FLOATS, decode, encode, itemsize, name_of, promote
+from refmerge.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from refmerge.checkpoint.sizes import parse_size
+from refmerge.checkpoint.writer import CheckpointWriter, same_or_inside, save
+
+__all__ = [
+    "DTYPES",
+    "FLOATS",
+    "Checkpoint",
+    "CheckpointWriter",
+    "TensorInfo",
+    "decode",
+    "encode",
+    "itemsize",
+    "name_of",
+    "open_checkpoint",
+    "parse_size",
+    "promote",
+    "same_or_inside",
+    "save",
+]
