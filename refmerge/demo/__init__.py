@@ -88,7 +88,7 @@ def copy_files(out: Path) -> bool:
         if not target.exists():
             missing.append(source)
         elif target.read_bytes() != source.read_bytes():
-            raise UsageError(f"{target} differs from the demo's file of that name: move it away, or choose another folder")
+            raise UsageError(f"{target} differs from the demo's file: move it away, or choose another folder")
     if missing and (out / "merged").exists():
         raise UsageError(f"{out / 'merged'} is not from an earlier demo: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -150,6 +150,6 @@ def show(found: dict[str, Any], console: Console) -> None:
     few = [row for row in found["rows"] if row["kind"] == "merge" and len(row["models"]) < len(FINE_TUNES)]
     scope = "".join(f"{row['name']} merges {' and '.join(row['models'])}; " for row in few) + "others all four."
     say(INTRO.format(images=found["images"]))
-    console.print(table)
+    console.print(table, width=80, crop=False)  # never a number cut short
     say("")
     say(OUTRO.format(scope=scope, out=quote(found["out"]), shown=SHOWN))
