@@ -25,7 +25,7 @@ MAX_VALUES = 100_000
 
 _TAG = "tag:yaml.org,2002:"
 _short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
+_short.maxstring = _short.maxother = 100
 
 
 def quote(value: Any) -> str:
@@ -84,10 +84,11 @@ def read_document(text: str, source: str) -> Document:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = ", ".join(part.strip() for part in (e.context, e.problem) if part)
         raise RecipeError(f"{source}: {place}{what or 'not YAML'}") from None
-    except YAMLError as e:
-        raise RecipeError(f"{source}: not YAML: {' '.join(str(e).split())}") from None
     except RecursionError:
         raise RecipeError(f"{source}: nested too deeply") from None
+    except Exception as e:
+        # On damaged text ruamel raises what its own code stumbles over: ValueError for the tag !%25, for one.
+        raise RecipeError(f"{source}: not YAML: {quote(str(e).partition(chr(10))[0])}") from None
     reader.problems.check()
     return Document(source, data, reader.marks)
 

@@ -54,7 +54,7 @@ def interpolate(values: Sequence[Any], t: float) -> Any:
 
 @dataclass(frozen=True)
 class Choice:
-    """One entry of a setting: a gradient, or a scalar as a gradient of one, for tensors whose name contains the filter."""
+    """One entry of a setting: a gradient (a scalar is one of length 1) for the tensors that its filter lets through."""
 
     values: tuple[Any, ...]
     filter: str | None = None

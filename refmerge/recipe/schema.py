@@ -147,10 +147,10 @@ def schema_json() -> dict[str, Any]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A suggestion for a misspelt word, or else the list of what there is."""
+    """What follows the mention of a word that is not known: a suggestion if one is near, and what there is."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (known here: {', '.join(known) or 'none'})"
+    return f"{f'; did you mean {near[0]!r}?' if near else ''} (known here: {', '.join(known) or 'none'})"
 
 
 def _path(loc: tuple[Any, ...], data: Any) -> Path:
@@ -198,7 +198,8 @@ def _message(error: Any, path: Path, kind: type[BaseModel]) -> str:
             return f"{key} must be a list, not {quote(given)}"
         case "model_type" | "dict_type":
             if path[-1] == "parameters" or "parameters" not in path:
-                return f"an entry of {key} must be a mapping" if isinstance(path[-1], int) else f"{key} must be a mapping"
+                what = f"an entry of {key}" if isinstance(path[-1], int) else key
+                return f"{what} must be a mapping"
     return f"{key} must be {_SETTING}, not {quote(given)}"
 
 
