@@ -91,7 +91,8 @@ def decode(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
             # mode="clip" is what lets take write to `out` without a copy; codes are never out of range.
             np.take(table, codes[i : i + _CHUNK], out=out[i : i + _CHUNK], mode="clip")
     else:
-        np.copyto(out, raw.view(DTYPES[dtype]), casting="unsafe")
+        with np.errstate(all="ignore"):  # a signalling NaN becomes a quiet one
+            np.copyto(out, raw.view(DTYPES[dtype]), casting="unsafe")
 
 
 def encode(x: np.ndarray, dtype: str, out: np.ndarray) -> None:

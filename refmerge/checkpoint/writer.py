@@ -70,8 +70,11 @@ class CheckpointWriter:
             )
         with _disk(self.target):
             self._check_target()
+        self._check_names()
         self.partial = self.target.with_name(f".{self.target.name}.partial-{secrets.token_hex(4)}")
-        shards = _split(_checked(tensors), parse_size(max_shard_size))
+        limit = parse_size(max_shard_size)
+        sizes = _checked(tensors)
+        shards = [list(sizes)] if self._single else _split(sizes, limit)
         self._shards: list[_Shard] = []
         for file, names in zip(_file_names(len(shards)), shards):
             part = {name: (tensors[name][0], tuple(map(operator.index, tensors[name][1]))) for name in names}
@@ -159,6 +162,14 @@ class CheckpointWriter:
         if not self._single:
             _check_replaceable(self.target)
 
+    def _check_names(self) -> None:
+        names = [path.name for path in self._sidecars]
+        for name in (*names, *self._extra_files):
+            if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+                raise UsageError(f"{shown(name)} is not the name of a file in a folder")
+            if name.endswith((".safetensors", INDEX)) or names.count(name) > 1:
+                raise UsageError(f"{shown(name)}: another file of this name may be in {shown(self.target)}")
+
     def _prepare(self) -> None:
         parent = self.target.parent
         missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -179,24 +190,18 @@ class CheckpointWriter:
         for shard in self._shards:
             shard.check_complete()
         if not self._single:
+            self._check_names()
             for path in self._sidecars:
                 if path.name not in self._extra_files:
-                    _copy(path, self._fresh(path.name))
+                    _copy(path, self.partial / path.name)
             for name, content in self._extra_files.items():
-                _write_file(self._fresh(name), content)
+                _write_file(self.partial / name, content)
             if len(self._shards) > 1:
-                _write_file(self._fresh(INDEX), self._index())
+                _write_file(self.partial / INDEX, self._index())
             sync_directory(self.partial)
         self._check_target()
         self._swap()
         sync_directory(self.target.parent)
-
-    def _fresh(self, name: str) -> Path:
-        if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
-            raise UsageError(f"{shown(name)} is not the name of a file in a folder")
-        if os.path.lexists(self.partial / name):
-            raise UsageError(f"{shown(name)}: two files of this name would be in {shown(self.target)}")
-        return self.partial / name
 
     def _index(self) -> bytes:
         total = sum(tensor.nbytes for shard in self._shards for tensor in shard.tensors.values())
@@ -226,9 +231,11 @@ class _Shard:
         self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
         self.path = path
+        if not all(isinstance(text, str) for entry in metadata.items() for text in entry):
+            raise UsageError(f"{shown(path.name)}: metadata must map strings to strings")
         try:
             self._header, self.tensors = build_header(tensors, metadata, path)
-        except (ValueError, AttributeError, TypeError) as error:
+        except ValueError as error:
             raise UsageError(f"{shown(path.name)}: cannot be written: {error}") from None
         self._claimed = dict.fromkeys(self.tensors, 0)
         self._missing = sum(tensor.nbytes for tensor in self.tensors.values())
@@ -269,7 +276,7 @@ class _Shard:
             self.close()
 
     def check_complete(self) -> None:
-        short = [name for name, claimed in self._claimed.items() if claimed != self.tensors[name].nbytes]
+        short = [name for name, claimed in sorted(self._claimed.items()) if claimed != self.tensors[name].nbytes]
         if short or self._missing:
             some = ", ".join(map(shown, short[:5]))
             raise ValueError(f"{self._missing} bytes of {len(short)} tensors have not been written: {some}")
