@@ -69,6 +69,8 @@ class Param:
             value = float(value)
         if self.type is tuple and isinstance(value, list):
             value = tuple(value)
+        if self.type is object:
+            return value
         if type(value) is not self.type and not (self.type is float and isinstance(value, float)):
             raise UsageError(f"{method}: {self.name} = {value!r} is not of type {self.type.__name__}")
         if self.type is float:
@@ -173,9 +175,11 @@ def _param(p: inspect.Parameter, hint: Any, where: str) -> Param:
         hint = arms[0]
     if hint is None:
         hint = type(p.default)
-    if typing.get_origin(hint) is not None:
+    if len(arms) > 1:
+        hint = object  # a union: the method itself knows what to make of the value
+    elif typing.get_origin(hint) is not None:
         hint = typing.get_origin(hint)
-    if hint not in (float, int, bool, str, tuple):
+    if hint not in (float, int, bool, str, tuple, object):
         raise TypeError(f"{where}: parameter {p.name} needs a default or an annotation of float, int, bool, str or tuple")
     return Param(p.name, hint, p.default, per_model, choices=choices, optional=optional)
 

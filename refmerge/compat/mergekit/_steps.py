@@ -1,0 +1,59 @@
+"""Steps that mergekit's task-arithmetic family shares (mergekit 0.1.5, generalized_task_arithmetic.py and sparsify.py)."""
+
+from refmerge.numeric import array_namespace, indicator, total
+
+
+def largest(delta, density, group):
+    """Magnitude sparsifier: exactly max(1, trunc(density * n)) entries; all if density >= 1, none if it is <= 0."""
+    n = group.size
+    k = [n if rho >= 1 else 0 if rho <= 0 else max(1, int(rho * n)) for rho in density]
+    masks = group.top(*map(array_namespace(*delta).abs, delta), k=k)
+    return [m * d for m, d in zip(masks, delta)]
+
+
+def without_outliers(delta, density, gamma, group):
+    """Outlier sparsifier: skip the trunc(gamma * n) largest, keep the next trunc(density * n); where there are not so many,
+    the smallest trunc(density * n)."""
+    n = group.size
+    keep = [n if rho >= 1 else 0 if rho <= 0 else int(rho * n) for rho in density]
+    outer = [min(n, k + int(g * n)) if 0 < k < n else k for k, g in zip(keep, gamma)]
+    inner = [o - k for o, k in zip(outer, keep)]
+    magnitude = list(map(array_namespace(*delta).abs, delta))
+    masks = group.top(*magnitude, *magnitude, k=outer + inner)
+    return [(o - i) * d for o, i, d in zip(masks[: len(delta)], masks[len(delta) :], delta)]
+
+
+def bernoulli(delta, density, rng):
+    """Random sparsifier: keep with probability density; no draw where density >= 1."""
+    return [d if rho >= 1 else rng.keep(rho, model=n) * d for n, (d, rho) in enumerate(zip(delta, density))]
+
+
+def rescaled(sparse, delta, density, group):
+    """Multiply each sparse task vector so that the sum of magnitudes is what it was before: one factor for a tensor."""
+    xp = array_namespace(*delta)
+    sums = group.sum(*map(xp.abs, delta), *map(xp.abs, sparse))
+    before, after = sums[: len(delta)], sums[len(delta) :]
+    guard = [rho >= 1 or s0 < 1e-7 or s1 < 1e-7 for rho, s0, s1 in zip(density, before, after)]
+    return [r if g else (s0 / s1) * r for r, g, s0, s1 in zip(sparse, guard, before, after)]
+
+
+def consensus(delta, weight, normalize):
+    """Elect the sign of the weighted sum (0 elects +), add what agrees, divide by the weights that agree."""
+    weighted = [w * d for w, d in zip(weight, delta)]
+    sign = 2 * indicator(total(weighted) >= 0, like=weighted[0]) - 1
+    agrees = [indicator(sign * x > 0, like=x) for x in weighted]
+    mixed = total(m * x for m, x in zip(agrees, weighted))
+    if not normalize:
+        return mixed
+    divisor = total(w * m for w, m in zip(weight, agrees))
+    return mixed / (divisor + indicator(divisor == 0, like=divisor))
+
+
+def weighted_sum(delta, weight, normalize):
+    """Sum of the weighted task vectors, divided by the sum of the weights in the tensors' own precision."""
+    mixed = total(w * d for w, d in zip(weight, delta))
+    if not normalize:
+        return mixed
+    xp = array_namespace(mixed)
+    divisor = total(w * xp.ones_like(mixed) for w in weight)
+    return mixed / xp.where(xp.abs(divisor) < 1e-8, xp.ones_like(divisor), divisor)

@@ -1,0 +1,14 @@
+from refmerge.method import PerModel, method
+from refmerge.numeric import array_namespace, total
+
+
+@method("mergekit:linear", paper="mergekit 0.1.5 linear.py")
+def linear(models, *, weight: PerModel[float], normalize: bool = True):
+    """Weighted sum, divided by the sum of the weights as it rounds in the tensors' precision; 0 divides without a guard."""
+    # 1. add
+    mixed = total(w * x for w, x in zip(weight, models))
+    # 2. normalise
+    if not normalize:
+        return mixed
+    ones = array_namespace(mixed).ones_like(mixed)
+    return mixed / total(w * ones for w in weight)

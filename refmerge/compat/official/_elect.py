@@ -1,0 +1,28 @@
+"""Sign election with a majority for exact zeros, as MergeLM and the authors of TIES have it."""
+
+import math
+
+from refmerge.numeric import array_namespace, indicator
+
+
+def with_majority(gamma, group):
+    """Zeros of gamma take the sign of the sum of all signs."""
+    majority = group.sum(gamma)
+    return gamma + (majority > 0) * indicator(gamma == 0, like=gamma) - (majority < 0) * indicator(gamma == 0, like=gamma)
+
+
+def at_least_kth_smallest(x, k, group, name):
+    """x where its magnitude is at least the k-th smallest, ties kept; elsewhere 0. k = 0 is an error, as in torch."""
+    if any(k_n < 1 for k_n in k):
+        raise_no_kth(name)
+    xp = array_namespace(*x)
+    magnitude = list(map(xp.abs, x))
+    least = group.kth_largest(*magnitude, k=[group.size - k_n + 1 for k_n in k])
+    # NaN * 0 is NaN: a NaN survives the authors' trim, which multiplies by its mask.
+    return [indicator(a >= c if not math.isnan(c) else xp.isnan(a), like=a) * x_n for x_n, a, c in zip(x, magnitude, least)]
+
+
+def raise_no_kth(name):
+    from refmerge.errors import UsageError
+
+    raise UsageError(f"{name}: nothing would be dropped, where the authors' code takes a 0-th smallest value and fails")

@@ -1,0 +1,407 @@
+"""Runs a method over the blocks of tensors: passes, work dtype, threads, writing through.
+
+A `Work` says what is merged. It is cut into groups (what `group` ranges over) and blocks (what a method sees at a time).
+Each block's inputs are decoded once into the work dtype, the method's text runs, and its result is rounded once on its way
+out. Where the method asks the group something, all blocks of the group pass once more (see group.py).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_numpy_array
+
+from refmerge.errors import InputError, ResourceError
+from refmerge.group import Group, Log, Pause, Place
+from refmerge.method import Method, Over
+from refmerge.numeric import LEAF, array_namespace, host
+from refmerge.rng import Rng
+from refmerge.sources import Scratch, Sink, Source
+
+__all__ = ["Tensor", "Work", "block_elements", "blocks_of", "run"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One floating-point tensor to merge: its work dtype and its bound parameters (they may differ between tensors)."""
+
+    name: str
+    shape: tuple[int, ...]
+    work: str
+    params: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(rows, row length) in view "rows": the last axis whole, more than two dimensions as shape[0] rows."""
+        if len(self.shape) <= 1:
+            return 1, self.size
+        length = self.size // self.shape[0] if self.shape[0] else 0
+        return self.shape[0], length
+
+
+@dataclass
+class Work:
+    """A merge, ready to run. `stats`: per model the statistics file or mapping as a Source, or None."""
+
+    method: Method
+    models: Sequence[Source]
+    base: Source | None
+    tensors: Sequence[Tensor]
+    over: Over
+    seed: int = 0
+    stats: Sequence[Source] | None = None
+    nonfinite: str = "error"
+    progress: Callable[[int], None] | None = None
+    recorded: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        draws = [key for key, kind in self.method.stats.items() if kind == "draw"]
+        self.recorded = bool(self.stats) and any(
+            stat_name(t.name, key) in s.names() for s in self.stats or () for t in self.tensors for key in draws
+        )
+
+
+def stat_name(tensor: str, key: str) -> str:
+    """The name under which a statistics file holds `key` of a tensor; the empty key is the tensor's own name."""
+    return f"{tensor}.{key}" if key else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    tensor: Tensor
+    place: Place
+
+
+def block_elements(method: Method, models: int, block_bytes: int, threads: int, max_memory: int | None) -> int:
+    """Elements of a block in view "flat" or "rows": a multiple of the leaf of a sum."""
+    count = block_bytes // 4
+    if max_memory is not None:
+        # Per element: what is read and decoded of each model, and about as many temporaries of the method's own.
+        per_element = 4 * (3 * (models + method.needs_base) + 4)
+        count = min(count, max_memory // (per_element * max(threads, 1)))
+    return max(count // LEAF, 4) * LEAF
+
+
+def blocks_of(tensor: Tensor, view: str, elements: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the blocks of a tensor in C order."""
+    if view == "tensor":
+        yield 0, tensor.size
+        return
+    step = elements
+    if view == "rows":
+        length = tensor.rows[1]
+        step = max(1, elements // max(length, 1)) * max(length, 1)
+    elif tensor.size <= elements * 3 // 2:  # a small rest is not worth a pass of its own
+        step = tensor.size
+    for start in range(0, tensor.size, max(step, 1)):
+        yield start, min(start + step, tensor.size)
+
+
+class _Group:
+    """The tensors over which `group` ranges together, their blocks, and the log of questions."""
+
+    def __init__(self, order: int, tensors: Sequence[Tensor], method: Method, elements: int) -> None:
+        self.order = order
+        self.blocks: list[_Block] = []
+        for t in sorted(tensors, key=lambda t: t.name):
+            for start, stop in blocks_of(t, method.view_for(t.params), elements):
+                self.blocks.append(_Block(t, Place(len(self.blocks), t.name, start, stop, t.size)))
+        self.log = Log(len(self.blocks), sum(t.size for t in tensors))
+        counts: dict[str, int] = {}
+        for b in self.blocks:
+            counts[b.tensor.name] = counts.get(b.tensor.name, 0) + 1
+        several = len(tensors) > 1
+        self.tensor_logs = {t.name: Log(counts.get(t.name, 0), t.size) for t in tensors} if several else {}
+        self.waiting = self.blocks
+        self.running = 0
+        self.paused: list[_Block] = []
+        self.passes = 0
+
+    def view(self, block: _Block) -> Group:
+        log = self.tensor_logs.get(block.tensor.name)
+        return Group(self.log, block.place, Group(log, block.place) if log else None)
+
+    def end_of_pass(self) -> None:
+        self.passes += 1
+        self.log.end_of_pass()
+        for log in self.tensor_logs.values():
+            log.end_of_pass()
+        self.waiting, self.paused = sorted(self.paused, key=lambda b: b.place.ordinal), []
+
+
+def _groups(work: Work, elements: int) -> list[_Group]:
+    over = work.over
+    if over == "tensor":
+        members = {t.name: [t] for t in work.tensors}
+    elif over == "model":
+        members = {"": list(work.tensors)}
+    else:
+        assert callable(over)
+        members = {}
+        for t in work.tensors:
+            members.setdefault(str(over(t.name)), []).append(t)
+    groups = [_Group(i, ts, work.method, elements) for i, ts in enumerate(members.values())]
+    return [g for g in groups if g.blocks]
+
+
+def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int) -> int:
+    """Merge all tensors into the sinks (output name -> sink; "" where the method has one output). Returns the number of
+    passes of the group that took most. InputError for a non-finite input where the policy is "error"."""
+    if work.tensors and work.method.view_for(work.tensors[0].params) == "model":
+        _run_model(work, sinks)
+        return 1
+    groups = _groups(work, elements)
+    if sum(t.size for t in work.tensors) < 1 << 18:
+        threads = 1
+    _Scheduler(work, sinks, groups).run(threads)
+    return max((g.passes for g in groups), default=0)
+
+
+class _Scheduler:
+    """Hands out blocks: the earliest group first, and within a group one pass after the other."""
+
+    def __init__(self, work: Work, sinks: Mapping[str, Sink], groups: Sequence[_Group]) -> None:
+        self._work, self._sinks = work, sinks
+        self._open = len(groups)
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._ready: list[tuple[int, int, int, _Group, _Block]] = []
+        for g in groups:
+            self._enqueue(g)
+
+    def _enqueue(self, g: _Group) -> None:
+        g.running = len(g.waiting)
+        for b in g.waiting:
+            heapq.heappush(self._ready, (g.order, g.passes, b.place.ordinal, g, b))
+
+    def run(self, threads: int) -> None:
+        workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(threads - 1)]
+        for w in workers:
+            w.start()
+        try:
+            self._worker()
+        except BaseException as e:  # KeyboardInterrupt reaches the main thread wherever it is
+            self._fail(e)
+        for w in workers:
+            w.join()
+        if self._error is not None:
+            raise self._error
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _worker(self) -> None:
+        scratch = Scratch()
+        try:
+            while (task := self._next()) is not None:
+                group, block = task
+                finished = _run_block(self._work, group, block, self._sinks, scratch)
+                self._done(group, block, finished)
+        except Exception as e:
+            self._fail(e)
+
+    def _next(self) -> tuple[_Group, _Block] | None:
+        with self._changed:
+            while not self._ready and self._open and self._error is None:
+                self._changed.wait()
+            if not self._ready or self._error is not None:
+                return None
+            *_, group, block = heapq.heappop(self._ready)
+            return group, block
+
+    def _done(self, group: _Group, block: _Block, finished: bool) -> None:
+        with self._changed:
+            if not finished:
+                group.paused.append(block)
+            group.running -= 1
+            if group.running:
+                return
+        group.end_of_pass()  # outside the lock: sorting candidates takes a while, and no other block of it is running
+        with self._changed:
+            if group.waiting:
+                self._enqueue(group)
+            else:
+                self._open -= 1
+            self._changed.notify_all()
+
+
+def _shaped(x: Any, tensor: Tensor, view: str) -> Any:
+    if view == "tensor":
+        return array_namespace(x).reshape(x, tensor.shape)
+    if view == "rows":
+        return array_namespace(x).reshape(x, (-1, max(tensor.rows[1], 1)))
+    return x
+
+
+def _run_block(
+    work: Work, group: _Group, block: _Block, sinks: Mapping[str, Sink], scratch: Scratch
+) -> bool:  # fmt: skip
+    """Run the method on one block and write its result; False if it paused at a question."""
+    method, t, place = work.method, block.tensor, block.place
+    view = method.view_for(t.params)
+    span = (t.name, place.start, place.stop, t.work)
+
+    def load(source: Source, slot: Any) -> Any:
+        x = source.load(*span, slot, scratch)
+        if work.nonfinite == "error" and group.passes == 0 and not all_finite(x):
+            _report_nonfinite(source, t)
+        return _shaped(x, t, view)
+
+    models = [load(m, i) for i, m in enumerate(work.models)]
+    args: dict[str, Any] = {"models": models}
+    if work.base is not None and "base" in method.asks:
+        args["base"] = load(work.base, "base")
+    if "group" in method.asks:
+        args["group"] = group.view(block)
+    if "rng" in method.asks:
+        recorded = _stats(work, t, span, view, scratch, {"draw"}) if work.recorded else None
+        drawn = None if recorded is None else {i: next(iter(s.values())) for i, s in enumerate(recorded) if s}
+        args["rng"] = Rng(work.seed, t.name, place.start, models[0], drawn)
+    if "stats" in method.asks:
+        args["stats"] = _stats(work, t, span, view, scratch, {"whole", "element"})
+    if "name" in method.asks:
+        args["name"] = t.name
+    moved = sum(m.shape[0] if m.ndim == 1 else math.prod(m.shape) for m in models) + ("base" in args) * len_of(models[0])
+    try:
+        with np.errstate(all="ignore"):
+            result = method.run(*(args[a] for a in method.asks), **t.params)
+    except Pause:
+        if work.progress:
+            work.progress(moved)
+        return False
+    for output, sink in sinks.items():
+        sink.write(t.name, place.start, result[output] if output else result, scratch)
+    if work.progress:
+        work.progress(moved + len_of(models[0]))
+    return True
+
+
+def len_of(x: Any) -> int:
+    return math.prod(x.shape)
+
+
+def _stats(
+    work: Work, t: Tensor, span: tuple[str, int, int, str], view: str, scratch: Scratch, kinds: set[str]
+) -> list[dict[str, Any]]:
+    """Per model the declared statistics of these kinds that its file has for this tensor, cut with the block."""
+    found = []
+    for i, source in enumerate(work.stats or [None] * len(work.models)):  # type: ignore[list-item]
+        mine: dict[str, Any] = {}
+        for key, kind in work.method.stats.items() if source is not None else ():
+            name = stat_name(t.name, key)
+            if kind == "whole" and name not in source.names():
+                name = stat_name(t.name.rpartition(".")[0], key)  # a layer's input statistics, under the module's name
+            if kind not in kinds or name not in source.names():
+                continue
+            shape = source.shape(name)
+            if kind == "whole":
+                x = source.load(name, 0, math.prod(shape), span[3], ("stat", i, key), scratch)
+                mine[key] = array_namespace(x).reshape(x, shape)
+                continue
+            if shape != t.shape:
+                raise InputError(f"{source.label}: {name!r} has shape {shape}, its tensor {t.shape}")
+            mine[key] = _shaped(source.load(name, *span[1:], ("stat", i, key), scratch), t, view)
+        found.append(mine)
+    return found
+
+
+def all_finite(x: Any) -> bool:
+    """Whether no element is infinite or NaN. A sum tells at a tenth of the price, unless it overflows."""
+    xp = np if is_numpy_array(x) else array_namespace(x)
+    if math.prod(x.shape) == 0:
+        return True
+    with np.errstate(all="ignore"):
+        return math.isfinite(float(xp.sum(x))) or bool(xp.all(xp.isfinite(x)))
+
+
+def _report_nonfinite(source: Source, t: Tensor) -> None:
+    """Raise the error that names the tensor, the first index and the count."""
+    first, count, step, scratch = None, 0, 1 << 20, Scratch()
+    for start in range(0, t.size, step):
+        x = host(source.load(t.name, start, min(start + step, t.size), t.work, 0, scratch))
+        bad = np.flatnonzero(~np.isfinite(x))
+        if bad.size and first is None:
+            first = (start + int(bad[0]), float(x[bad[0]]))
+        count += bad.size
+    assert first is not None
+    index = tuple(int(i) for i in np.unravel_index(first[0], t.shape))
+    raise InputError(
+        f"{source.label}: tensor {t.name!r} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
+        f"{index}; nonfinite='propagate' (--nonfinite propagate) merges them"
+    )
+
+
+class _LazyModel(Mapping[str, Any]):
+    """A whole model for methods of view "model": name -> array in its natural shape, loaded when asked for."""
+
+    def __init__(self, source: Source, tensors: Sequence[Tensor]) -> None:
+        self._source, self._tensors = source, {t.name: t for t in tensors}
+
+    def __getitem__(self, name: str) -> Any:
+        t = self._tensors[name]
+        x = self._source.load(name, 0, t.size, t.work, 0, Scratch())
+        return array_namespace(x).reshape(x, t.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
+    method, size = work.method, sum(t.size for t in work.tensors)
+    if work.nonfinite == "error":
+        for source in [*work.models, *([work.base] if work.base else [])]:
+            for t in work.tensors:
+                if not all_finite(_LazyModel(source, [t])[t.name]):
+                    _report_nonfinite(source, t)
+    args: dict[str, Any] = {"models": [_LazyModel(m, work.tensors) for m in work.models]}
+    if work.base is not None:
+        args["base"] = _LazyModel(work.base, work.tensors)
+    args["group"] = Group(Log(1, size), Place(0, "", 0, size, size))
+    args["stats"] = work.stats
+    args["name"] = ""
+    if "rng" in method.asks:
+        raise TypeError(f"{method.name}: rng draws for a tensor, a method of view 'model' has none")
+    with np.errstate(all="ignore"):
+        result = method.run(*(args[a] for a in method.asks), **work.tensors[0].params)
+    scratch = Scratch()
+    for output, sink in sinks.items():
+        for name, x in (result[output] if output else result).items():
+            sink.write(name, 0, array_namespace(x).reshape(x, (-1,)), scratch)
+
+
+def default_threads() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_memory(work: Work, max_memory: int | None, threads: int) -> None:
+    """ResourceError if a tensor that must stay whole does not fit. Sizes are estimates: inputs and as many temporaries."""
+    if max_memory is None:
+        return
+    for t in work.tensors:
+        view = work.method.view_for(t.params)
+        if view == "flat":
+            continue
+        whole = t.rows[1] if view == "rows" else t.size
+        need = whole * (8 if t.work == "float64" else 4) * (2 * (len(work.models) + work.method.needs_base) + 2)
+        if need > max_memory:
+            raise ResourceError(
+                f"{work.method.name} needs tensor {t.name!r} {'in whole rows' if view == 'rows' else 'whole'}: about "
+                f"{need / 1e6:.0f} MB, more than the {max_memory / 1e6:.0f} MB of --max-memory"
+            )

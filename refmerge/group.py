@@ -1,0 +1,436 @@
+"""What a method may ask about all that it merges: `group.sum`, `max`, `count`, `kth_largest` and `top`.
+
+A method runs on a block. Where the block is all that `group` ranges over, a question is answered at once. Otherwise the
+first question without an answer records this block's part of it and ends the block (`Pause`); when all blocks have passed,
+the answer is made and the method is run again with it. Questions are therefore answered in passes, and nothing larger than
+a block is held. Parts are combined so that their order does not matter: exact sums, maxima, counts, histograms.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_numpy_array
+
+from refmerge.errors import UsageError
+from refmerge.numeric import LEAF, array_namespace, exact_sum, expansion, host, indicator, leaf_sums, like
+
+__all__ = ["Group", "Log", "Pause", "Place"]
+
+CANDIDATES = 1 << 20  # so many values of a bin are held and sorted; a fuller bin is divided once more
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a block lies: the how-many-th of its group, its tensor, its first element, and the tensor's size."""
+
+    ordinal: int
+    tensor: str
+    start: int
+    stop: int
+    size: int
+
+
+class Pause(BaseException):
+    """Ends the run of a method on a block at a question that is not answered yet."""
+
+
+class Log:
+    """The questions of one group, with the answers so far and the one that a pass is collecting."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.blocks, self.size = blocks, size
+        self.answered: list[_Question] = []
+        self.pending: _Question | None = None
+        self.passes = 0
+        self._lock = threading.Lock()
+
+    def open(self, make: Callable[[], _Question], what: tuple[Any, ...]) -> _Question:
+        with self._lock:
+            if self.pending is None:
+                self.pending = make()
+            if self.pending.what != what:
+                raise TypeError(f"blocks of one pass asked different questions: {self.pending.what} and {what}")
+            return self.pending
+
+    def add(self, question: _Question, place: Place, part: Any) -> None:
+        with self._lock:
+            question.merge(place, part)
+            question.contributions += 1
+
+    def end_of_pass(self) -> None:
+        """Make the pending question's answer if every block contributed and no further pass is needed."""
+        question, self.passes = self.pending, self.passes + 1
+        if question is None:
+            return
+        if question.contributions < self.blocks:  # others were still busy with a question about their tensor
+            question.reset()
+        elif question.end_of_pass():
+            self.answered.append(question)
+            self.pending = None
+        question.contributions = 0
+
+
+class Group:
+    """The answers for one block. All answers are Python floats and ints, the same for every block size and backend.
+
+    A question about one array is answered by one value, about several by a tuple; so is one with a sequence of k.
+
+    size: number of elements of the floating-point tensors in the group.
+    tensor: the same questions about this block's tensor alone, when the group is larger.
+    """
+
+    def __init__(self, log: Log, place: Place, tensor: Group | None = None) -> None:
+        self._log, self._place, self._asked = log, place, 0
+        self._tensor = tensor
+
+    @property
+    def size(self) -> int:
+        return self._log.size
+
+    @property
+    def tensor(self) -> Group:
+        return self._tensor or self
+
+    def _ask(self, kind: type[_Question], xs: Sequence[Any], k: tuple[int, ...] = (), alone: bool = True) -> Any:
+        log, place = self._log, self._place
+        what = (kind.__name__, len(xs), k)
+
+        def make() -> _Question:
+            return kind(len(xs), k, log.size)
+
+        if log.blocks == 1:  # the block is the whole group
+            question = make()
+            answer = question.at_once(xs, place)
+            return answer[0] if alone and len(xs) == 1 else answer
+        i, self._asked = self._asked, self._asked + 1
+        if i < len(log.answered):
+            answer = log.answered[i].answer(place, xs)
+            return answer[0] if alone and len(xs) == 1 else answer
+        question = log.open(make, what)
+        log.add(question, place, question.part(place, xs))
+        raise Pause
+
+    def sum(self, *xs: Any) -> Any:
+        """Sum of each array over the group: the correctly rounded sum of float64 trees over leaves of 1024 elements."""
+        return self._ask(_Sum, xs)
+
+    def max(self, *xs: Any) -> Any:
+        """Largest element of each array over the group; NaN if one is NaN, -inf for an empty group."""
+        return self._ask(_Max, xs)
+
+    def count(self, *masks: Any) -> Any:
+        """How many elements of each boolean array are true."""
+        return self._ask(_Count, masks)
+
+    def kth_largest(self, *xs: Any, k: int | Sequence[int]) -> Any:
+        """The k-th largest element (k from 1) of each array over the group, exactly; NaN counts as the largest."""
+        ks = self._ks(xs, k)
+        if not all(1 <= k <= self.size for k in ks):
+            raise UsageError(f"kth_largest: k = {ks} of {self.size} elements")
+        return self._ask(_KthLargest, xs, ks, isinstance(k, int))
+
+    def top(self, *xs: Any, k: int | Sequence[int]) -> Any:
+        """A 0/1 mask of the k largest elements of each array: exactly k ones in the group, ties to the lower index
+        (tensors by sorted name, then C order), NaN as the largest."""
+        ks = tuple(min(max(k, 0), self.size) for k in self._ks(xs, k))
+        return self._ask(_Top, xs, ks, isinstance(k, int))
+
+    @staticmethod
+    def _ks(xs: Sequence[Any], k: int | Sequence[int]) -> tuple[int, ...]:
+        ks = (k,) * len(xs) if isinstance(k, int) else tuple(k)
+        if len(ks) != len(xs):
+            raise UsageError(f"{len(xs)} arrays, {len(ks)} values of k")
+        return ks
+
+
+class _Question:
+    """One question about `n` arrays: parts are taken of blocks, merged in any order, and answered at the end."""
+
+    def __init__(self, n: int, k: tuple[int, ...], size: int) -> None:
+        self.n, self.k, self.size = n, k, size
+        self.what = (type(self).__name__, n, k)
+        self.contributions = 0
+        self.reset()
+
+    def reset(self) -> None: ...
+
+    def part(self, place: Place, xs: Sequence[Any]) -> Any:
+        raise NotImplementedError
+
+    def merge(self, place: Place, part: Any) -> None:
+        raise NotImplementedError
+
+    def end_of_pass(self) -> bool:
+        """True when the answer is there; False asks for one more pass."""
+        return True
+
+    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def at_once(self, xs: Sequence[Any], place: Place) -> tuple[Any, ...]:
+        while True:
+            self.merge(place, self.part(place, xs))
+            if self.end_of_pass():
+                return self.answer(place, xs)
+
+
+def _flat(x: Any) -> Any:
+    return array_namespace(x).reshape(x, (-1,))
+
+
+class _Sum(_Question):
+    def reset(self) -> None:
+        self._parts: list[list[float]] = [[] for _ in range(self.n)]
+        # A leaf that a block's border cuts: (array, tensor, leaf) -> its pieces by offset.
+        self._cut: dict[tuple[int, str, int], dict[int, np.ndarray]] = {}
+
+    def part(self, place: Place, xs: Sequence[Any]) -> Any:
+        parts, cut = [], []
+        for i, x in enumerate(xs):
+            x = _flat(x)
+            first = min(-place.start % LEAF, x.shape[0])
+            last = x.shape[0] if place.start + x.shape[0] >= place.size else x.shape[0] - (place.start + x.shape[0]) % LEAF
+            last = max(first, last)
+            parts.append(expansion(host(leaf_sums(x[first:last])).tolist()))
+            for a, b in ((0, first), (last, x.shape[0])):
+                if a < b:
+                    cut.append(((i, place.tensor, (place.start + a) // LEAF), place.start + a, host(x[a:b])))
+        return parts, cut
+
+    def merge(self, place: Place, part: Any) -> None:
+        parts, cut = part
+        for mine, new in zip(self._parts, parts):
+            mine.extend(new)
+            if len(mine) > 4096:
+                mine[:] = expansion(mine)
+        for key, offset, piece in cut:
+            self._cut.setdefault(key, {})[offset] = piece
+
+    def end_of_pass(self) -> bool:
+        for (i, _, _), pieces in self._cut.items():
+            leaf = np.concatenate([pieces[offset] for offset in sorted(pieces)])
+            self._parts[i].extend(leaf_sums(leaf).tolist())
+        self._answer = tuple(exact_sum(p) for p in self._parts)
+        self._cut = {}
+        return True
+
+    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[float, ...]:
+        return self._answer
+
+
+class _Max(_Question):
+    def reset(self) -> None:
+        self._max = [-math.inf] * self.n
+
+    def part(self, place: Place, xs: Sequence[Any]) -> Any:
+        return [float(array_namespace(x).max(x)) if x.size else -math.inf for x in map(_with_size, xs)]
+
+    def merge(self, place: Place, part: Any) -> None:
+        self._max = [b if math.isnan(b) or b > a else a for a, b in zip(self._max, part)]
+
+    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[float, ...]:
+        return tuple(self._max)
+
+
+def _with_size(x: Any) -> Any:
+    return x if isinstance(getattr(x, "size", None), int) else host(x)  # torch's size is a method
+
+
+class _Count(_Question):
+    def reset(self) -> None:
+        self._count = [0] * self.n
+
+    def part(self, place: Place, xs: Sequence[Any]) -> Any:
+        return [int(np.count_nonzero(x) if is_numpy_array(x) else array_namespace(x).count_nonzero(x)) for x in xs]
+
+    def merge(self, place: Place, part: Any) -> None:
+        self._count = [a + b for a, b in zip(self._count, part)]
+
+    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(self._count)
+
+
+def _keys(x: np.ndarray) -> np.ndarray:
+    """Unsigned integers in the order of the floats: -0.0 and 0.0 alike, every NaN above infinity."""
+    x = x + 0.0
+    bits = x.view(np.uint32 if x.dtype == np.float32 else np.uint64)
+    top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+    negative = bits >= top
+    if negative.any():
+        bits = np.where(negative & ~np.isnan(x), ~bits, bits | top)
+    else:
+        bits = bits | top
+    infinity = np.array(np.inf, dtype=x.dtype).view(bits.dtype) | top
+    bits[bits > infinity] = ~bits.dtype.type(0)  # all NaN alike, whatever their payload
+    return bits
+
+
+def _value(key: int, dtype: np.dtype) -> float:
+    """The float of a key."""
+    width = np.uint32 if dtype == np.float32 else np.uint64
+    top = 1 << (8 * np.dtype(width).itemsize - 1)
+    bits = key - top if key >= top else ~key & (2 * top - 1)
+    return float(np.array(bits, dtype=width).view(dtype)[()])
+
+
+class _KthLargest(_Question):
+    """Radix selection on the floats' bits: a histogram of 16 bits a pass, until few enough candidates are left to hold."""
+
+    def reset(self) -> None:
+        self._states = [_Selection(k, self.size) for k in self.k]
+
+    def part(self, place: Place, xs: Sequence[Any]) -> Any:
+        return [s.part(_flat(x)) for s, x in zip(self._states, xs)]
+
+    def merge(self, place: Place, part: Any) -> None:
+        for s, p in zip(self._states, part):
+            s.merge(place, p)
+
+    def end_of_pass(self) -> bool:
+        return all([s.end_of_pass() for s in self._states])
+
+    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(s.value for s in self._states)
+
+    def at_once(self, xs: Sequence[Any], place: Place) -> tuple[Any, ...]:
+        return tuple(_kth(host(_flat(x)), k) for x, k in zip(xs, self.k))
+
+
+def _kth(x: np.ndarray, k: int) -> float:
+    x = x + 0.0
+    return float(np.partition(x, x.size - k)[x.size - k])  # a partition puts NaN last
+
+
+class _Top(_KthLargest):
+    """The k-th largest, and how many of the elements equal to it each block may keep."""
+
+    def reset(self) -> None:
+        self._states = [_Selection(k, self.size, ties=True) for k in self.k]
+
+    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(_mask(x, s.k, s.size, s.value, s.ties_for(place)) for s, x in zip(self._states, xs))
+
+    def at_once(self, xs: Sequence[Any], place: Place) -> tuple[Any, ...]:
+        masks = []
+        for x, k in zip(xs, self.k):
+            if 0 < k < self.size:
+                values = host(_flat(x))
+                kth = _kth(values, k)
+                above = 0 if math.isnan(kth) else int(np.count_nonzero(~(values <= kth)))
+                masks.append(_mask(x, k, self.size, kth, k - above))
+            else:
+                masks.append(_mask(x, k, self.size, math.nan, 0))
+        return tuple(masks)
+
+
+def _mask(x: Any, k: int, size: int, kth: float, ties: int) -> Any:
+    """1 where x is above `kth`, and at the first `ties` elements equal to it."""
+    xp = array_namespace(x)
+    if k <= 0:
+        return xp.zeros_like(x)
+    if k >= size:
+        return xp.ones_like(x)
+    if math.isnan(kth):
+        above, equal = None, xp.isnan(x)
+    else:
+        # NaN is above everything: "not at most", where a comparison with NaN would say no.
+        above, equal = xp.logical_not(x <= kth), x == kth
+    flat = np.flatnonzero(host(_flat(equal)))
+    if ties >= flat.size:
+        return indicator(equal if above is None else xp.logical_or(above, equal), like=x)
+    kept = np.zeros(host(_flat(equal)).shape, dtype=bool)
+    kept[flat[:ties]] = True
+    kept = kept if above is None else kept | host(_flat(above))
+    return xp.reshape(like(kept.astype(np.float32), x), tuple(x.shape))
+
+
+class _Selection:
+    """State of one selection: the bits of the k-th largest known so far, and what the current pass collects."""
+
+    def __init__(self, k: int, size: int, ties: bool = False) -> None:
+        self.k, self.size, self.ties = k, size, ties
+        self.value = math.nan
+        self._trivial = not 0 < k < size if ties else False
+        self._prefix, self._known = 0, 0  # the leading `known` bits of the answer's key
+        self._rank = k  # rank of the answer among the keys that share the prefix
+        self._phase = "done" if self._trivial else "histogram"
+        self._dtype: np.dtype | None = None
+        self._histogram: np.ndarray | None = None
+        self._held: dict[int, np.ndarray] = {}
+        self._tied: dict[int, int] = {}
+        self._allowed: dict[int, int] = {}
+
+    def part(self, x: Any) -> Any:
+        if self._phase == "done":
+            return None
+        values = host(x)
+        self._dtype = values.dtype
+        if self._phase == "ties":
+            return int(np.count_nonzero(np.isnan(values) if math.isnan(self.value) else values == self.value))
+        keys = _keys(values)
+        width = 8 * keys.itemsize
+        if self._known:
+            keys = keys[keys >> keys.dtype.type(width - self._known) == self._prefix]
+        if self._phase == "hold":
+            return keys
+        shift = keys.dtype.type(width - self._known - 16)
+        return np.bincount((keys >> shift & keys.dtype.type(0xFFFF)).astype(np.intp), minlength=1 << 16)
+
+    def merge(self, place: Place, part: Any) -> None:
+        if self._phase == "hold":
+            self._held[place.ordinal] = part
+        elif self._phase == "ties":
+            self._tied[place.ordinal] = part
+        elif self._phase == "histogram":
+            self._histogram = part if self._histogram is None else self._histogram + part
+
+    def end_of_pass(self) -> bool:
+        if self._phase == "histogram":
+            self._end_histogram()
+        elif self._phase == "hold":
+            keys = np.concatenate(list(self._held.values()))
+            key = int(np.partition(keys, keys.size - self._rank)[keys.size - self._rank])
+            self._found(key, above=int(np.count_nonzero(keys > key)))
+            self._share({i: int(np.count_nonzero(held == key)) for i, held in self._held.items()})
+            self._held = {}
+        elif self._phase == "ties":
+            self._share(self._tied)
+        return self._phase == "done"
+
+    def _end_histogram(self) -> None:
+        assert self._histogram is not None and self._dtype is not None
+        from_top = np.cumsum(self._histogram[::-1])
+        i = int(np.searchsorted(from_top, self._rank))
+        bin_ = len(self._histogram) - 1 - i
+        count = int(self._histogram[bin_])
+        self._rank -= int(from_top[i]) - count
+        self._prefix = self._prefix << 16 | bin_
+        self._known += 16
+        self._histogram = None
+        if self._known == 8 * self._dtype.itemsize:
+            self._found(self._prefix, above=0)
+            self._phase = "ties" if self.ties else "done"
+        elif count <= CANDIDATES:
+            self._phase = "hold"
+
+    def _found(self, key: int, above: int) -> None:
+        assert self._dtype is not None
+        self.value = _value(key, self._dtype)
+        self._rank -= above  # how many of those equal to the answer are kept
+
+    def _share(self, tied: dict[int, int]) -> None:
+        """Ties go to the lower index: to the blocks in order, until none is left."""
+        left = self._rank
+        for ordinal in sorted(tied):
+            self._allowed[ordinal] = min(left, tied[ordinal])
+            left -= self._allowed[ordinal]
+        self._phase = "done"
+
+    def ties_for(self, place: Place) -> int:
+        return self._allowed.get(place.ordinal, 0)

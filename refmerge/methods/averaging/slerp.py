@@ -1,0 +1,22 @@
+import math
+
+from refmerge.method import method
+from refmerge.numeric import clamp
+
+
+@method("slerp", paper="Shoemake 1985, doi:10.1145/325334.325242", models=(2, 2))
+def slerp(models, group, *, t: float = 0.5, eps: float = 1e-8):
+    """Spherical linear interpolation from the first model (t = 0) to the second (t = 1), tensor by tensor.
+
+    Where the two directions are parallel, opposite, or undefined (a zero tensor), the straight line.
+    """
+    a, b = models
+    # 1. angle
+    aa, bb, ab = group.sum(a * a, b * b, a * b)
+    norms = math.sqrt(aa) * math.sqrt(bb)
+    omega = math.acos(clamp(ab / norms, -1.0, 1.0)) if norms != 0 else 0.0
+    # 2. no arc to follow
+    if math.sin(omega) < eps:
+        return (1 - t) * a + t * b
+    # 3. arc
+    return math.sin((1 - t) * omega) / math.sin(omega) * a + math.sin(t * omega) / math.sin(omega) * b

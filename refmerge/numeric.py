@@ -1,0 +1,195 @@
+"""The exact primitives that methods share. Array libraries are told apart here and nowhere else.
+
+Rules (spec/README.md, "Numbers"): models are summed by an explicit left fold; sums over elements are float64 trees of a
+fixed shape, so that no block size, thread count or library changes a bit; transcendental functions and square roots are
+taken of host numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array
+
+__all__ = [
+    "array_namespace", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean", "on_host",
+    "ranks", "select", "top_along", "total", "tree_sum",
+]  # fmt: skip
+
+LEAF = 1024  # elements of one leaf of a sum, in C order of the tensor
+
+
+def total(xs: Iterable[Any]) -> Any:
+    """x_1 + x_2 + ... by a left fold: torch's own sum over a stacked axis rounds in another order."""
+    first, *rest = xs
+    for x in rest:
+        first = first + x
+    return first
+
+
+def mean(xs: Sequence[Any]) -> Any:
+    """(1/N) x_1 + ... + (1/N) x_N, the coefficient computed on the host."""
+    return total((1 / len(xs)) * x for x in xs)
+
+
+def clamp(x: float, low: float, high: float) -> float:
+    """A host number held inside [low, high]; NaN stays NaN."""
+    return low if x < low else high if x > high else x
+
+
+def indicator(condition: Any, like: Any) -> Any:
+    """1 where the condition holds and 0 elsewhere, in the dtype of `like`: a mask is a factor, as the papers write it."""
+    return array_namespace(like).astype(condition, like.dtype)
+
+
+def select(condition: Any, a: Any, b: Any) -> Any:
+    """a where the condition holds, b elsewhere, b an array or a number; for values where 0 * x would not do (inf, NaN)."""
+    xp = array_namespace(a)
+    return xp.where(condition, a, b if hasattr(b, "dtype") else xp.full_like(a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------------- host
+
+
+def host(x: Any) -> np.ndarray:
+    """The array in host memory, as NumPy; 16-bit and smaller floats widened to float32."""
+    if is_torch_array(x):
+        x = x.detach().cpu()
+        x = (x if x.dtype.itemsize >= 4 or not x.dtype.is_floating_point else x.float()).numpy()
+    elif is_cupy_array(x):
+        x = x.get()
+    else:
+        x = np.asarray(x)
+    if x.dtype.kind in "fV" and x.dtype not in (np.float32, np.float64):
+        x = x.astype(np.float32)
+    return x
+
+
+def like(values: np.ndarray, x: Any) -> Any:
+    """Host values as an array of x's library, dtype and device."""
+    if is_numpy_array(x):
+        return values.astype(x.dtype, copy=False)
+    xp = array_namespace(x)
+    return xp.astype(xp.asarray(values, device=device(x)), x.dtype, copy=False)
+
+
+def on_host(f: Callable[..., np.ndarray], *xs: Any, like: Any) -> Any:
+    """f of float64 NumPy copies of xs, brought back in the library, dtype and device of `like`.
+
+    For scores on which a discrete choice rests, and for square roots and transcendental functions of arrays: computed
+    once, in one place, they are the same on every backend.
+    """
+    with np.errstate(all="ignore"):
+        values = f(*(host(x).astype(np.float64) for x in xs))
+    return globals()["like"](values, like)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+
+
+def _halve(x: Any, axis: int) -> Any:
+    """Sum of LEAF entries along an axis by halving: x[:512] + x[512:], and so on down to one."""
+    width = LEAF
+    index: list[Any] = [slice(None)] * x.ndim
+    while width > 1:
+        width //= 2
+        low, high = index.copy(), index.copy()
+        low[axis], high[axis] = slice(0, width), slice(width, 2 * width)
+        x = x[tuple(low)] + x[tuple(high)]
+    return x
+
+
+def leaf_sums(x: Any) -> Any:
+    """Sums of the leaves of a 1-d array: float64, ceil(n / 1024) of them, the last one padded with zeros."""
+    xp = array_namespace(x)
+    whole = x.shape[0] // LEAF * LEAF
+    leaves = [_halve(xp.astype(xp.reshape(x[:whole], (-1, LEAF)), xp.float64), 1)[:, 0]] if whole else []
+    if x.shape[0] > whole:
+        rest = xp.zeros((1, LEAF), dtype=xp.float64, device=device(x))
+        rest[0, : x.shape[0] - whole] = xp.astype(x[whole:], xp.float64)
+        leaves.append(_halve(rest, 1)[:, 0])
+    return leaves[0] if len(leaves) == 1 else xp.concat(leaves) if leaves else xp.zeros((0,), dtype=xp.float64)
+
+
+def tree_sum(x: Any, axis: int | None = None) -> Any:
+    """Sum over one axis in float64: halving trees over leaves of 1024, then a left fold over the leaves.
+
+    Without an axis the correctly rounded sum of the leaf sums of x in C order, as a Python float.
+    """
+    xp = array_namespace(x)
+    if axis is None:
+        return exact_sum(host(leaf_sums(xp.reshape(x, (-1,)))).tolist())
+    axis %= x.ndim
+    n = x.shape[axis]
+    shape = [s for i, s in enumerate(x.shape) if i != axis]
+    result = xp.zeros(tuple(shape), dtype=xp.float64, device=device(x))
+    for start in range(0, n, LEAF):
+        index: list[Any] = [slice(None)] * x.ndim
+        index[axis] = slice(start, min(start + LEAF, n))
+        part = xp.astype(x[tuple(index)], xp.float64)
+        if n - start < LEAF:
+            pad = [*part.shape]
+            pad[axis] = LEAF - part.shape[axis]
+            part = xp.concat([part, xp.zeros(tuple(pad), dtype=xp.float64, device=device(x))], axis=axis)
+        leaf = xp.squeeze(_halve(part, axis), axis=axis)
+        result = leaf if start == 0 else result + leaf
+    return result
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """The correctly rounded sum, in whatever order the values come; infinities and NaN as in IEEE arithmetic."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        if all(map(math.isfinite, values)):  # only a partial sum overflowed
+            exact = sum(map(Fraction, values))
+            try:
+                return float(exact)
+            except OverflowError:
+                return math.copysign(math.inf, exact)
+        special = {v for v in values if not math.isfinite(v)}
+        return special.pop() if len(special) == 1 else math.nan
+
+
+def expansion(values: Sequence[float]) -> list[float]:
+    """A few floats whose exact sum is that of `values`: what is kept of a block until all blocks are summed."""
+    parts: list[float] = []
+    while True:
+        try:
+            rest = math.fsum([*values, *(-p for p in parts)])
+        except (OverflowError, ValueError):
+            return [v for v in values if v]
+        if rest == 0 or not math.isfinite(rest):
+            return parts if rest == 0 else [*parts, rest]
+        parts.append(rest)
+
+
+# ------------------------------------------------------------------------------------------------------- order and ranks
+
+
+def _order_key(x: Any) -> Any:
+    """x with -0.0 as 0.0: adding zero is exact otherwise."""
+    return x + 0.0
+
+
+def ranks(x: Any, axis: int = -1) -> np.ndarray:
+    """Ascending ranks 0..n-1 along an axis on the host (int64), stable: ties in index order, NaN last."""
+    order = np.argsort(_order_key(host(x)), axis=axis, kind="stable")
+    result = np.empty_like(order)
+    n = order.shape[axis]
+    shape = [1] * order.ndim
+    shape[axis] = n
+    np.put_along_axis(result, order, np.broadcast_to(np.arange(n).reshape(shape), order.shape), axis=axis)
+    return result
+
+
+def top_along(x: Any, k: int, axis: int = -1) -> Any:
+    """0/1 mask of the k largest entries along an axis, exactly k, ties to the lower index, NaN as the largest."""
+    values = _order_key(host(x))
+    # Descending with ties to the lower index: ascending stable ranks of the reversed axis, counted from the end.
+    back = np.flip(ranks(np.flip(values, axis=axis), axis=axis), axis=axis)
+    return like((back >= values.shape[axis] - k).astype(np.float32), x)

@@ -1,0 +1,271 @@
+"""Where blocks come from and go to: arrays in memory of any library, or checkpoints on disk through a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from array_api_compat import array_namespace, is_numpy_array, is_torch_array
+
+from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, itemsize
+from refmerge.checkpoint.dtypes import DTYPES, FLOATS
+from refmerge.errors import InputError
+
+_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_WORDS = {v: k for k, v in _NAMES.items()}
+
+
+def dtype_name(x: Any) -> str:
+    """The safetensors name of an array's dtype. InputError where there is none."""
+    word = str(x.dtype).rpartition(".")[2]
+    if word not in _NAMES:
+        raise InputError(f"arrays of dtype {x.dtype} cannot be merged (known: {', '.join(_NAMES)})")
+    return _NAMES[word]
+
+
+class Scratch:
+    """One thread's buffers, reused from block to block: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Any, np.ndarray] = {}
+
+    def raw(self, slot: Any, nbytes: int) -> np.ndarray:
+        return self._get(("raw", slot), nbytes, np.uint8)
+
+    def work(self, slot: Any, count: int, dtype: str) -> np.ndarray:
+        return self._get(("work", slot, dtype), count, dtype)
+
+    def _get(self, key: Any, count: int, dtype: Any) -> np.ndarray:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.size < count:
+            buffer = self._buffers[key] = np.empty(count, dtype=dtype)
+        return buffer[:count]
+
+
+class Source(Protocol):
+    """One model: its tensors' names, dtypes and shapes, and any stretch of elements as an array of the work dtype."""
+
+    label: str
+
+    def names(self) -> set[str]: ...
+    def dtype(self, name: str) -> str: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any: ...
+    def same(self, other: Source, name: str) -> bool:
+        """Whether both hold the same values of this tensor, to the bit."""
+
+
+class ArraySource:
+    """A mapping name -> array; blocks are slices, in the arrays' own library and on their device."""
+
+    def __init__(self, arrays: Mapping[str, Any], label: str) -> None:
+        self._arrays, self.label = arrays, label
+        self._flat: dict[str, Any] = {}
+
+    def names(self) -> set[str]:
+        return set(self._arrays)
+
+    def dtype(self, name: str) -> str:
+        return dtype_name(self._arrays[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._arrays[name].shape)
+
+    def array(self, name: str) -> Any:
+        return self._arrays[name]
+
+    def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any:
+        if name not in self._flat:  # once a tensor: reshaping a transposed array copies it
+            x = self._arrays[name]
+            self._flat[name] = array_namespace(x).reshape(x, (-1,))
+        flat = self._flat[name][start:stop]
+        if is_numpy_array(flat):
+            return flat.astype(work, copy=False)
+        xp = array_namespace(flat)
+        return xp.astype(flat, getattr(xp, work), copy=False)
+
+    def same(self, other: Source, name: str) -> bool:
+        assert isinstance(other, ArraySource)
+        a, b = self._arrays[name], other._arrays[name]
+        return a.dtype == b.dtype and bool(array_namespace(a, b).all(a == b))
+
+
+class ByteSource:
+    """Raw bytes of tensors, decoded into a backend's arrays. `cast`: a dtype to which every value is rounded first."""
+
+    label: str
+
+    def __init__(self, backend: Any, cast: str | None = None) -> None:
+        self._backend, self._cast = backend, cast
+
+    def dtype(self, name: str) -> str:
+        stored = self.stored(name)
+        return self._cast if self._cast and stored in FLOATS else stored
+
+    def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any:
+        stored, count = self.stored(name), stop - start
+        raw = scratch.raw(slot, count * itemsize(stored))
+        self.read(name, start, stop, raw)
+        if self._cast and stored in FLOATS and stored != self._cast:
+            wide = scratch.work((slot, "cast"), count, "float64" if stored == "F64" else "float32")
+            decode(raw, stored, wide)
+            raw = scratch.raw((slot, "cast"), count * itemsize(self._cast))
+            encode(wide, self._cast, raw)
+            stored = self._cast
+        out = scratch.work(slot, count, work) if self._backend.name == "numpy" else None
+        return self._backend.put(raw, stored, (count,), work, out)
+
+    def same(self, other: Source, name: str) -> bool:
+        assert isinstance(other, ByteSource)
+        if self.stored(name) != other.stored(name):
+            return False
+        size, width, step = math.prod(self.shape(name)), itemsize(self.stored(name)), 1 << 20
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            a, b = (np.empty((stop - start) * width, dtype=np.uint8) for _ in range(2))
+            self.read(name, start, stop, a)
+            other.read(name, start, stop, b)
+            if not np.array_equal(a, b):
+                return False
+        return True
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def stored(self, name: str) -> str:
+        raise NotImplementedError
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class DiskSource(ByteSource):
+    """A checkpoint on disk, read in pieces."""
+
+    def __init__(self, checkpoint: Checkpoint, backend: Any, cast: str | None = None) -> None:
+        super().__init__(backend, cast)
+        self.checkpoint, self.label = checkpoint, str(checkpoint.path)
+
+    def names(self) -> set[str]:
+        return set(self.checkpoint.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.tensors[name].shape
+
+    def stored(self, name: str) -> str:
+        return self.checkpoint.tensors[name].dtype
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        self.checkpoint.read(name, start, stop, out)
+
+
+class HostSource(ByteSource):
+    """NumPy arrays that are to be merged by another backend."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], label: str, backend: Any) -> None:
+        super().__init__(backend)
+        self._arrays, self.label = arrays, label
+
+    def names(self) -> set[str]:
+        return set(self._arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._arrays[name].shape
+
+    def stored(self, name: str) -> str:
+        return dtype_name(self._arrays[name])
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        out[:] = np.ascontiguousarray(self._arrays[name]).reshape(-1)[start:stop].view(np.uint8)
+
+
+class Sink(Protocol):
+    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None: ...
+    def copy(self, name: str, source: Source) -> None: ...
+
+
+class ArraySink:
+    """Results as arrays of the inputs' library, on their device, in the given dtypes."""
+
+    def __init__(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any) -> None:
+        from array_api_compat import device
+
+        self._xp, self._device, self._specs = array_namespace(example), device(example), specs
+        self._numpy = is_numpy_array(example)
+        self.arrays: dict[str, Any] = {}
+        for name, (dtype, shape) in specs.items():
+            kind = DTYPES[dtype] if self._numpy else getattr(self._xp, _WORDS[dtype])
+            place = {} if self._numpy else {"device": self._device}
+            self.arrays[name] = self._xp.empty((math.prod(shape),), dtype=kind, **place)
+
+    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:
+        xp, out = self._xp, self.arrays[name]
+        flat = xp.reshape(block, (-1,))
+        stop = start + flat.shape[0]
+        if self._numpy:
+            view = out[start:stop].view(np.uint8)
+            encode(np.ascontiguousarray(flat), self._specs[name][0], view)
+        elif is_torch_array(flat) and flat.dtype == xp.float64 and out.dtype.itemsize <= 2:
+            # torch would round twice, to float32 on the way
+            raw = np.empty(flat.shape[0] * out.dtype.itemsize, dtype=np.uint8)
+            encode(flat.cpu().numpy(), self._specs[name][0], raw)
+            out.view(xp.uint8)[start * out.dtype.itemsize : stop * out.dtype.itemsize] = xp.asarray(raw, device=self._device)
+        else:
+            out[start:stop] = xp.astype(flat, out.dtype, copy=False)
+
+    def copy(self, name: str, source: Source) -> None:
+        assert isinstance(source, ArraySource)
+        flat = self._xp.reshape(source.array(name), (-1,))
+        self.arrays[name] = self._xp.asarray(flat, copy=True)
+
+    def result(self) -> dict[str, Any]:
+        return {name: self._xp.reshape(x, self._specs[name][1]) for name, x in self.arrays.items()}
+
+
+class HostSink:
+    """Results as NumPy arrays, taken from another backend's arrays."""
+
+    def __init__(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
+        self._specs, self._backend = specs, backend
+        self.arrays = {n: np.empty(math.prod(s) * itemsize(d), dtype=np.uint8) for n, (d, s) in specs.items()}
+
+    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:
+        dtype, width = self._specs[name][0], itemsize(self._specs[name][0])
+        count = math.prod(block.shape)
+        self._backend.take(block, dtype, self.arrays[name][start * width : (start + count) * width])
+
+    def copy(self, name: str, source: Source) -> None:
+        assert isinstance(source, ByteSource)
+        source.read(name, 0, math.prod(self._specs[name][1]), self.arrays[name])
+
+    def result(self) -> dict[str, np.ndarray]:
+        return {n: x.view(DTYPES[self._specs[n][0]]).reshape(self._specs[n][1]) for n, x in self.arrays.items()}
+
+
+class DiskSink:
+    """Results written where they belong in a checkpoint, in whatever order the blocks come."""
+
+    def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
+        self._writer, self._specs, self._backend = writer, specs, backend
+
+    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:
+        dtype = self._specs[name][0]
+        raw = scratch.raw("out", math.prod(block.shape) * itemsize(dtype))
+        self._backend.take(block, dtype, raw)
+        self._writer.write(name, start, raw)
+
+    def copy(self, name: str, source: Source) -> None:
+        assert isinstance(source, ByteSource)
+        dtype, shape = self._specs[name]
+        size, step = math.prod(shape), 1 << 20
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            raw = np.empty((stop - start) * itemsize(dtype), dtype=np.uint8)
+            source.read(name, start, stop, raw)
+            self._writer.write(name, start, raw)
