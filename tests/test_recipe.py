@@ -50,6 +50,7 @@ OTHER = fake(
     Param("mode", str, "fast", choices=("fast", "exact")),
     Param("scale", float, None, per_model=True, optional=True),
     Param("globs", tuple, ("*.weight",)),
+    Param("free", object, None),
 )
 
 E2E_01 = """\
@@ -456,12 +457,13 @@ def test_other_types():
         recipe = parse_recipe(f"merge_method: x\nmodels: [{{model: a}}]\nparameters: {{{parameters}}}")
         return resolve(recipe, OTHER).parameters_for("x", ["x"])
 
-    assert given("") == {"steps": 10, "mode": "fast", "scale": [None], "globs": ("*.weight",)}
-    assert given("steps: '12', mode: exact, scale: 2, globs: ['*.w', '*.b']") == {
+    assert given("") == {"steps": 10, "mode": "fast", "scale": [None], "globs": ("*.weight",), "free": None}
+    assert given("steps: '12', mode: exact, scale: 2, globs: ['*.w', '*.b'], free: [1, 2]") == {
         "steps": 12,
         "mode": "exact",
         "scale": [2.0],
         "globs": ("*.w", "*.b"),
+        "free": [1, 2],
     }
     with pytest.raises(RecipeError, match=r"steps = 1\.5 is not of type int"):
         given("steps: 1.5")
@@ -587,6 +589,8 @@ def test_unknown_parameter():
         ("a: " + "[" * 3000, "nested too deeply"),
         ("a: \x00", "not YAML: 'unacceptable character #x0000"),
         ("\ta: 1", "line 1, column 1"),
+        ('a: "x\\0"', "line 1, column 1: 'x\\x00' holds a NUL character"),
+        ('a: ["\\ud800"]', "line 1, column 5: '\\ud800' holds a NUL character or half a surrogate pair"),
     ],
 )
 def test_text_that_is_refused(text, message):
@@ -596,7 +600,7 @@ def test_text_that_is_refused(text, message):
 def test_alias_bomb():
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
-    assert "expands to more than 100000 values" in refusal("\n".join(lines))
+    assert "more than 100000 values, with aliases copied out" in refusal("\n".join(lines))
 
 
 def test_harmless_aliases_and_merge_keys():
@@ -719,6 +723,13 @@ tokenizer_source: union
     ]
 
 
+def test_very_many_problems_are_counted():
+    told = refusal(RECIPE + "\n".join(f"key{i}: 1" for i in range(50))).splitlines()
+    assert told[0] == "<recipe>: 50 problems"
+    assert told[-1] == "  and 30 more"
+    assert len(told) == 22
+
+
 def test_all_problems_of_resolution_at_once():
     text = """\
 merge_method: ties
@@ -748,6 +759,8 @@ def test_load(tmp_path):
 def test_unreadable_files(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         load_recipe(tmp_path / "absent.yml")
+    with pytest.raises(RecipeError, match=r"^'.*\\x1b.*No such file"):
+        load_recipe(tmp_path / "\x1b[31m.yml")
     with pytest.raises(RecipeError, match="directory"):
         load_recipe(tmp_path)
     path = tmp_path / "r.yml"

@@ -22,6 +22,7 @@ Path = tuple[Any, ...]
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
+MAX_SHOWN = 20
 
 _TAG = "tag:yaml.org,2002:"
 _short = reprlib.Repr()
@@ -61,7 +62,8 @@ class Problems:
         lines = [f"line {line}, column {column}: {text}" if line else text for line, column, text in sorted(self.found)]
         if len(lines) == 1:
             return RecipeError(f"{self.source}: {lines[0]}")
-        return RecipeError("\n  ".join([f"{self.source}: {len(lines)} problems", *lines]))
+        more = [f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
+        return RecipeError("\n  ".join([f"{self.source}: {len(lines)} problems", *lines[:MAX_SHOWN], *more]))
 
     def check(self) -> None:
         """Raise the RecipeError if there are problems."""
@@ -109,7 +111,7 @@ class _Reader:
     def value(self, node: Node, path: Path) -> Any:
         self.values += 1
         if self.values > MAX_VALUES:
-            raise _TooLarge(f"it expands to more than {MAX_VALUES} values")
+            raise _TooLarge(f"more than {MAX_VALUES} values, with aliases copied out")
         self.marks.setdefault(path, _place(node))
         if isinstance(node, ScalarNode):
             return self.scalar(node, path)
@@ -142,7 +144,7 @@ class _Reader:
                 self.marks[(*path, None)] = _place(key_node)
                 self.problems.add((*path, None), "a key must be text")
                 continue
-            key = key_node.value
+            key = self.text(key_node.value, path)
             self.marks[(*path, key)] = _place(key_node)
             if key in own:
                 self.problems.add((*path, key), f"duplicate key {quote(key)}")
@@ -169,9 +171,15 @@ class _Reader:
             case "int" | "float" as kind:
                 return self.number(text, kind, path)
             case "str" | "timestamp" | "value":
-                return text
+                return self.text(text, path)
         self.problems.add(path, f"tag {quote(str(node.tag))} is not allowed in a recipe")
         return None
+
+    def text(self, text: str, path: Path) -> str:
+        # Neither a file name nor JSON can hold these; escapes in double quotes can make them.
+        if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            self.problems.add(path, f"{quote(text)} holds a NUL character or half a surrogate pair")
+        return text
 
     def number(self, text: str, kind: str, path: Path) -> int | float | None:
         digits = text.replace("_", "")

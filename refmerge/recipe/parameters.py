@@ -195,7 +195,7 @@ class Checker:
             yield Choice(self._values(written, path, param))
 
     def _values(self, written: Any, path: Path, param: Param) -> tuple[Any, ...]:
-        if not isinstance(written, list) or param.type is tuple:
+        if not isinstance(written, list) or param.type in (tuple, object):
             return (self._value(written, path, param),)
         if param.type is int and len(written) > 1:
             self.problems.add(path, f"{recipe_key(param.name)} is a whole number and cannot change over the layers")

@@ -65,7 +65,7 @@ class Resolved:
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe file. RecipeError if it cannot be read or is not a recipe."""
-    source = str(path)
+    source = str(path) if str(path).isprintable() else quote(str(path))
     try:
         with FilePath(path).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
