@@ -509,6 +509,12 @@ def test_malformed_file_is_refused(tmp_path, content):
     assert "bad.safetensors" in message and message.isprintable() and len(message) < 1000
 
 
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED.keys())
+def test_our_own_checks_do_not_lean_on_the_package(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("refmerge.checkpoint.header._check_with_safetensors", lambda path: None)
+    test_malformed_file_is_refused(tmp_path, content)
+
+
 VALID = {
     "no tensors": packed({}, b""),
     "only metadata": packed({"__metadata__": {"k": "v"}}, b""),
@@ -846,6 +852,20 @@ def test_one_tensor_larger_than_a_shard_and_no_tensors(tmp_path):
     assert listing(tmp_path / "none") == ["model.safetensors"]
     with open_checkpoint(tmp_path / "none") as checkpoint:
         assert len(checkpoint) == 0
+
+
+@posix
+def test_more_shards_than_open_files(tmp_path):
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+import numpy as np
+from refmerge.checkpoint import save
+save({{str(i): np.zeros(4, np.uint8) for i in range(50)}}, {str(tmp_path / "out")!r}, max_shard_size=4)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert len({tensor.file for tensor in checkpoint.tensors.values()}) == 50
 
 
 def test_sidecars_and_extra_files_are_written(tmp_path):

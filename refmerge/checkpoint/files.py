@@ -126,6 +126,11 @@ def create_exclusive(path: Path) -> PositionedFile:
     return PositionedFile(os.open(path, flags, 0o666), "rb+")
 
 
+def open_for_writing(path: Path) -> PositionedFile:
+    """Open a file of our own that is there already."""
+    return PositionedFile(os.open(path, os.O_RDWR | _BINARY | getattr(os, "O_NOFOLLOW", 0)), "rb+")
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable, where the system lets a directory be opened."""
     if hasattr(os, "O_DIRECTORY"):

@@ -154,6 +154,7 @@ def _tensor(name: str, fields: Any, path: Path, start: int) -> TensorInfo:
 
     if "\0" in name:
         fail("a name may not hold NUL")
+    name.encode("utf-8")  # a ValueError for a lone surrogate, which JSON can spell and UTF-8 cannot
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         fail("needs exactly the fields dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

@@ -22,7 +22,14 @@ from typing import Any
 import numpy as np
 
 from refmerge.checkpoint.dtypes import DTYPES, itemsize, name_of
-from refmerge.checkpoint.files import PositionedFile, create_exclusive, open_regular, shown, sync_directory
+from refmerge.checkpoint.files import (
+    PositionedFile,
+    create_exclusive,
+    open_for_writing,
+    open_regular,
+    shown,
+    sync_directory,
+)
 from refmerge.checkpoint.header import MAX_DIM, MAX_RANK, build_header
 from refmerge.checkpoint.layout import INDEX, WEIGHTS
 from refmerge.checkpoint.sizes import parse_size
@@ -244,12 +251,15 @@ class _Shard:
         self._lock = threading.Lock()
 
     def create(self) -> None:
-        self._file = create_exclusive(self.path)
-        self._file.preallocate(self.file_size)
-        self._file.write_at(memoryview(self._header), 0)
-        if not self._missing:
-            self._file.sync()
-            self.close()
+        # Closed again: a large model in small shards has more of them than a process may have open files.
+        file = create_exclusive(self.path)
+        try:
+            file.preallocate(self.file_size)
+            file.write_at(memoryview(self._header), 0)
+            if not self._missing:
+                file.sync()
+        finally:
+            file.close()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         tensor = self.tensors[name]
@@ -264,9 +274,10 @@ class _Shard:
         with self._lock:
             if self._claimed[name] + len(data) > tensor.nbytes:
                 raise ValueError(f"{shown(name)}: bytes are written twice")
+            if self._file is None:
+                self._file = open_for_writing(self.path)
             self._claimed[name] += len(data)
             file = self._file
-        assert file is not None
         file.write_at(data, tensor.offset + start * size)
         with self._lock:
             self._missing -= len(data)
