@@ -1,0 +1,446 @@
+"""Tests that anybody's merging code can run: the published vectors, an exact comparison, and inputs that bite.
+
+    from refmerge import testing
+    report = testing.check(my_ties, "ties")       # my_ties(models, base, *, density=0.2, lambda_=1.0)
+    assert report.ok, report
+
+Expected values come from the authors' code, from another tool or from arithmetic by hand, never from refmerge, so
+refmerge is tested by the same vectors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+__all__ = ["Case", "Failure", "Report", "assert_same", "check", "checkpoints", "flags", "names", "vectors"]
+
+Tensors = dict[str, np.ndarray]
+Merge = Callable[..., Mapping[str, Any]]
+
+
+# --- The vectors ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One vector: what goes in, what must come out, and which ways of going wrong it shows (`flags`)."""
+
+    id: str
+    entry: str
+    result: Literal["valid", "invalid", "acceptable"]
+    comment: str
+    flags: tuple[str, ...]
+    params: dict[str, Any]
+    models: list[Tensors]
+    base: Tensors | None
+    expect: Tensors
+    tolerance: float
+    stats: list[Tensors] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    registered: bool = True
+    reason: str = ""
+    source: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """What refmerge.merge is called with beside models and entry."""
+        policy = {"nonfinite": "propagate", "integers": "base"} | self.options
+        return {"base": self.base, "stats": self.stats, **policy, **self.params}
+
+    def reproducer(self) -> str:
+        """Python that runs this case: the arrays in full where they are small, else read from the vectors."""
+        if sum(x.size for one in [*self.models, self.base or {}] for x in one.values()) <= 64:
+            arguments = "".join(f",\n    {name}={_paste(value)}" for name, value in self.call.items())
+            call = f'refmerge.merge({_paste(self.models)}, "{self.entry}"{arguments})'
+            return f"import numpy as np, refmerge\n{call}\n# expected: {_paste(self.expect)}"
+        return (
+            "import refmerge, refmerge.testing as testing\n"
+            f'case = next(c for m in testing.names() for c in testing.vectors(m) if c.id == "{self.id}")\n'
+            f'refmerge.merge(case.models, "{self.entry}", **case.call)  # expected: case.expect'
+        )
+
+
+def _paste(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_paste(x)}" for name, x in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_paste, value)) + "]"
+    if isinstance(value, np.ndarray):
+        data = repr(value.tolist()).replace("nan", "np.nan").replace("inf", "np.inf")
+        return f"np.array({data}, np.dtype({value.dtype.name!r}))"
+    return repr(value)
+
+
+def names() -> list[str]:
+    """The methods that have vectors."""
+    found = (path.name for path in _folder().iterdir())
+    return sorted(name[:-5] for name in found if name.endswith(".json") and not name.endswith(".schema.json"))
+
+
+def flags(method: str) -> dict[str, dict[str, Any]]:
+    """The ways in which implementations of `method` disagree: flag -> description, who does what, effect."""
+    return _document(method)["notes"]
+
+
+def vectors(method: str, entry: str | None = None) -> Iterator[Case]:
+    """The cases of `method`, all or only those that `entry` ("ties", "official:ties", ...) must reproduce."""
+    document = _document(method)
+    twin: Tensors = {}
+    path = _folder() / f"{method}.safetensors"
+    if path.is_file():
+        twin = _safetensors(path.read_bytes())
+    for group in document["groups"]:
+        if entry not in (None, group["entry"]):
+            continue
+        for test in group["tests"]:
+            base, stats = test["base"], test.get("stats")
+            yield Case(
+                id=test["id"],
+                entry=group["entry"],
+                result=test["result"],
+                comment=test["comment"],
+                flags=tuple(test["flags"]),
+                params={name: _scalars(value) for name, value in group["params"].items()},
+                models=[_tensors(x, twin) for x in test["models"]],
+                base=None if base is None else _tensors(base, twin),
+                expect=_tensors(test["expect"], twin),
+                tolerance=test["tolerance"],
+                stats=None if stats is None else [_tensors(x, twin) for x in stats],
+                options=dict(group.get("options", {})),
+                registered=group.get("registered", True),
+                reason=group.get("reason", ""),
+                source=dict(group["source"]),
+            )
+
+
+def _folder() -> Any:
+    return resources.files("refmerge.spec") / "vectors"
+
+
+def _document(method: str) -> dict[str, Any]:
+    path = _folder() / f"{method}.json"
+    if not path.is_file():
+        raise LookupError(f"no vectors for {method!r}; there are some for {', '.join(names())}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _scalars(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are spelled as strings, which float() reads."""
+    if isinstance(value, list):
+        return [_scalars(x) for x in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _dtype(name: str) -> np.dtype:
+    """A dtype by its safetensors name."""
+    if name == "BF16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    if name == "BOOL":
+        return np.dtype(bool)
+    return np.dtype({"F": "float", "I": "int", "U": "uint"}[name[0]] + name[1:])
+
+
+def _tensors(value: Mapping[str, Any], twin: Tensors) -> Tensors:
+    return {name: _array(x, twin) for name, x in value.items()}
+
+
+def _array(value: Mapping[str, Any], twin: Tensors) -> np.ndarray:
+    if "$ref" in value:
+        return twin[value["$ref"]]
+    return np.array(_scalars(value["data"]), _dtype(value["dtype"])).reshape(value["shape"])
+
+
+def _safetensors(data: bytes) -> Tensors:
+    """The format in eight lines, so that whoever vendors the vectors can vendor this module too."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    out: Tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + length + at for at in entry["data_offsets"])
+            out[name] = np.frombuffer(data[start:stop], _dtype(entry["dtype"])).reshape(entry["shape"])
+    return out
+
+
+# --- Running them -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    case: Case
+    message: str
+
+    def __str__(self) -> str:
+        case = self.case
+        flagged = f" [{', '.join(case.flags)}]" if case.flags else ""
+        return f"{case.id}{flagged}: {self.message}\n  {case.comment}\n" + _indent(case.reproducer())
+
+
+@dataclass
+class Report:
+    """What `check` found: the ids that passed, the failures, and what was left out, with the reason."""
+
+    method: str
+    entry: str
+    passed: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.entry}: {len(self.passed)} passed, {len(self.failures)} failed, {len(self.skipped)} skipped",
+            *map(str, self.failures),
+        ]
+        notes = flags(self.method)
+        shown = dict.fromkeys(flag for failure in self.failures for flag in failure.case.flags)
+        lines += [f"{flag}: {notes[flag]['description']}" for flag in shown]
+        lines += [f"skipped {id}: {reason}" for id, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def check(
+    fn: Merge, method: str, *, tolerance: float | None = None, ulps: int | None = None, entry: str | None = None
+) -> Report:
+    """Run the vectors of `method` against `fn(models, base, **params) -> {name: array}`.
+
+    `entry` says whose semantics `fn` claims: the paper's (the default, `method` itself), or say "mergekit:ties". What a
+    case needs beyond models, base and parameters (recorded draws in `stats`, or options such as `over`) is passed by
+    keyword to a function that takes it; for one that does not, the case is skipped. `tolerance` (relative to a tensor's
+    largest value) and `ulps` replace the tolerance of every case.
+    """
+    entry = entry or method
+    report = Report(method, entry)
+    cases = list(vectors(method, entry))
+    if not cases:
+        known = sorted({case.entry for case in vectors(method)})
+        raise LookupError(f"no vectors of {method!r} for the entry {entry!r}; entries: {', '.join(known)}")
+    takes = _keywords(fn)
+    for case in cases:
+        extra = dict(case.options) | ({"stats": case.stats} if case.stats is not None else {})
+        if missing := [name for name in extra if not takes(name)]:
+            report.skipped[case.id] = f"the function takes no {' or '.join(missing)}"
+        elif problem := outcome(case, lambda c=case, e=extra: fn(c.models, c.base, **e, **c.params), tolerance, ulps):
+            report.failures.append(Failure(case, problem))
+        else:
+            report.passed.append(case.id)
+    return report
+
+
+def outcome(
+    case: Case,
+    run: Callable[[], Mapping[str, Any]],
+    tolerance: float | None = None,
+    ulps: int | None = None,
+    error: type[Exception] = Exception,
+) -> str:
+    """What is wrong with the outcome of `run` as an answer to `case`; nothing where it is right."""
+    try:
+        got = run()
+    except error as exception:
+        return "" if case.result != "valid" else f"raised {type(exception).__name__}: {exception}"
+    if case.result == "invalid":
+        return "gave a result where the input must be refused"
+    if case.result == "acceptable":
+        return ""
+    for name, expected in case.expect.items():
+        if name not in got:
+            return f"{name} is missing from the result"
+        try:
+            if ulps is not None:
+                assert_same(got[name], expected, ulps=ulps, signed_zero=False)
+            else:
+                _close(_host(got[name]), expected, case.tolerance if tolerance is None else tolerance)
+        except AssertionError as exception:
+            return f"{name}: {exception}"
+    return ""
+
+
+def _keywords(fn: Callable[..., Any]) -> Callable[[str], bool]:
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return lambda name: True
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return lambda name: True
+    return lambda name: name in parameters
+
+
+def _close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Equal up to `tolerance` times the largest finite value of the tensor; NaN equals NaN, infinity itself."""
+    _same_kind(got, expected)
+    x, y = got.astype(np.float64), expected.astype(np.float64)
+    finite = np.isfinite(y)
+    scale = float(np.max(np.abs(y[finite]), initial=0.0))
+    with np.errstate(invalid="ignore"):
+        off = np.where(finite, np.abs(x - y), np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.inf))
+    off = np.where(np.isnan(off), np.inf, off)
+    wrong = off > tolerance * scale
+    if wrong.any():
+        allowed = f"{tolerance:g} of {scale:g} allowed"
+        raise AssertionError(_where(got, expected, wrong, f"largest difference {np.max(off):g}, {allowed}"))
+
+
+def _where(got: np.ndarray, expected: np.ndarray, wrong: np.ndarray, detail: str) -> str:
+    first = tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.ndim else ()
+    at = f"[{', '.join(map(str, first))}]" if first else ""
+    return (
+        f"{int(wrong.sum())} of {wrong.size} differ ({detail}); "
+        f"the first{at} is {got[first]!s}, expected {expected[first]!s}"
+    )
+
+
+def _same_kind(got: np.ndarray, expected: np.ndarray) -> None:
+    if got.dtype != expected.dtype:
+        raise AssertionError(f"dtype {got.dtype}, expected {expected.dtype}")
+    if got.shape != expected.shape:
+        raise AssertionError(f"shape {got.shape}, expected {expected.shape}")
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+# --- Comparing exactly ------------------------------------------------------------------------------------------------
+
+
+def assert_same(a: Any, b: Any, ulps: int = 0, *, signed_zero: bool = True) -> None:
+    """Dtype, then shape, then values, at most `ulps` apart; mappings name by name.
+
+    NaN equals NaN whatever its payload. -0.0 differs from 0.0 at `ulps=0` unless `signed_zero=False`. Arrays of torch,
+    CuPy and the array standard are brought to the host first.
+    """
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())}"
+        for name in a:
+            try:
+                assert_same(a[name], b[name], ulps, signed_zero=signed_zero)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+        return
+    x, y = _host(a), _host(b)
+    _same_kind(x, y)
+    if not (_is_float(x.dtype)):
+        wrong, detail = x != y, "integers are compared exactly"
+    else:
+        apart = _ulps(x, y)
+        wrong = apart > np.uint64(ulps)
+        if signed_zero and not ulps:
+            wrong |= (x == 0) & (y == 0) & (np.signbit(x) != np.signbit(y))
+        detail = f"largest distance {int(np.max(apart, initial=0))} ulps"
+    if wrong.any():
+        raise AssertionError(_where(x, y, wrong, detail))
+
+
+def _ulps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How many steps from x to y on the floating-point line; 0 between two NaN, the most from NaN to a number."""
+    width = x.dtype.itemsize * 8
+    sign = np.uint64(1 << (width - 1))
+
+    def ordered(values: np.ndarray) -> np.ndarray:
+        bits = np.ascontiguousarray(values).view(f"u{x.dtype.itemsize}").astype(np.uint64).reshape(values.shape)
+        # Negative numbers count down from the middle, positive ones up from it, and the two zeros meet there.
+        return np.where(bits & sign, sign - (bits & ~sign), sign + bits)
+
+    p, q = ordered(x), ordered(y)
+    apart = np.where(p > q, p - q, q - p)
+    nan_x, nan_y = np.isnan(x), np.isnan(y)
+    return np.where(nan_x & nan_y, np.uint64(0), np.where(nan_x ^ nan_y, np.iinfo(np.uint64).max, apart))
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    # ml_dtypes' floats have kind "V": they are numbers that NumPy does not know.
+    return dtype.kind == "f" or (dtype.kind == "V" and dtype.name.startswith(("bfloat", "float")))
+
+
+def _host(x: Any) -> np.ndarray:
+    """x as a NumPy array, from whichever library it is; none is imported here."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        if str(x.dtype) == "torch.bfloat16":
+            return x.view(sys.modules["torch"].int16).numpy().view(_dtype("BF16"))
+        return x.numpy()
+    if type(x).__module__.partition(".")[0] == "cupy":
+        x = x.get()
+    return np.asarray(x)
+
+
+# --- Inputs that bite -------------------------------------------------------------------------------------------------
+
+
+def checkpoints(
+    *,
+    min_models: int = 1,
+    max_models: int = 5,
+    base: bool = True,
+    nonfinite: bool = False,
+    dtypes: tuple[str, ...] = ("float32", "float64"),
+    max_tensors: int = 3,
+    max_side: int = 5,
+) -> SearchStrategy[tuple[list[Tensors], Tensors | None]]:
+    """A hypothesis strategy for (models, base) that looks for the places where merging goes wrong.
+
+    Values are small and dyadic, so that sums are exact and ties common, with zeros of both signs, magnitudes that are
+    equal and opposite, subnormals, and NaN and infinities with `nonfinite`. A model may be fresh, equal to the base,
+    equal to the first model, or its mirror image about the base. Shapes are 0-d to 2-d, with empty and single elements.
+    """
+    # hypothesis is a test dependency: check() and assert_same must work without it.
+    from hypothesis import strategies as st
+    from hypothesis.extra import numpy as hnp
+
+    dyadic = [k / 4 for k in range(-8, 9)] + [-0.0, 16.0, -16.0, 1 + 2.0**-10]
+
+    @st.composite
+    def draw_checkpoints(draw: Callable[[Any], Any]) -> tuple[list[Tensors], Tensors | None]:
+        dtype = np.dtype(draw(st.sampled_from(dtypes)))
+        tiny = float(np.finfo(dtype).smallest_subnormal)
+        values = [*dyadic, tiny, -tiny, 3 * tiny]
+        if nonfinite:
+            values += [np.nan, np.inf, -np.inf]
+        elements = st.sampled_from(values)
+        shapes = draw(
+            st.lists(
+                hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=max_side),
+                min_size=1,
+                max_size=max_tensors,
+            )
+        )
+        named = dict(zip("acbdefgh", shapes))  # not in sorted order: code that relies on it must sort
+
+        def fresh() -> Tensors:
+            return {name: draw(hnp.arrays(dtype, shape, elements=elements)) for name, shape in named.items()}
+
+        # Methods that ask for no base still get models that mirror each other, about an origin of their own.
+        origin = fresh()
+        models: list[Tensors] = []
+        for index in range(draw(st.integers(min_models, max_models))):
+            relation = draw(st.sampled_from(["fresh", "fresh", "base", "first", "mirror"])) if index else "fresh"
+            if relation == "fresh":
+                model = fresh()
+            elif relation == "base":
+                model = {name: x.copy() for name, x in origin.items()}
+            elif relation == "first":
+                model = {name: x.copy() for name, x in models[0].items()}
+            else:
+                with np.errstate(invalid="ignore"):
+                    model = {name: np.asarray(2 * origin[name] - x, dtype) for name, x in models[0].items()}
+            models.append(model)
+        return models, origin if base else None
+
+    return draw_checkpoints()
