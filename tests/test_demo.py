@@ -134,19 +134,33 @@ def test_a_second_run_gives_the_same(ran):
     assert json.loads(text.getvalue()) == found
 
 
-def test_a_file_that_was_changed_is_left_alone(tmp_path):
-    mine = tmp_path / "ties.yml"
-    mine.write_text("mine\n")
-    with pytest.raises(UsageError, match=r"ties\.yml"):
-        demo.run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["ties.yml"]
-    assert mine.read_text() == "mine\n"
+def test_recipes_changed_or_added_are_kept_run_and_marked(tmp_path):
+    demo.run(tmp_path, console=Console(file=io.StringIO()))
+    changed = (FOLDER / "task_arithmetic.yml").read_text().replace("lambda: 1.0", "lambda: 0.0")
+    for name in ("task_arithmetic", "mine"):
+        (tmp_path / f"{name}.yml").write_text(changed)
+    text = io.StringIO()
+    rows = {row["name"]: row for row in demo.run(tmp_path, console=Console(file=text))["rows"]}
+    assert rows["mine"]["accuracy"] == rows["task_arithmetic"]["accuracy"] == rows["base"]["accuracy"]
+    assert [name for name, row in rows.items() if not row.get("as_shipped", True)] == ["task_arithmetic", "mine"]
+    assert "task_arithmetic *" in text.getvalue() and "mine *" in text.getvalue()
+    assert (tmp_path / "task_arithmetic.yml").read_text() == changed
 
 
-def test_a_folder_called_merged_that_is_not_the_demos_is_left_alone(tmp_path):
-    mine = tmp_path / "merged" / "ties" / "model.safetensors"
-    mine.parent.mkdir(parents=True)
-    mine.write_bytes(b"mine")
-    with pytest.raises(UsageError, match="merged"):
+@pytest.mark.parametrize("name", ["ties.yml", "NOTICE.md", "merged/ties/model.safetensors"])
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UsageError, match="another folder"):
         demo.run(tmp_path)
-    assert mine.read_bytes() == b"mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
+
+
+def test_a_model_that_was_changed_is_left_alone(tmp_path):
+    demo.copy_files(tmp_path)
+    (tmp_path / "base.safetensors").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"base\.safetensors"):
+        demo.run(tmp_path)
+    assert (tmp_path / "base.safetensors").read_bytes() == b"mine"

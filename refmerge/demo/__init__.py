@@ -1,6 +1,6 @@
 """`refmerge demo`: one base, four fine-tunes, and what each merge of them is worth, on real data and without a network.
 
-The recipes are files beside this one and use the papers' default parameters; tests/train_demo.py made the models.
+The recipes are files beside this one and use default parameters; tests/train_demo.py made the models.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ makes one network of them without training. Accuracy in % on {images} images tha
 no model has seen, always among all ten digits:
 """
 OUTRO = """\
-{scope}
+{notes}
 
-Parameters are the papers' defaults; nothing is tuned.
-Models, recipes and merges are files; change {shown}.yml and merge again:
+Models, recipes and merges are files. Change {shown}.yml or add a recipe of your
+own beside it, run the demo again, and see what it is worth:
 
   cd {out}
   refmerge merge {shown}.yml merged/{shown} --overwrite
@@ -73,50 +73,59 @@ def merge_all(out: Path) -> None:
     """Copy models and recipes into `out` and run each recipe there, as `refmerge merge` would."""
     from .. import run_recipe
 
-    rerun = copy_files(out)
-    for name in RECIPES:
-        run_recipe(out / f"{name}.yml", out / "merged" / name, overwrite=rerun)
+    copy_files(out)
+    for recipe in recipes(out):
+        run_recipe(recipe, out / "merged" / recipe.stem, overwrite=True)
 
 
-def copy_files(out: Path) -> bool:
-    """True if all were there already, from an earlier demo. A file that differs from ours is somebody's work."""
-    sources = [FOLDER / f"{name}.safetensors" for name in (BASE, *FINE_TUNES)]
-    sources += [FOLDER / f"{name}.yml" for name in RECIPES] + [FOLDER / "NOTICE.md"]
-    missing = []
-    for source in sources:
+def copy_files(out: Path) -> None:
+    """What is missing in `out`. Recipes that were changed there stay; a folder that is not the demo's is refused."""
+    notice, *others = [FOLDER / "NOTICE.md", *(FOLDER / f"{name}.yml" for name in RECIPES)]
+    models = [FOLDER / f"{name}.safetensors" for name in (BASE, *FINE_TUNES)]
+    if out.exists() and not (out.is_dir() and (same(out, notice) or not any(out.iterdir()))):
+        raise UsageError(f"{out} is there and not from an earlier demo: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for source in (notice, *models, *others):
         target = out / source.name
         if not target.exists():
-            missing.append(source)
-        elif target.read_bytes() != source.read_bytes():
-            raise UsageError(f"{target} differs from the demo's file: move it away, or choose another folder")
-    if missing and (out / "merged").exists():
-        raise UsageError(f"{out / 'merged'} is not from an earlier demo: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for source in missing:
-        (out / source.name).write_bytes(source.read_bytes())
-    return not missing
+            target.write_bytes(source.read_bytes())
+        elif source in models and not same(out, source):
+            raise UsageError(f"{target} is not the demo's model of that name: move it away")
+
+
+def same(out: Path, source: Path) -> bool:
+    """Whether `out` holds this file of the demo, unchanged."""
+    target = out / source.name
+    return source.is_file() and target.is_file() and target.read_bytes() == source.read_bytes()
+
+
+def recipes(out: Path) -> list[Path]:
+    """The demo's recipes in their order, then those that were added."""
+    added = sorted(path for path in out.glob("*.yml") if path.stem not in RECIPES)
+    return [out / f"{name}.yml" for name in RECIPES] + added
 
 
 def evaluate(out: Path) -> dict[str, Any]:
     """Accuracies of every model in `out`, read back from disk."""
     tasks = load_tasks(FOLDER / "digits.npz")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in (BASE, *FINE_TUNES):
         path = out / f"{name}.safetensors"
         kind = "base" if name == BASE else "fine-tune"
         rows.append({"name": name, "kind": kind, "path": str(path), "accuracy": accuracies(load_file(path), tasks)})
-    for name in RECIPES:
-        path = out / "merged" / name
-        recipe = YAML(typ="safe").load(out / f"{name}.yml")
-        weights = {key: array for file in path.glob("*.safetensors") for key, array in load_file(file).items()}
+    for path in recipes(out):
+        merged = out / "merged" / path.stem
+        recipe = YAML(typ="safe").load(path)
+        weights = {key: array for file in merged.glob("*.safetensors") for key, array in load_file(file).items()}
         rows.append(
             {
-                "name": name,
+                "name": path.stem,
                 "kind": "merge",
-                "path": str(path),
+                "path": str(merged),
                 "accuracy": accuracies(weights, tasks),
-                "models": [Path(entry["model"]).stem for entry in recipe["models"]],
+                "models": [Path(entry["model"]).stem for entry in recipe.get("models", [])],
                 "parameters": recipe.get("parameters", {}),
+                "as_shipped": same(out, FOLDER / path.name),
             }
         )
     return {"out": str(out), "images": len(tasks["noisy"][1]), "tasks": list(tasks), "rows": rows}
@@ -129,7 +138,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     else:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("model", no_wrap=True)
-    table.add_column("parameters", no_wrap=True)
+    table.add_column("parameters", width=24)
     for task in (*found["tasks"], "mean"):
         table.add_column(task.replace("digits_", "").replace("_", "-"), justify="right", no_wrap=True)
     kind = BASE
@@ -137,19 +146,24 @@ def show(found: dict[str, Any], console: Console) -> None:
         if row["kind"] != kind:
             table.add_section()
             kind = row["kind"]
-        parameters = " ".join(f"{name}={value:g}" for name, value in row.get("parameters", {}).items())
+        name = row["name"] if row.get("as_shipped", True) else f"{row['name']} *"
+        parameters = " ".join(f"{key}={value}" for key, value in row.get("parameters", {}).items())
         cells = [
             Text(f"{100 * value:.1f}", style="bold" if task in (row["name"], "mean") else "")
             for task, value in row["accuracy"].items()
         ]
-        table.add_row(row["name"], parameters, *cells)
+        table.add_row(name, parameters, *cells)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    few = [row for row in found["rows"] if row["kind"] == "merge" and len(row["models"]) < len(FINE_TUNES)]
-    scope = "".join(f"{row['name']} merges {' and '.join(row['models'])}; " for row in few) + "others all four."
+    merges = [row for row in found["rows"] if row["kind"] == "merge"]
+    few = [row for row in merges if len(row["models"]) < len(FINE_TUNES)]
+    notes = "".join(f"{row['name']} merges {' and '.join(row['models'])}; " for row in few) + "others all four.\n"
+    notes += "Parameters are the defaults, from the papers or their code; nothing is tuned."
+    if not all(row["as_shipped"] for row in merges):
+        notes += "\n* this recipe was changed or added here."
     say(INTRO.format(images=found["images"]))
     console.print(table, width=80, crop=False)  # never a number cut short
     say("")
-    say(OUTRO.format(scope=scope, out=quote(found["out"]), shown=SHOWN))
+    say(OUTRO.format(notes=notes, out=quote(found["out"]), shown=SHOWN))
