@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -236,7 +237,7 @@ def check(
         extra = dict(case.options) | ({"stats": case.stats} if case.stats is not None else {})
         if missing := [name for name in extra if not takes(name)]:
             report.skipped[case.id] = f"the function takes no {' or '.join(missing)}"
-        elif problem := outcome(case, lambda c=case, e=extra: fn(c.models, c.base, **e, **c.params), tolerance, ulps):
+        elif problem := outcome(case, partial(fn, case.models, case.base, **extra, **case.params), tolerance, ulps):
             report.failures.append(Failure(case, problem))
         else:
             report.passed.append(case.id)

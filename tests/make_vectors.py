@@ -2,8 +2,8 @@
 
 RESULTS_DIR holds what the authors' code and other tools gave on small inputs, one safetensors file per case
 (`base/<name>`, `model<k>/<name>`, `stat<k>/<name>`, `out/<name>`; header: registry, source, params, notes, tolerance).
-Cases by hand are in vector_cases.py, the flags' descriptions in vector_notes.toml. Nothing here calls refmerge. The same
-input gives the same bytes; an id, once published, is never reused.
+Cases by hand are in vector_cases.py, descriptions of the flags in vector_notes.toml. Nothing here calls refmerge. The
+output is the same bytes for the same input; an id, once published, is never reused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cases by hand for spec/vectors, with dyadic numbers where that can be: the sum in a comment can be redone on paper.
 
-Each is one input and what several entries make of it: the plain name is the paper's semantics, `tool:name` what the code
-of that tool does. Flags say which way of going wrong a case shows; they are described in vector_notes.toml.
+Each is one input and what several entries make of it: the plain name is the paper's semantics, `tool:name` what that
+tool's code does. Flags say which way of going wrong a case shows; they are described in vector_notes.toml.
 """
 
 from __future__ import annotations
