@@ -11,9 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import is_array_api_obj, is_numpy_array, is_torch_array
 
-from refmerge.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, parse_size, promote, same_or_inside
+from refmerge.checkpoint import (
+    Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, promote, same_or_inside,
+)  # fmt: skip
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
-from refmerge.engine import Tensor, Work, block_elements, check_memory, default_threads, run
+from refmerge.engine import Ran, Tensor, Work, block_elements, check_memory, default_threads, run
 from refmerge.errors import InputError, UsageError
 from refmerge.method import Method, Over
 from refmerge.registry import get, open_backend
@@ -123,7 +125,8 @@ class Plan:
     on_disk: bool
     example: Any
     checkpoints: list[Checkpoint]
-    passes: int = 0
+    donor: Checkpoint | None
+    ran: Ran | None = None
 
     def run(
         self,
@@ -154,11 +157,36 @@ class Plan:
             for o in outputs:
                 self._write(target / f"{o}.safetensors", {o: backend}, max_shard_size, overwrite, metadata, None, ())
             return target
-        donor = self.checkpoints[-1] if self.work.base is not None and self.checkpoints else None
-        donor = donor or (self.checkpoints[0] if self.checkpoints else None)
-        sidecars = donor.sidecars() if donor is not None else ()
+        sidecars = self.donor.sidecars() if self.donor is not None else ()
         self._write(target, {"": backend}, max_shard_size, overwrite, metadata, extra_files, sidecars)
         return open_checkpoint(target)
+
+    def figures(self, estimate: bool = False) -> dict[str, Any]:
+        """What the merge moves: of the run that was made, or an estimate that traces the method's questions on small
+        arrays. Bytes are those of the files; peak_memory is that of the blocks, the interpreter not counted."""
+        tensors, work = self.work.tensors, self.work
+        copied = sum(math.prod(s) * itemsize(d) for n, (d, s) in self.specs.items() if n in self.copied)
+        ran = self.ran
+        if ran is None or estimate:
+            passes = passes_of(work.method, tensors[0], len(work.models), work.over) if tensors else 0
+            read = 0
+            for t in tensors:
+                whole = work.over == "tensor" and t.size <= self.elements * 3 // 2
+                read += work.bytes_of(t, t.size) * (1 if whole else passes)
+            ran = Ran(passes, read)
+        return {
+            "method": work.method.name,
+            "models": len(work.models),
+            "tensors": len(tensors),
+            "copied": len(self.copied),
+            "parameters": sum(t.size for t in tensors),
+            "passes": ran.passes,
+            "bytes_read": ran.bytes_read + copied,
+            "bytes_written": sum(math.prod(s) * itemsize(d) for d, s in self.specs.values()),
+            "peak_memory": peak_memory(work, self.elements, self.threads),
+            "threads": self.threads,
+            "backend": "arrays" if self.backend is None else self.backend.name,
+        }
 
     def _write(
         self,
@@ -187,7 +215,7 @@ class Plan:
             self._fill({output: sink})
 
     def _fill(self, sinks: Mapping[str, Any]) -> None:
-        self.passes = run(self.work, sinks, elements=self.elements, threads=self.threads)
+        self.ran = run(self.work, sinks, elements=self.elements, threads=self.threads)
         for name, source in self.copied.items():
             for output, sink in sinks.items():
                 if not output:
@@ -238,12 +266,14 @@ def prepare(
     missing: str = "error",
     arithmetic: str = "round_once",
     read_dtype: str | None = None,
+    donor: str | Path | None = None,
     params: Mapping[str, Any] | Callable[[str, Collection[str]], Mapping[str, Any]] = {},  # noqa: B006 (never changed)
 ) -> Plan:
     """Check everything that can be checked without reading a weight, and return the plan of the merge.
 
     As `merge`, and: `params` may be a function (tensor name, all names) -> parameters, and `read_dtype` a safetensors
-    dtype to which every input value is rounded as it is read (another tool's `dtype:`).
+    dtype to which every input value is rounded as it is read (another tool's `dtype:`). `donor` is the input whose config
+    and tokenizer files the result gets: the base, else the first model.
     """
     m = get(method) if isinstance(method, str) else method
     _one_of("nonfinite", nonfinite, "error", "propagate")
@@ -341,9 +371,41 @@ def prepare(
     elements = block_elements(m, len(models), block_bytes, workers, limit)
     if all(on_disk) is False and threads == 1 and sum(t.size for t in tensors) <= 1 << 22:
         elements = max(elements, 1 << 22)
+    given_by = opened[-1 if base is not None else 0] if opened else None
+    if donor is not None:
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
     return Plan(
-        work_, dict(sorted(specs.items())), copied, engine_backend, workers, elements, all(on_disk), example, opened
+        work_, dict(sorted(specs.items())), copied, engine_backend, workers, elements, all(on_disk), example, opened, given_by
     )
+
+
+def same_path(model: Any, path: str | Path) -> bool:
+    return isinstance(model, str | Path) and Path(model) == Path(path)
+
+
+def passes_of(method: Method, tensor: Tensor, models: int, over: Over) -> int:
+    """How often a method passes over a group of several blocks, counted on small random arrays with these parameters."""
+    if method.view_for(tensor.params) in ("tensor", "model"):
+        return 1
+    draw = np.random.default_rng(0)
+    arrays = [{"x": draw.standard_normal((48, 64)).astype(np.float32)} for _ in range(models + 1)]
+    sources = [ArraySource(a, "") for a in arrays]
+    small = Tensor("x", (48, 64), "float32", tensor.params)
+    work = Work(method, sources[1:], sources[0], [small], "model" if over != "tensor" else over)
+    sinks = {o: ArraySink({"x": ("F32", (48, 64))}, arrays[0]["x"]) for o in method.outputs or ("",)}
+    return run(work, sinks, elements=1024, threads=1).passes
+
+
+def peak_memory(work: Work, elements: int, threads: int) -> int:
+    """Estimate of the blocks' memory: inputs as they are read and as they are computed with, and temporaries."""
+    arrays = len(work.models) + work.method.needs_base
+    peak = 0
+    for t in work.tensors:
+        view = work.method.view_for(t.params)
+        whole = {"tensor": t.size, "model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
+        count = max(whole, min(t.size, elements * 3 // 2))
+        peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4))
+    return peak * (1 if not work.tensors or peak == 0 else min(threads, 8))
 
 
 def _one_of(what: str, value: Any, *allowed: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_numpy_array
 
+from refmerge.checkpoint import itemsize
 from refmerge.errors import InputError, ResourceError
 from refmerge.group import Group, Log, Pause, Place
 from refmerge.method import Method, Over
@@ -64,6 +65,11 @@ class Work:
     nonfinite: str = "error"
     progress: Callable[[int], None] | None = None
     recorded: bool = field(init=False, default=False)
+
+    def bytes_of(self, tensor: Tensor, count: int) -> int:
+        """Bytes that reading `count` elements of a tensor takes, of all models and the base."""
+        sources = [*self.models, *([self.base] if self.base is not None and self.method.needs_base else [])]
+        return sum(count * itemsize(s.dtype(tensor.name)) for s in sources)
 
     def __post_init__(self) -> None:
         draws = [key for key, kind in self.method.stats.items() if kind == "draw"]
@@ -155,17 +161,28 @@ def _groups(work: Work, elements: int) -> list[_Group]:
     return [g for g in groups if g.blocks]
 
 
-def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int) -> int:
-    """Merge all tensors into the sinks (output name -> sink; "" where the method has one output). Returns the number of
-    passes of the group that took most. InputError for a non-finite input where the policy is "error"."""
+@dataclass(frozen=True)
+class Ran:
+    """What a run took: the passes of the group that took most, and the bytes of weights read in all passes."""
+
+    passes: int
+    bytes_read: int
+
+
+def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int) -> Ran:
+    """Merge all tensors into the sinks (output name -> sink; "" where the method has one output).
+
+    InputError for a non-finite input where the policy is "error".
+    """
     if work.tensors and work.method.view_for(work.tensors[0].params) == "model":
         _run_model(work, sinks)
-        return 1
+        return Ran(1, sum(work.bytes_of(t, t.size) for t in work.tensors))
     groups = _groups(work, elements)
     if sum(t.size for t in work.tensors) < 1 << 18:
         threads = 1
-    _Scheduler(work, sinks, groups).run(threads)
-    return max((g.passes for g in groups), default=0)
+    scheduler = _Scheduler(work, sinks, groups)
+    scheduler.run(threads)
+    return Ran(max((g.passes for g in groups), default=0), scheduler.bytes_read)
 
 
 class _Scheduler:
@@ -176,6 +193,7 @@ class _Scheduler:
         self._open = len(groups)
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self.bytes_read = 0
         self._ready: list[tuple[int, int, int, _Group, _Block]] = []
         for g in groups:
             self._enqueue(g)
@@ -223,7 +241,11 @@ class _Scheduler:
             return group, block
 
     def _done(self, group: _Group, block: _Block, finished: bool) -> None:
+        moved = self._work.bytes_of(block.tensor, block.place.stop - block.place.start)
+        if self._work.progress:
+            self._work.progress(moved)
         with self._changed:
+            self.bytes_read += moved
             if not finished:
                 group.paused.append(block)
             group.running -= 1
@@ -274,23 +296,14 @@ def _run_block(
         args["stats"] = _stats(work, t, span, view, scratch, {"whole", "element"})
     if "name" in method.asks:
         args["name"] = t.name
-    moved = sum(m.shape[0] if m.ndim == 1 else math.prod(m.shape) for m in models) + ("base" in args) * len_of(models[0])
     try:
         with np.errstate(all="ignore"):
             result = method.run(*(args[a] for a in method.asks), **t.params)
     except Pause:
-        if work.progress:
-            work.progress(moved)
         return False
     for output, sink in sinks.items():
         sink.write(t.name, place.start, result[output] if output else result, scratch)
-    if work.progress:
-        work.progress(moved + len_of(models[0]))
     return True
-
-
-def len_of(x: Any) -> int:
-    return math.prod(x.shape)
 
 
 def _stats(

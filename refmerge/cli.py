@@ -1,0 +1,405 @@
+"""The command line. Modules are imported inside the commands: `--help` answers at once."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from refmerge.api import Plan
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that partial output is removed on the way out."""
+
+
+class Lines(click.Group):
+    """A group whose errors are one line on standard error and an exit status, without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        import signal
+
+        from refmerge.errors import RefmergeError
+
+        def terminate(*_: Any) -> None:
+            raise Terminated
+
+        try:
+            signal.signal(signal.SIGTERM, terminate)
+        except ValueError:
+            pass  # not the main thread: whoever embeds the command line handles signals
+        try:
+            kwargs["standalone_mode"] = False
+            status = super().main(*args, **kwargs)
+            sys.exit(status if isinstance(status, int) else 0)
+        except click.exceptions.Abort:
+            _fail("interrupted", INTERRUPTED)
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
+        except Terminated:
+            _fail("terminated", TERMINATED)
+        except click.ClickException as e:
+            e.show()
+            sys.exit(e.exit_code)
+        except RefmergeError as e:
+            _fail(str(e), e.status)
+        except MemoryError:
+            _fail("out of memory: --max-memory and fewer --threads need less", 5)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"refmerge: {message}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=Lines, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="refmerge")
+def main() -> None:
+    """Merge models: every algorithm as its paper has it, or as another tool computes it.
+
+    Exit status: 0 done, 1 differs, 2 usage or recipe, 3 input, 5 disk or memory, 130 and 143 interrupted.
+    """
+
+
+def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    known = {
+        "backend": click.option("--backend", help="numpy (default), torch, torch:cuda:0, cupy"),
+        "dtype": click.option("--dtype", type=click.Choice(["float32", "float64"]), help="compute in this dtype"),
+        "threads": click.option("--threads", type=click.IntRange(min=1), help="default: the cores this process may use"),
+        "seed": click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="of the random draws (default 0)"),
+        "max_memory": click.option("--max-memory", metavar="SIZE", help="bound on the blocks' memory: 500MB, 2GiB"),
+        "nonfinite": click.option(
+            "--nonfinite", type=click.Choice(["error", "propagate"]), default="error", show_default=True,
+            help="what to do with NaN and infinities in the inputs",
+        ),
+        "integers": click.option(
+            "--integers", type=click.Choice(["equal", "base"]), default="equal", show_default=True,
+            help="integer tensors must be equal, or are the base's",
+        ),
+        "missing": click.option(
+            "--missing", type=click.Choice(["error", "base", "skip"]), default="error", show_default=True,
+            help="tensors that not all models have: copy the base's, or leave them out",
+        ),
+        "json": click.option("--json", "json", is_flag=True, help="for programs"),
+    }  # fmt: skip
+
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            f = known[name](f)
+        return f
+
+    return wrap
+
+
+_RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integers", "missing")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@_options(*_RUN)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
+@click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
+@click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
+@_options("json")
+def merge(
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, quiet: bool, json: bool, **options: Any
+) -> None:  # fmt: skip
+    """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors."""
+    from pathlib import Path
+
+    from refmerge.recipe.run import prepare_recipe
+
+    start = time.perf_counter()
+    resolved, plan = prepare_recipe(recipe, **options)
+    if not quiet:
+        for note in resolved.notes:
+            click.echo(f"note: {note}", err=True)
+    with _Progress(plan, silent=quiet or json):
+        merged = plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
+    wall = time.perf_counter() - start
+    figures = plan.figures()
+    if json:
+        click.echo(jsonlib.dumps({"out": str(merged.path), "seconds": wall, **figures}))
+    elif not quiet:
+        rate = (figures["bytes_read"] + figures["bytes_written"]) / wall
+        click.echo(
+            f"{figures['tensors']} tensors by {figures['method']} to {out} in {wall:.1f} s: {size(figures['bytes_read'])} read, "
+            f"{size(figures['bytes_written'])} written, {size(rate)}/s"
+        )
+
+
+@main.command()
+@click.argument("recipe", type=click.Path())
+@_options(*_RUN)
+@click.option("--tensor", metavar="GLOB", help="list the tensors whose names match, with their parameters")
+@_options("json")
+def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
+    """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
+    from fnmatch import fnmatchcase
+
+    from refmerge.recipe import describe
+    from refmerge.recipe.run import prepare_recipe
+
+    resolved, p = prepare_recipe(recipe, **options)
+    figures = p.figures(estimate=True)
+    listed = [
+        {"name": t.name, "shape": list(t.shape), "dtype": p.specs[t.name][0], "work": t.work, "parameters": dict(t.params)}
+        for t in p.work.tensors
+        if tensor and fnmatchcase(t.name, tensor)
+    ]
+    if json:
+        click.echo(jsonlib.dumps({**describe(resolved), **figures, **({"listed": listed} if tensor else {})}, indent=2))
+        return
+    click.echo(f"method      {resolved.method} ({'the paper' if resolved.semantics == 'refmerge' else 'mergekit'}'s semantics)")
+    for i, m in enumerate(resolved.models):
+        click.echo(f"{'models' if i == 0 else '':12}{m}")
+    if resolved.base is not None:
+        click.echo(f"base        {resolved.base}")
+    click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
+    click.echo(f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}")
+    click.echo(f"writes      {size(figures['bytes_written'])}")
+    click.echo(f"memory      about {size(figures['peak_memory'])} beside the files, {figures['threads']} threads")
+    for note in resolved.notes:
+        click.echo(f"note        {note}")
+    for t in listed:
+        values = " ".join(f"{k}={v}" for k, v in t["parameters"].items())
+        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {values}")
+
+
+@main.command()
+@click.argument("path", type=click.Path())
+@click.option("--tensor", metavar="GLOB", help="list the tensors whose names match")
+@_options("json")
+def inspect(path: str, tensor: str | None, json: bool) -> None:
+    """Show what a checkpoint holds, from its headers alone."""
+    from fnmatch import fnmatchcase
+
+    from refmerge.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as c:
+        infos = list(c.tensors.values())
+        dtypes: dict[str, dict[str, int]] = {}
+        for i in infos:
+            d = dtypes.setdefault(i.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
+            d["tensors"], d["parameters"], d["bytes"] = d["tensors"] + 1, d["parameters"] + i.size, d["bytes"] + i.nbytes
+        files = sorted({i.file.name for i in infos})
+        shown = [i for i in infos if fnmatchcase(i.name, tensor or "*")]
+        if json:
+            tensors = {i.name: {"dtype": i.dtype, "shape": list(i.shape), "file": i.file.name} for i in shown}
+            found = {"path": str(c.path), "files": files, "metadata": c.metadata, "dtypes": dtypes, "tensors": tensors}
+            click.echo(jsonlib.dumps(found, indent=2))
+            return
+        parameters = sum(i.size for i in infos)
+        click.echo(f"{path}: {len(infos)} tensors, {parameters:,} parameters, {size(c.nbytes)} in {len(files)} file{'s' * (len(files) != 1)}")
+        if c.config:
+            known = [k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config]
+            click.echo("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
+        for name, d in dtypes.items():
+            click.echo(f"{name}: {d['tensors']} tensors, {d['parameters']:,} parameters, {size(d['bytes'])}")
+        width = max((len(_plain(i.name)) for i in shown), default=0)
+        for i in shown if tensor or len(shown) <= 40 else []:
+            click.echo(f"  {_plain(i.name):{width}}  {i.dtype} {list(i.shape)}")
+        if not tensor and len(shown) > 40:
+            click.echo("  --tensor '*' lists them all")
+
+
+@main.command()
+@click.argument("name", required=False)
+@_options("json")
+def methods(name: str | None, json: bool) -> None:
+    """List the methods, or show one: its parameters and its page."""
+    from refmerge import registry
+
+    if name is None:
+        rows = [registry.get(n) for n in registry.names()]
+        if json:
+            click.echo(jsonlib.dumps([_described(m) for m in rows], indent=2))
+            return
+        width = max(len(m.name) for m in rows)
+        for m in rows:
+            click.echo(f"{m.name:{width}}  {m.doc.splitlines()[0]}")
+        return
+    m = registry.get(name)
+    if json:
+        click.echo(jsonlib.dumps(_described(m), indent=2))
+        return
+    click.echo(f"{m.name}({', '.join(m.asks)})   {m.paper}\n\n{m.doc}\n")
+    for p in m.params.values():
+        default = "required" if p.required else f"default {p.default!r}"
+        domain = f", in [{p.domain[0]:g}, {p.domain[1]:g}]" if p.domain else ""
+        click.echo(f"  {p.name}: {p.type.__name__}{', one or one per model' if p.per_model else ''}, {default}{domain}")
+    text = _page(m.name)
+    if text:
+        click.echo("\n" + text)
+
+
+def _described(m: Any) -> dict[str, Any]:
+    return {
+        "name": m.name, "source": m.paper, "doc": m.doc, "asks": list(m.asks), "models": list(m.models),
+        "parameters": {
+            p.name: {"type": p.type.__name__, "default": None if p.required else p.default, "required": p.required,
+                     "per_model": p.per_model, "domain": p.domain}
+            for p in m.params.values()
+        },
+    }  # fmt: skip
+
+
+def _page(name: str) -> str:
+    """The text of a method's page; another tool's entries have none of their own."""
+    if ":" in name:
+        return ""
+    from importlib.resources import files
+
+    for family in files("refmerge.spec").iterdir():
+        page = family / f"{name}.md"
+        if family.is_dir() and page.is_file():
+            return page.read_text(encoding="utf-8").split("+++", 2)[-1].strip()
+    return ""
+
+
+@main.command()
+@_options("json")
+def backends(json: bool) -> None:
+    """List the backends, and why one cannot run here."""
+    from refmerge import registry
+    from refmerge.errors import UsageError
+
+    found = []
+    for name in registry.backend_names():
+        try:
+            backend = registry.open_backend(name)
+            found.append({"name": name, "available": True, "kernels": sorted(backend.kernels)})
+        except UsageError as e:
+            found.append({"name": name, "available": False, "reason": str(e)})
+    if json:
+        click.echo(jsonlib.dumps(found, indent=2))
+        return
+    for b in found:
+        click.echo(f"{b['name']:8} {'available' if b['available'] else b['reason']}")
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.argument("method")
+@click.option("--base", metavar="NUMBERS", help="comma-separated: 0,0.5,-1")
+@click.option("--models", "models", metavar="NUMBERS", multiple=True, help="comma-separated, once for each model")
+@click.pass_context
+def explain(context: click.Context, method: str, base: str | None, models: tuple[str, ...]) -> None:
+    """Print every numbered step of METHOD with its arrays, traced from its own text.
+
+    On the worked example of its page, or on numbers given with --base and --models. The method's parameters are
+    options: --density 0.5, or one value per model, --weight 1,0.5.
+    """
+    from refmerge import registry
+    from refmerge.explain import explain as trace
+    from refmerge.explain import render
+
+    params = _parameters(context.args, registry.get(method))
+    given = [_numbers("--models", m) for m in models] or None
+    steps = trace(method, base=None if base is None else _numbers("--base", base), models=given, **params)
+    click.echo(render(steps))
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{option} takes numbers with commas between them, not {text!r}") from None
+
+
+def _parameters(words: list[str], method: Any) -> dict[str, Any]:
+    """`--density 0.5 --normalize false` as the method's parameters."""
+    from refmerge.errors import UsageError
+
+    params: dict[str, Any] = {}
+    words = [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
+    while words:
+        option = words.pop(0)
+        key = option.removeprefix("--").replace("-", "_")
+        key = f"{key}_" if f"{key}_" in method.params else key
+        if not option.startswith("--") or not words:
+            raise click.UsageError(f"{option!r} is no option with a value")
+        if key not in method.params:
+            raise UsageError(f"{method.name} has no parameter {key!r} (its parameters: {', '.join(method.params)})")
+        values = [_value(v, method.params[key].type, option) for v in words.pop(0).split(",")]
+        params[key] = values[0] if len(values) == 1 else values
+    return params
+
+
+def _value(text: str, kind: type, option: str) -> Any:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise click.UsageError(f"{option} is true or false, not {text!r}")
+        return text == "true"
+    try:
+        if kind is object:
+            try:
+                return float(text)
+            except ValueError:
+                return text
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        raise click.UsageError(f"{option} is a number, not {text!r}") from None
+
+
+@main.command()
+@click.argument("out", type=click.Path(), required=False)
+@_options("json")
+def demo(out: str | None, json: bool) -> None:
+    """Merge five small networks that read digits, and show what each merge is worth. Writes OUT (refmerge-demo)."""
+    from refmerge.demo import run
+
+    run(out, json=json)
+
+
+def size(n: float) -> str:
+    """Bytes for people, in decimal units as disks and shards are measured."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def _plain(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+class _Progress:
+    """A bar in bytes on a terminal; nothing elsewhere."""
+
+    def __init__(self, plan: Plan, silent: bool) -> None:
+        self._plan, self._bar = plan, None if silent or not sys.stderr.isatty() else _bar()
+
+    def __enter__(self) -> None:
+        if self._bar is None:
+            return
+        figures = self._plan.figures(estimate=True)
+        task = self._bar.add_task(str(figures["method"]), total=figures["bytes_read"] + figures["bytes_written"])
+        bar = self._bar
+        self._plan.work.progress = lambda nbytes: bar.advance(task, nbytes)
+        self._bar.start()
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip

@@ -1,0 +1,56 @@
+"""From a recipe file to a checked plan, and from there to a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from refmerge.api import Plan, prepare
+from refmerge.recipe.plan import Resolved, load_recipe, resolve
+
+__all__ = ["prepare_recipe", "run_recipe"]
+
+
+def prepare_recipe(
+    recipe: str | os.PathLike[str], *, dtype: str | None = None, seed: int | None = None, **options: Any
+) -> tuple[Resolved, Plan]:
+    """Check a recipe and the checkpoints it names, without reading a weight.
+
+    options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. A native recipe's paths are
+    relative to its folder, another tool's to the working directory, as that tool has it.
+    """
+    resolved = resolve(load_recipe(recipe))
+    folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
+
+    def place(path: str) -> Path:
+        return folder / Path(path).expanduser()
+
+    plan = prepare(
+        [place(m) for m in resolved.models],
+        resolved.method,
+        base=None if resolved.base is None else place(resolved.base),
+        stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
+        seed=seed if seed is not None else resolved.seed or 0,
+        over=resolved.over,
+        dtype=dtype or resolved.work_dtype,
+        out_dtype=resolved.out_dtype,
+        read_dtype=resolved.read_dtype,
+        params=resolved.parameters_for,
+        donor=place(resolved.donor),
+        **options,
+    )
+    return resolved, plan
+
+
+def run_recipe(
+    recipe: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    **options: Any,
+) -> Any:
+    """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
+    _, plan = prepare_recipe(recipe, **options)
+    return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
