@@ -80,12 +80,13 @@ def merge_all(out: Path) -> None:
 
 def copy_files(out: Path) -> None:
     """What is missing in `out`. Recipes that were changed there stay; a folder that is not the demo's is refused."""
-    notice, *others = [FOLDER / "NOTICE.md", *(FOLDER / f"{name}.yml" for name in RECIPES)]
+    notice = FOLDER / "NOTICE.md"
     models = [FOLDER / f"{name}.safetensors" for name in (BASE, *FINE_TUNES)]
+    shipped = [FOLDER / f"{name}.yml" for name in RECIPES]
     if out.exists() and not (out.is_dir() and (same(out, notice) or not any(out.iterdir()))):
         raise UsageError(f"{out} is there and not from an earlier demo: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    for source in (notice, *models, *others):
+    for source in (notice, *models, *shipped):
         target = out / source.name
         if not target.exists():
             target.write_bytes(source.read_bytes())
@@ -152,7 +153,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             Text(f"{100 * value:.1f}", style="bold" if task in (row["name"], "mean") else "")
             for task, value in row["accuracy"].items()
         ]
-        table.add_row(name, parameters, *cells)
+        table.add_row(Text(name), Text(parameters), *cells)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
