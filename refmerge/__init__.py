@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import refmerge.methods  # first, so that a later import of the package does not hide the function of that name
+import refmerge.methods  # noqa: F401 (first, so that a later import of the package does not hide the function of that name)
 from refmerge.api import call, merge
 from refmerge.checkpoint import open_checkpoint
 from refmerge.errors import InputError, RefmergeError, ResourceError, UsageError

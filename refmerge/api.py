@@ -12,7 +12,13 @@ import numpy as np
 from array_api_compat import is_array_api_obj, is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import (
-    Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, promote, same_or_inside,
+    Checkpoint,
+    CheckpointWriter,
+    itemsize,
+    open_checkpoint,
+    parse_size,
+    promote,
+    same_or_inside,
 )  # fmt: skip
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
 from refmerge.engine import Ran, Tensor, Work, block_elements, check_memory, default_threads, run
@@ -151,7 +157,9 @@ class Plan:
         target = Path(out)
         for c in self.checkpoints:
             if same_or_inside(target, c.path):
-                raise UsageError(f"output {str(target)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
+                raise UsageError(
+                    f"output {str(target)!r} lies in an input, {str(c.path)!r}: inputs are never written to"
+                )
         backend = self.backend or open_backend("numpy")
         if self.work.method.outputs:
             for o in outputs:
@@ -225,7 +233,9 @@ class Plan:
 class _StagedSink:
     """Arrays in memory to a file: each block goes through an ArraySink's rounding of one tensor at a time."""
 
-    def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any) -> None:
+    def __init__(
+        self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any
+    ) -> None:
         self._writer, self._specs, self._example = writer, specs, example
 
     def _bytes(self, x: Any) -> np.ndarray:
@@ -295,7 +305,9 @@ def prepare(
     everything = [*models, *([] if base is None else [base])]
     on_disk = [isinstance(x, str | Path | Checkpoint) for x in everything]
     if any(on_disk) and not all(on_disk):
-        raise UsageError("models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind")
+        raise UsageError(
+            "models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind"
+        )
     opened: list[Checkpoint] = []
     example = None
     if all(on_disk):
@@ -325,13 +337,13 @@ def prepare(
             listed = ", ".join(f"{list(shape)} in {label}" for label, shape in shapes.items())
             raise InputError(f"tensor {name!r} has different shapes: {listed}; only equal shapes can be merged")
         if name not in floats:
-            donor = base_source or sources[0]
-            if integers == "equal" and not all(donor.same(s, name) for s in sources if s is not donor):
+            keeper = base_source or sources[0]
+            if integers == "equal" and not all(keeper.same(s, name) for s in sources if s is not keeper):
                 raise InputError(
                     f"integer tensor {name!r} differs between the models and is not averaged; integers='base' "
                     f"(--integers base) takes {'the base' if base_source else 'the first model'}'s"
                 )
-            copied[name] = donor
+            copied[name] = keeper
         elif not all(s.dtype(name) in FLOATS for s in sources):
             kinds = ", ".join(f"{s.dtype(name)} in {s.label}" for s in sources)
             if integers != "base":
@@ -366,7 +378,9 @@ def prepare(
         raise UsageError(f"threads = {threads} is less than one")
     limit = None if max_memory is None else parse_size(max_memory)
     block_bytes = engine_backend.block_bytes if engine_backend is not None else 1 << 20
-    work_ = Work(m, model_sources, base_source, tensors, over, seed, _stat_sources(stats, example, engine_backend), nonfinite)
+    work_ = Work(
+        m, model_sources, base_source, tensors, over, seed, _stat_sources(stats, example, engine_backend), nonfinite
+    )
     check_memory(work_, limit, workers)
     elements = block_elements(m, len(models), block_bytes, workers, limit)
     if all(on_disk) is False and threads == 1 and sum(t.size for t in tensors) <= 1 << 22:
@@ -375,7 +389,16 @@ def prepare(
     if donor is not None:
         given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
     return Plan(
-        work_, dict(sorted(specs.items())), copied, engine_backend, workers, elements, all(on_disk), example, opened, given_by
+        work_,
+        dict(sorted(specs.items())),
+        copied,
+        engine_backend,
+        workers,
+        elements,
+        all(on_disk),
+        example,
+        opened,
+        given_by,
     )
 
 
@@ -440,7 +463,9 @@ def _backend_for(backend: str, example: Any) -> Any:
         return None if opened.name == "numpy" else opened
     library = type(example).__module__.partition(".")[0]
     if backend.partition(":")[0] != library:
-        raise UsageError(f"the models are {library} arrays, backend {backend!r} would compute elsewhere: convert them first")
+        raise UsageError(
+            f"the models are {library} arrays, backend {backend!r} would compute elsewhere: convert them first"
+        )
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
 import sys
 import time
@@ -31,10 +32,8 @@ class Lines(click.Group):
         def terminate(*_: Any) -> None:
             raise Terminated
 
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread: whoever embeds the command line handles signals
             signal.signal(signal.SIGTERM, terminate)
-        except ValueError:
-            pass  # not the main thread: whoever embeds the command line handles signals
         try:
             kwargs["standalone_mode"] = False
             status = super().main(*args, **kwargs)
@@ -108,7 +107,9 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
 @_options(*_RUN)
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most"
+)
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
@@ -134,8 +135,8 @@ def merge(
     elif not quiet:
         rate = (figures["bytes_read"] + figures["bytes_written"]) / wall
         click.echo(
-            f"{figures['tensors']} tensors by {figures['method']} to {out} in {wall:.1f} s: {size(figures['bytes_read'])} read, "
-            f"{size(figures['bytes_written'])} written, {size(rate)}/s"
+            f"{figures['tensors']} tensors by {figures['method']} to {out} in {wall:.1f} s: "
+            f"{size(figures['bytes_read'])} read, {size(figures['bytes_written'])} written, {size(rate)}/s"
         )
 
 
@@ -154,20 +155,32 @@ def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
     resolved, p = prepare_recipe(recipe, **options)
     figures = p.figures(estimate=True)
     listed = [
-        {"name": t.name, "shape": list(t.shape), "dtype": p.specs[t.name][0], "work": t.work, "parameters": dict(t.params)}
+        {
+            "name": t.name,
+            "shape": list(t.shape),
+            "dtype": p.specs[t.name][0],
+            "work": t.work,
+            "parameters": dict(t.params),
+        }
         for t in p.work.tensors
         if tensor and fnmatchcase(t.name, tensor)
     ]
     if json:
         click.echo(jsonlib.dumps({**describe(resolved), **figures, **({"listed": listed} if tensor else {})}, indent=2))
         return
-    click.echo(f"method      {resolved.method} ({'the paper' if resolved.semantics == 'refmerge' else 'mergekit'}'s semantics)")
+    click.echo(
+        f"method      {resolved.method} ({'the paper' if resolved.semantics == 'refmerge' else 'mergekit'}'s semantics)"
+    )
     for i, m in enumerate(resolved.models):
         click.echo(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
         click.echo(f"base        {resolved.base}")
-    click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
-    click.echo(f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}")
+    click.echo(
+        f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters"
+    )
+    click.echo(
+        f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
+    )
     click.echo(f"writes      {size(figures['bytes_written'])}")
     click.echo(f"memory      about {size(figures['peak_memory'])} beside the files, {figures['threads']} threads")
     for note in resolved.notes:
@@ -192,7 +205,11 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:
             d = dtypes.setdefault(i.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
-            d["tensors"], d["parameters"], d["bytes"] = d["tensors"] + 1, d["parameters"] + i.size, d["bytes"] + i.nbytes
+            d["tensors"], d["parameters"], d["bytes"] = (
+                d["tensors"] + 1,
+                d["parameters"] + i.size,
+                d["bytes"] + i.nbytes,
+            )
         files = sorted({i.file.name for i in infos})
         shown = [i for i in infos if fnmatchcase(i.name, tensor or "*")]
         if json:
@@ -201,9 +218,14 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
             click.echo(jsonlib.dumps(found, indent=2))
             return
         parameters = sum(i.size for i in infos)
-        click.echo(f"{path}: {len(infos)} tensors, {parameters:,} parameters, {size(c.nbytes)} in {len(files)} file{'s' * (len(files) != 1)}")
+        in_files = f"{len(files)} file{'s' * (len(files) != 1)}"
+        click.echo(f"{path}: {len(infos)} tensors, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
         if c.config:
-            known = [k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config]
+            known = [
+                k
+                for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+                if k in c.config
+            ]
             click.echo("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
         for name, d in dtypes.items():
             click.echo(f"{name}: {d['tensors']} tensors, {d['parameters']:,} parameters, {size(d['bytes'])}")

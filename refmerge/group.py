@@ -195,7 +195,9 @@ class _Sum(_Question):
         for i, x in enumerate(xs):
             x = _flat(x)
             first = min(-place.start % LEAF, x.shape[0])
-            last = x.shape[0] if place.start + x.shape[0] >= place.size else x.shape[0] - (place.start + x.shape[0]) % LEAF
+            last = (
+                x.shape[0] if place.start + x.shape[0] >= place.size else x.shape[0] - (place.start + x.shape[0]) % LEAF
+            )
             last = max(first, last)
             parts.append(expansion(host(leaf_sums(x[first:last])).tolist()))
             for a, b in ((0, first), (last, x.shape[0])):
@@ -293,7 +295,8 @@ class _KthLargest(_Question):
             s.merge(place, p)
 
     def end_of_pass(self) -> bool:
-        return all([s.end_of_pass() for s in self._states])
+        ended = [s.end_of_pass() for s in self._states]  # each of them, not only up to the first that has to go on
+        return all(ended)
 
     def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(s.value for s in self._states)

@@ -180,7 +180,9 @@ def _param(p: inspect.Parameter, hint: Any, where: str) -> Param:
     elif typing.get_origin(hint) is not None:
         hint = typing.get_origin(hint)
     if hint not in (float, int, bool, str, tuple, object):
-        raise TypeError(f"{where}: parameter {p.name} needs a default or an annotation of float, int, bool, str or tuple")
+        raise TypeError(
+            f"{where}: parameter {p.name} needs a default or an annotation of float, int, bool, str or tuple"
+        )
     return Param(p.name, hint, p.default, per_model, choices=choices, optional=optional)
 
 
@@ -204,7 +206,9 @@ def method(
         for p in inspect.signature(fn).parameters.values():
             if p.kind is p.POSITIONAL_OR_KEYWORD:
                 if p.name not in VOCABULARY:
-                    raise TypeError(f"{name}: {p.name!r} is none of {', '.join(VOCABULARY)}; parameters are keyword-only")
+                    raise TypeError(
+                        f"{name}: {p.name!r} is none of {', '.join(VOCABULARY)}; parameters are keyword-only"
+                    )
                 asks.append(p.name)
             elif p.kind is p.KEYWORD_ONLY:
                 params[p.name] = _param(p, hints.get(p.name), name)

@@ -87,5 +87,7 @@ def open_backend(spec: str) -> Any:
         raise UsageError(f"no backend {name!r} (available: {', '.join(backend_names())})")
     module = _load_plugin("refmerge.backends", name)
     if module is None:
-        raise UsageError(f"backend {name!r} is broken (available: {', '.join(n for n in backend_names() if n != name)})")
+        raise UsageError(
+            f"backend {name!r} is broken (available: {', '.join(n for n in backend_names() if n != name)})"
+        )
     return module.open(device or None)

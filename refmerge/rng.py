@@ -118,7 +118,9 @@ class Rng:
             return self._recorded[model]
         key = key_for(self._seed, self._name, model)
         if self._on_numpy():
-            mask = self._keep_numpy(key, p if isinstance(p, float | int) else np.asarray(p, dtype=np.float64).reshape(-1))
+            mask = self._keep_numpy(
+                key, p if isinstance(p, float | int) else np.asarray(p, dtype=np.float64).reshape(-1)
+            )
             return like(mask.reshape(tuple(self._like.shape)), self._like)
         xp, where = array_namespace(self._like), device(self._like)
         start, stop = self._span()

@@ -215,7 +215,9 @@ class ArraySink:
             # torch would round twice, to float32 on the way
             raw = np.empty(flat.shape[0] * out.dtype.itemsize, dtype=np.uint8)
             encode(flat.cpu().numpy(), self._specs[name][0], raw)
-            out.view(xp.uint8)[start * out.dtype.itemsize : stop * out.dtype.itemsize] = xp.asarray(raw, device=self._device)
+            out.view(xp.uint8)[start * out.dtype.itemsize : stop * out.dtype.itemsize] = xp.asarray(
+                raw, device=self._device
+            )
         else:
             out[start:stop] = xp.astype(flat, out.dtype, copy=False)
 
@@ -251,7 +253,9 @@ class HostSink:
 class DiskSink:
     """Results written where they belong in a checkpoint, in whatever order the blocks come."""
 
-    def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
+    def __init__(
+        self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any
+    ) -> None:
         self._writer, self._specs, self._backend = writer, specs, backend
 
     def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:

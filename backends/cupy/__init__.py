@@ -18,7 +18,6 @@ class CupyBackend:
     def __init__(self, index: int) -> None:
         import array_api_compat.cupy as xp
         import cupy
-
         from refmerge.backends.cupy.kernels import KERNELS
 
         self._cupy, self._device = cupy, cupy.cuda.Device(index)

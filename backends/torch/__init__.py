@@ -17,7 +17,6 @@ class TorchBackend:
     def __init__(self, device: str | None) -> None:
         import array_api_compat.torch as xp
         import torch
-
         from refmerge.backends.torch.kernels import KERNELS
 
         self._torch, self._device = torch, torch.device(device or "cpu")

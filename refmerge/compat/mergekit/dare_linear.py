@@ -1,5 +1,5 @@
-from refmerge.method import PerModel, method
 from refmerge.compat.mergekit._steps import bernoulli, rescaled, weighted_sum
+from refmerge.method import PerModel, method
 
 
 @method("mergekit:dare_linear", paper="mergekit 0.1.5 generalized_task_arithmetic.py", stats={"mask": "draw"})
@@ -16,7 +16,7 @@ def dare_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
 ):
-    """Drop at random, restore each tensor\'s sum of magnitudes with one factor, add."""
+    """Drop at random, restore each tensor's sum of magnitudes with one factor, add."""
     # 1. task vectors
     delta = [x - base for x in models]
     # 2. drop

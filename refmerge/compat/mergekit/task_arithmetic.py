@@ -1,5 +1,5 @@
-from refmerge.method import PerModel, method
 from refmerge.compat.mergekit._steps import weighted_sum
+from refmerge.method import PerModel, method
 
 
 @method("mergekit:task_arithmetic", paper="mergekit 0.1.5 generalized_task_arithmetic.py")

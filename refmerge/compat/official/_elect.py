@@ -8,7 +8,9 @@ from refmerge.numeric import array_namespace, indicator
 def with_majority(gamma, group):
     """Zeros of gamma take the sign of the sum of all signs."""
     majority = group.sum(gamma)
-    return gamma + (majority > 0) * indicator(gamma == 0, like=gamma) - (majority < 0) * indicator(gamma == 0, like=gamma)
+    return (
+        gamma + (majority > 0) * indicator(gamma == 0, like=gamma) - (majority < 0) * indicator(gamma == 0, like=gamma)
+    )
 
 
 def at_least_kth_smallest(x, k, group, name):
@@ -19,7 +21,9 @@ def at_least_kth_smallest(x, k, group, name):
     magnitude = list(map(xp.abs, x))
     least = group.kth_largest(*magnitude, k=[group.size - k_n + 1 for k_n in k])
     # NaN * 0 is NaN: a NaN survives the authors' trim, which multiplies by its mask.
-    return [indicator(a >= c if not math.isnan(c) else xp.isnan(a), like=a) * x_n for x_n, a, c in zip(x, magnitude, least)]
+    return [
+        indicator(a >= c if not math.isnan(c) else xp.isnan(a), like=a) * x_n for x_n, a, c in zip(x, magnitude, least)
+    ]
 
 
 def raise_no_kth(name):

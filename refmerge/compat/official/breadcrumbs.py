@@ -2,9 +2,17 @@ from refmerge.method import method
 from refmerge.numeric import array_namespace, top_along, total
 
 
-@method("official:breadcrumbs", paper="rezazzr/breadcrumbs@f89fc66 src/task_vectors.py:TaskVectorMiddleKeep", view="tensor")
+@method(
+    "official:breadcrumbs", paper="rezazzr/breadcrumbs@f89fc66 src/task_vectors.py:TaskVectorMiddleKeep", view="tensor"
+)
 def breadcrumbs(
-    models, base, *, top_k_keep: float = 0.15, top_k_remove: float = 0.006, alpha: float = 0.2, remove_first: bool = True
+    models,
+    base,
+    *,
+    top_k_keep: float = 0.15,
+    top_k_remove: float = 0.006,
+    alpha: float = 0.2,
+    remove_first: bool = True,
 ):
     """Breadcrumbs for each row of the last axis; numbers (0-d tensors) are not masked."""
     # 1. task vectors

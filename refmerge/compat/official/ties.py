@@ -123,5 +123,7 @@ def aggregate(T, gamma, how):
         for T_n in T[1:]:
             merged = xp.where(xp.abs(T_n) > xp.abs(merged), T_n, merged)
     else:
-        raise UsageError(f"official:ties: merge_func = {how!r} is none of 'mean', 'sum', 'median', 'magnitude', 'dis-...'")
+        raise UsageError(
+            f"official:ties: merge_func = {how!r} is none of 'mean', 'sum', 'median', 'magnitude', 'dis-...'"
+        )
     return merged if gamma is None else xp.abs(merged) * gamma

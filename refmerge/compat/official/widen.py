@@ -58,4 +58,4 @@ def by_rank(x):
 def score(R, t, s):
     """Softmax over the models; s where a model's significance is above t times its average."""
     e = np.exp(R - R.max(axis=0))
-    return np.where(R > R.mean(axis=1, keepdims=True, dtype=R.dtype) * t, s, e / e.sum(axis=0))
+    return np.where(R.mean(axis=1, keepdims=True, dtype=R.dtype) * t < R, s, e / e.sum(axis=0))

@@ -12,7 +12,9 @@ def linear(models, *, weight: PerModel[float] = 1.0, normalize: bool = True):
     # 1. coefficients
     w = total(weight)
     if normalize and w == 0:
-        raise UsageError("linear: the weights sum to 0 and cannot be normalised; normalize=False takes them as they are")
+        raise UsageError(
+            "linear: the weights sum to 0 and cannot be normalised; normalize=False takes them as they are"
+        )
     c = [w_n / w if normalize else w_n for w_n in weight]
     # 2. average
     return total(c_n * theta_n for c_n, theta_n in zip(c, models))

@@ -29,7 +29,7 @@ def widen(
     if base.ndim < 2:
         # 2. a vector: score the entries themselves
         R = np.stack([host(array_namespace(D_n).abs(D_n)).astype(np.float64) for D_n in D])
-        w = score(R, R > t * R.mean(axis=1, keepdims=True), s)
+        w = score(R, t * R.mean(axis=1, keepdims=True) < R, s)
     else:
         # 3. how far magnitude m and direction d of each column moved
         a, b = np.stack([changes(W_0, W_n, D_n) for W_n, D_n in zip(W, D)], axis=1)
