@@ -50,10 +50,10 @@ Models, recipes and merges are files. Change {shown}.yml or add a recipe of your
 own beside it, run the demo again, and see what it is worth:
 
   cd {out}
-  refmerge merge {shown}.yml merged/{shown} --overwrite
   refmerge inspect merged/{shown}
   refmerge explain {shown}
-"""
+  refmerge merge {shown}.yml merged/{shown} --overwrite
+  refmerge demo ."""
 
 
 def run(out: str | Path | None = None, *, json: bool = False, console: Console | None = None) -> dict[str, Any]:
