@@ -1,0 +1,2 @@
+"""placeholder"""
+LAWS: dict = {}
