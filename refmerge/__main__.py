@@ -1,0 +1,3 @@
+from refmerge.cli import main
+
+main()

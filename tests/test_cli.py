@@ -1,0 +1,262 @@
+"""The command line as a user meets it: output, exit status, and what is on disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+BASE = {"layers.0.w": np.zeros((2, 3), np.float32), "norm": np.ones(3, np.float32)}
+ONE = {"layers.0.w": np.array([[4, 1, 0], [0, 0, 2]], np.float32), "norm": np.ones(3, np.float32)}
+TWO = {"layers.0.w": np.array([[2, -3, 0], [0, 1, 0]], np.float32), "norm": np.ones(3, np.float32)}
+RECIPE = """\
+refmerge: 1
+merge_method: task_arithmetic
+base_model: base.safetensors
+models:
+  - model: one.safetensors
+  - model: two.safetensors
+parameters:
+  lambda: 0.5
+"""
+MERGED = np.array([[3, -1, 0], [0, 0.5, 1]], np.float32)  # half of the sum, by hand
+
+
+def refmerge(*args: str | Path, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "refmerge", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120,
+        **kwargs,  # type: ignore[call-overload]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, tensors in (("base", BASE), ("one", ONE), ("two", TWO)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    (tmp_path / "recipe.yml").write_text(RECIPE)
+    return tmp_path
+
+
+def only_inputs(folder: Path) -> bool:
+    """Nothing was written: not a partial output either."""
+    return sorted(p.name for p in folder.iterdir()) == ["base.safetensors", "one.safetensors", "recipe.yml", "two.safetensors"]
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The single line of an error."""
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("refmerge: ")
+    return line
+
+
+def test_merge(folder: Path) -> None:
+    done = refmerge("merge", "recipe.yml", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "2 tensors by task_arithmetic to out" in done.stdout
+    out = load_file(folder / "out" / "model.safetensors")
+    np.testing.assert_array_equal(out["layers.0.w"], MERGED)
+    np.testing.assert_array_equal(out["norm"], BASE["norm"])
+
+
+def test_merge_to_a_file_in_another_dtype(folder: Path) -> None:
+    (folder / "recipe.yml").write_text(RECIPE + "out_dtype: float16\n")
+    assert refmerge("merge", "recipe.yml", "out.safetensors", "--quiet", cwd=folder).stdout == ""
+    out = load_file(folder / "out.safetensors")
+    assert out["layers.0.w"].dtype == np.float16
+    np.testing.assert_array_equal(out["layers.0.w"], MERGED.astype(np.float16))
+
+
+def test_merge_json(folder: Path) -> None:
+    told = json.loads(refmerge("merge", "recipe.yml", "out", "--json", cwd=folder).stdout)
+    assert told["bytes_read"] == 3 * 9 * 4 and told["bytes_written"] == 9 * 4 and told["passes"] == 1
+
+
+def test_native_paths_are_relative_to_the_recipe(folder: Path) -> None:
+    (folder / "elsewhere").mkdir()
+    assert refmerge("merge", "../recipe.yml", "out", cwd=folder / "elsewhere").returncode == 0
+
+
+def test_sharded_output_is_the_same_model(folder: Path) -> None:
+    assert refmerge("merge", "recipe.yml", "out", "--max-shard-size", "25", cwd=folder).returncode == 0
+    index = json.loads((folder / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 2
+    shown = refmerge("inspect", "out", "--json", cwd=folder)
+    assert json.loads(shown.stdout)["dtypes"]["F32"] == {"tensors": 2, "parameters": 9, "bytes": 36}
+
+
+def test_existing_output(folder: Path) -> None:
+    assert refmerge("merge", "recipe.yml", "out", cwd=folder).returncode == 0
+    before = (folder / "out" / "model.safetensors").stat().st_ino
+    refused = refmerge("merge", "recipe.yml", "out", cwd=folder)
+    assert refused.returncode == 2 and "overwrite" in one_line(refused)
+    assert (folder / "out" / "model.safetensors").stat().st_ino == before
+    assert refmerge("merge", "recipe.yml", "out", "--overwrite", cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "status", "words"),
+    [
+        (RECIPE.replace("task_arithmetic", "task_arithmetics"), [], 2, ["task_arithmetics", "did you mean"]),
+        (RECIPE.replace("lambda", "lamda"), [], 2, ["lamda", "lambda"]),
+        (RECIPE.replace("one.safetensors", "gone.safetensors"), [], 3, ["gone.safetensors"]),
+        (RECIPE, ["--backend", "tpu"], 2, ["tpu", "numpy"]),
+        (RECIPE, ["--max-shard-size", "many"], 2, ["many"]),
+        (RECIPE, ["--max-memory", "0.5.1GB"], 2, ["0.5.1GB"]),
+        ("merge_method: [", [], 2, ["recipe.yml"]),
+        ("", [], 2, ["recipe.yml"]),
+    ],
+)
+def test_errors_are_one_line(folder: Path, recipe: str, options: list[str], status: int, words: list[str]) -> None:
+    (folder / "recipe.yml").write_text(recipe)
+    done = refmerge("merge", "recipe.yml", "out", *options, cwd=folder)
+    assert done.returncode == status
+    line = one_line(done)
+    assert all(w in line for w in words), line
+    assert only_inputs(folder)
+
+
+@pytest.mark.parametrize(
+    ("two", "words"),
+    [
+        ({"layers.0.w": np.zeros((2, 4), np.float32), "norm": np.ones(3, np.float32)}, ["'layers.0.w'", "[2, 3]", "[2, 4]"]),
+        ({"layers.0.w": TWO["layers.0.w"]}, ["'norm'", "two.safetensors", "--missing"]),
+        ({**TWO, "extra": np.ones(1, np.float32)}, ["'extra'", "two.safetensors", "--missing"]),
+        ({**TWO, "norm": np.array([1, np.nan, np.inf], np.float32)}, ["'norm'", "2 non-finite", "(1,)", "--nonfinite"]),
+    ],
+)
+def test_inputs_that_do_not_fit(folder: Path, two: dict[str, np.ndarray], words: list[str]) -> None:
+    save_file(two, folder / "two.safetensors")
+    done = refmerge("merge", "recipe.yml", "out", cwd=folder)
+    assert done.returncode == 3
+    line = one_line(done)
+    assert all(w in line for w in words), line
+    assert only_inputs(folder)
+
+
+def test_options_allow_what_errors_name(folder: Path) -> None:
+    save_file({"layers.0.w": TWO["layers.0.w"]}, folder / "two.safetensors")
+    assert refmerge("merge", "recipe.yml", "kept", "--missing", "base", cwd=folder).returncode == 0
+    assert refmerge("merge", "recipe.yml", "left", "--missing", "skip", cwd=folder).returncode == 0
+    np.testing.assert_array_equal(load_file(folder / "kept" / "model.safetensors")["norm"], BASE["norm"])
+    assert set(load_file(folder / "left" / "model.safetensors")) == {"layers.0.w"}
+
+
+def test_integer_tensors(folder: Path) -> None:
+    for name, tensors, ids in (("base", BASE, 1), ("one", ONE, 1), ("two", TWO, 2)):
+        save_file({**tensors, "ids": np.array([ids], np.int64)}, folder / f"{name}.safetensors")
+    refused = refmerge("merge", "recipe.yml", "out", cwd=folder)
+    assert refused.returncode == 3 and "'ids'" in one_line(refused) and "--integers base" in refused.stderr
+    assert refmerge("merge", "recipe.yml", "out", "--integers", "base", cwd=folder).returncode == 0
+    assert load_file(folder / "out" / "model.safetensors")["ids"].tolist() == [1]
+
+
+def test_output_inside_an_input_is_refused(folder: Path) -> None:
+    done = refmerge("merge", "recipe.yml", "one.safetensors", "--overwrite", cwd=folder)
+    assert done.returncode == 2 and "never written to" in one_line(done)
+    np.testing.assert_array_equal(load_file(folder / "one.safetensors")["layers.0.w"], ONE["layers.0.w"])
+
+
+def test_plan_reads_no_weight_and_writes_nothing(folder: Path) -> None:
+    told = json.loads(refmerge("plan", "recipe.yml", "--json", cwd=folder).stdout)
+    assert told["bytes_read"] == 3 * 9 * 4 and told["bytes_written"] == 9 * 4 and told["semantics"] == "refmerge"
+    text = refmerge("plan", "recipe.yml", "--tensor", "norm", cwd=folder).stdout
+    assert "task_arithmetic" in text and "norm F32[3]" in text and "lambda_=0.5" in text
+    assert only_inputs(folder)
+
+
+def test_plan_finds_what_a_merge_would_refuse(folder: Path) -> None:
+    save_file({"layers.0.w": np.zeros((2, 4), np.float32), "norm": np.ones(3, np.float32)}, folder / "two.safetensors")
+    assert refmerge("plan", "recipe.yml", cwd=folder).returncode == 3
+
+
+def test_methods(tmp_path: Path) -> None:
+    listed = {m["name"] for m in json.loads(refmerge("methods", "--json", cwd=tmp_path).stdout)}
+    assert {"linear", "ties", "widen", "mergekit:ties", "official:ties"} <= listed
+    shown = refmerge("methods", "ties", cwd=tmp_path).stdout
+    assert "density: float, default 0.2, in [0, 1]" in shown and "arXiv:2306.01708" in shown and "Edge cases" in shown
+    missing = refmerge("methods", "tise", cwd=tmp_path)
+    assert missing.returncode == 2 and "ties" in one_line(missing)
+    tool = refmerge("methods", "fusion_bench:ties", cwd=tmp_path)
+    assert tool.returncode == 2 and "mergekit:ties" in one_line(tool)
+
+
+def test_backends(tmp_path: Path) -> None:
+    told = {b["name"]: b for b in json.loads(refmerge("backends", "--json", cwd=tmp_path).stdout)}
+    assert told["numpy"]["available"] and {"torch", "cupy"} <= set(told)
+
+
+def test_explain(tmp_path: Path) -> None:
+    shown = refmerge("explain", "linear", "--models", "1,2", "--models", "3,6", "--weight", "1,3", cwd=tmp_path).stdout
+    assert "0.25" in shown and "2.5" in shown and "5" in shown  # c = 1/4, 3/4: 10/4 and 20/4
+    wrong = refmerge("explain", "linear", "--models", "1,x", cwd=tmp_path)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys, refmerge.cli\n"
+        "try: refmerge.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'cupy', 'pydantic', 'ruamel', 'rich', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing_behind(tmp_path: Path, number: int, status: int) -> None:
+    shape = (1 << 23,)
+    for k in range(3):
+        save_file({f"w{i}": np.full(shape, k, np.float32) for i in range(4)}, tmp_path / f"{k}.safetensors")
+    (tmp_path / "recipe.yml").write_text(
+        "refmerge: 1\nmerge_method: dare_ties\nbase_model: 0.safetensors\n"
+        "models: [{model: 1.safetensors}, {model: 2.safetensors}]\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "refmerge", "merge", "recipe.yml", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not any(".partial" in p for p in os.listdir(tmp_path)):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    assert process.stderr is not None
+    assert process.stderr.read().split() in (["refmerge:", "interrupted"], ["refmerge:", "terminated"])
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["0.safetensors", "1.safetensors", "2.safetensors", "recipe.yml"]
+
+
+def test_the_wheel_is_complete(tmp_path: Path) -> None:
+    """Built and installed outside the checkout, it runs the demo, shows pages and checks vectors."""
+    root = tmp_path / "checkout"  # a copy: what an earlier build left in the checkout would get into the wheel
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "refmerge-demo", "tests")
+    shutil.copytree(Path(__file__).parents[1], root, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, root], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("refmerge-*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, cwd=tmp_path)
+    code = (
+        "import refmerge, refmerge.cli, refmerge.testing as t, numpy as np\n"
+        f"assert refmerge.__file__.startswith({str(site)!r}), refmerge.__file__\n"
+        "r = t.check(lambda models, base, **p: refmerge.merge(models, 'ties', base=base, nonfinite='propagate', **p), 'ties')\n"
+        "print(r)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for arguments in (["demo", "shown"], ["methods", "ties"]):
+        done = refmerge(*arguments, cwd=tmp_path, env=environment)
+        assert done.returncode == 0 and "ties" in done.stdout, done.stderr
