@@ -112,7 +112,7 @@ def test_view(both):
     if not callable(method.view):
         assert page.front["view"] == method.view
         return
-    switches = [k for k in inspect.signature(method.view).parameters]
+    switches = list(inspect.signature(method.view).parameters)
     values = itertools.product(*((True, False) if method.params[k].type is bool else (None,) for k in switches))
     assert sorted(page.front["view"]) == sorted({method.view(**dict(zip(switches, v))) for v in values})
 

@@ -4,7 +4,7 @@ from refmerge.method import method
 from refmerge.numeric import clamp
 
 
-@method("slerp", paper="Shoemake 1985, doi:10.1145/325334.325242", models=(2, 2))
+@method("slerp", paper="Shoemake 1985, doi:10.1145/325334.325242", models=(2, 2), domain={"eps": (0.0, 1.0)})
 def slerp(models, group, *, t: float = 0.5, eps: float = 1e-8):
     """Spherical linear interpolation from the first model (t = 0) to the second (t = 1), tensor by tensor.
 
@@ -16,7 +16,7 @@ def slerp(models, group, *, t: float = 0.5, eps: float = 1e-8):
     norms = math.sqrt(aa * bb)
     omega = math.acos(clamp(ab / norms, -1.0, 1.0)) if norms != 0 else 0.0
     # 2. no arc to follow
-    if math.sin(omega) < eps:
+    if math.sin(omega) <= eps:
         return (1 - t) * a + t * b
     # 3. arc
     return math.sin((1 - t) * omega) / math.sin(omega) * a + math.sin(t * omega) / math.sin(omega) * b
