@@ -357,7 +357,7 @@ def prepare(
     wide = any(d == "F64" for d in stored.values())
     tensors = []
     for n in floats:
-        if arithmetic == "native":
+        if arithmetic == "native" and not m.widens:
             work = str(DTYPES[stored[n]])
         elif m.work is not None:
             work = m.work

@@ -100,6 +100,7 @@ class Method:
     stats: key -> "whole" | "element" | "draw": what `stats` may carry for a tensor and whether it is cut with a block.
     outputs: names of several outputs, or empty where the function returns one array.
     work: the dtype in which the method insists on computing, or None.
+    widens: whether 16-bit inputs are computed in float32 even where arithmetic="native" is asked for.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Method:
     stats: Mapping[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     work: str | None = None
+    widens: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -197,6 +199,7 @@ def method(
     outputs: tuple[str, ...] = (),
     domain: Mapping[str, tuple[float, float]] | None = None,
     work: str | None = None,
+    widens: bool = False,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""
 
@@ -221,7 +224,7 @@ def method(
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
         return Method(
             name, fn, paper, tuple(asks), MappingProxyType(params), view, over, models,
-            MappingProxyType(dict(stats or {})), outputs, work,
+            MappingProxyType(dict(stats or {})), outputs, work, widens,
         )  # fmt: skip
 
     return wrap
@@ -248,5 +251,5 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
         name, run, source, ours.asks, MappingProxyType(renamed), ours.view, ours.over, ours.models, ours.stats,
-        ours.outputs, ours.work,
+        ours.outputs, ours.work, ours.widens,
     )  # fmt: skip

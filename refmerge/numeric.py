@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name)
 import numpy as np
 from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array
 
 __all__ = [
-    "array_namespace", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean", "on_host",
+    "array_namespace", "at_precision", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean", "on_host",
     "ranks", "select", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
@@ -39,6 +40,13 @@ def mean(xs: Sequence[Any]) -> Any:
 def clamp(x: float, low: float, high: float) -> float:
     """A host number held inside [low, high]; NaN stays NaN."""
     return low if x < low else high if x > high else x
+
+
+def at_precision(value: Any, x: Any) -> Any:
+    """A host number (or NumPy array of them) rounded to the dtype of x, for tools that hold such numbers in tensors."""
+    kind = str(x.dtype).rpartition(".")[2]
+    rounded = np.asarray(value, dtype=np.float64).astype(np.dtype(kind)).astype(np.float64)
+    return rounded if isinstance(value, np.ndarray | np.generic) else float(rounded)
 
 
 def indicator(condition: Any, like: Any) -> Any:

@@ -12,6 +12,7 @@ from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, itemsize
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
 from refmerge.errors import InputError
+from refmerge.native import Rounded
 
 _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -46,6 +47,14 @@ class Scratch:
         if buffer is None or buffer.size < count:
             buffer = self._buffers[key] = np.empty(count, dtype=dtype)
         return buffer[:count]
+
+
+WORK = ("float32", "float64")
+
+
+def _numpy_block(x: np.ndarray, work: str) -> Any:
+    """A block in its work dtype; a narrower one than float32 rounds after each operation."""
+    return x.astype(work, copy=False) if work in WORK else Rounded(x.astype(np.float32, copy=False), np.dtype(work))
 
 
 class Source(Protocol):
@@ -86,7 +95,7 @@ class ArraySource:
             self._flat[name] = array_namespace(x).reshape(x, (-1,))
         flat = self._flat[name][start:stop]
         if is_numpy_array(flat):
-            return flat.astype(work, copy=False)
+            return _numpy_block(flat, work)
         xp = array_namespace(flat)
         return xp.astype(flat, getattr(xp, work), copy=False)
 
@@ -118,8 +127,10 @@ class ByteSource:
             raw = scratch.raw((slot, "cast"), count * itemsize(self._cast))
             encode(wide, self._cast, raw)
             stored = self._cast
-        out = scratch.work(slot, count, work) if self._backend.name == "numpy" else None
-        return self._backend.put(raw, stored, (count,), work, out)
+        if self._backend.name != "numpy":
+            return self._backend.put(raw, stored, (count,), work)
+        wide = work if work in WORK else "float32"
+        return _numpy_block(self._backend.put(raw, stored, (count,), wide, scratch.work(slot, count, wide)), work)
 
     def same(self, other: Source, name: str) -> bool:
         assert isinstance(other, ByteSource)

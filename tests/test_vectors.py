@@ -121,6 +121,28 @@ def test_refmerge(case):
         pytest.fail(str(testing.Failure(case, problem)), pytrace=False)
 
 
+SIXTEEN_BITS = [
+    case
+    for case in CASES
+    if case.result == "valid"
+    and case.source.get("how") == "ran"
+    and case.entry.partition(":")[0] in ("mergekit", "official")
+    and any(x.dtype in (np.float16, ml_dtypes.bfloat16) for x in case.expect.values())
+]
+
+
+@pytest.mark.parametrize("case", SIXTEEN_BITS, ids=lambda case: case.id)
+def test_native_arithmetic_gives_a_tools_own_bits(case):
+    """A tool that merges 16-bit tensors in 16 bits rounds after each operation; so does refmerge when asked to."""
+    merged = refmerge.merge(case.models, case.entry, **case.call, arithmetic="native")
+    for name, expected in case.expect.items():
+        testing.assert_same(merged[name], expected)
+
+
+def test_there_are_results_in_sixteen_bits():
+    assert len(SIXTEEN_BITS) >= 7
+
+
 # --- refmerge.testing -------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Steps that mergekit's task-arithmetic family shares (mergekit 0.1.5, generalized_task_arithmetic.py and sparsify.py)."""
 
-from refmerge.numeric import array_namespace, indicator, total
+from refmerge.numeric import array_namespace, at_precision, indicator, total
 
 
 def largest(delta, density, group):
@@ -34,11 +34,13 @@ def rescaled(sparse, delta, density, group):
     sums = group.sum(*map(xp.abs, delta), *map(xp.abs, sparse))
     before, after = sums[: len(delta)], sums[len(delta) :]
     guard = [rho >= 1 or s0 < 1e-7 or s1 < 1e-7 for rho, s0, s1 in zip(density, before, after)]
-    return [r if g else (s0 / s1) * r for r, g, s0, s1 in zip(sparse, guard, before, after)]
+    ratio = [1.0 if g else at_precision(s0, r) / at_precision(s1, r) for r, g, s0, s1 in zip(sparse, guard, before, after)]
+    return [r if g else at_precision(c, r) * r for r, g, c in zip(sparse, guard, ratio)]
 
 
 def consensus(delta, weight, normalize):
     """Elect the sign of the weighted sum (0 elects +), add what agrees, divide by the weights that agree."""
+    weight = [at_precision(w, delta[0]) for w in weight]
     weighted = [w * d for w, d in zip(weight, delta)]
     sign = 2 * indicator(total(weighted) >= 0, like=weighted[0]) - 1
     agrees = [indicator(sign * x > 0, like=x) for x in weighted]
@@ -51,6 +53,7 @@ def consensus(delta, weight, normalize):
 
 def weighted_sum(delta, weight, normalize):
     """Sum of the weighted task vectors, divided by the sum of the weights in the tensors' own precision."""
+    weight = [at_precision(w, delta[0]) for w in weight]
     mixed = total(w * d for w, d in zip(weight, delta))
     if not normalize:
         return mixed

@@ -2,7 +2,7 @@ from refmerge.method import PerModel, method
 from refmerge.numeric import array_namespace, total
 
 
-@method("mergekit:linear", paper="mergekit 0.1.5 linear.py")
+@method("mergekit:linear", paper="mergekit 0.1.5 linear.py", widens=True)
 def linear(models, *, weight: PerModel[float], normalize: bool = True):
     """Weighted sum, divided by the sum of the weights as it rounds in the tensors' precision; 0 divides without a guard."""
     # 1. add

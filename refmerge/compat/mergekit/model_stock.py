@@ -4,7 +4,7 @@ import numpy as np
 
 from refmerge.method import method
 from refmerge.methods.task_vectors.model_stock import inner
-from refmerge.numeric import like, mean
+from refmerge.numeric import at_precision, like, total
 
 
 @method(
@@ -17,15 +17,20 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
     """Model Stock with the mean of the pairwise cosines, whose norms' product is at least 1e-6."""
     # 1. task vectors
     delta = [x - base for x in models]
-    # 2. mean cosine
+    # 2. mean cosine; tensors of the weights' precision hold these numbers
+    def p(x):
+        return at_precision(x, base)
+
     pairs = list(combinations(range(len(delta)), 2))
-    norms = [np.sqrt(xx) for xx in inner([(d, d) for d in delta], group, filter_wise)]
-    dots = inner([(delta[i], delta[j]) for i, j in pairs], group, filter_wise)
-    cosines = [np.clip(d / np.maximum(norms[i] * norms[j], 1e-6), -1, 1) for d, (i, j) in zip(dots, pairs)]
-    c = sum(cosines) / len(cosines)
+    norms = [p(np.sqrt(xx)) for xx in inner([(d, d) for d in delta], group, filter_wise)]
+    dots = [p(xy) for xy in inner([(delta[i], delta[j]) for i, j in pairs], group, filter_wise)]
+    cosines = [np.clip(p(d / np.maximum(p(norms[i] * norms[j]), 1e-6)), -1, 1) for d, (i, j) in zip(dots, pairs)]
+    c = p(sum(cosines) / len(cosines))
     # 3. interpolation ratio, 0 near its pole
-    pole = 1 + (len(models) - 1) * c
-    t = np.where(np.abs(pole) < 1e-6, 0.0, len(models) * c / np.where(np.abs(pole) < 1e-6, 1.0, pole))
+    pole = p(1 + p((len(models) - 1) * c))
+    singular = np.abs(pole) < 1e-6
+    t = p(np.where(singular, 0.0, p(len(models) * c) / np.where(singular, 1.0, pole)))
     # 4. interpolate
-    t = like(t, base)[..., None] if filter_wise else float(t)
-    return t * mean(models) + (1 - t) * base
+    s = p(1 - t)
+    s, t = (like(x, base)[..., None] if filter_wise else float(x) for x in (s, t))
+    return t * ((1 / len(models)) * total(models)) + s * base

@@ -4,7 +4,7 @@ from refmerge.method import method
 from refmerge.numeric import clamp
 
 
-@method("mergekit:slerp", paper="mergekit 0.1.5 slerp.py", models=(1, 1))
+@method("mergekit:slerp", paper="mergekit 0.1.5 slerp.py", widens=True, models=(1, 1))
 def slerp(models, base, group, *, t: float):
     """From the base (t = 0) to the other model (t = 1); a straight line where the cosine exceeds 0.9995 either way."""
     v_0, (v_1,) = base, models
