@@ -78,7 +78,7 @@ class Trial:
             models, base = [normal(m) for m in models], base and normal(base)
         return models, base
 
-    def params(self, count: int, *, lists: bool = True, **fixed: Any) -> dict[str, Any]:
+    def params(self, count: int, lists: bool = True, /, **fixed: Any) -> dict[str, Any]:
         """Parameters for `count` models; `fixed` are taken where the method has them."""
         chosen = {}
         for key, p in self.method.params.items():
@@ -248,7 +248,7 @@ def copies(t: Trial) -> None:
     """Copies of one model merge as that model alone."""
     models, base = t.inputs(exact=True, most=1)
     count = t.choose(2, 3, 4)
-    params = t.params(1, lists=False, normalize=True)
+    params = t.params(1, False, normalize=True)
     t.same(t.merge(models * count, base, params), t.merge(models, base, params), *models, base)
 
 
@@ -264,7 +264,7 @@ def base_copy(t: Trial) -> None:
     """A further model that equals the base changes nothing."""
     models, base = t.inputs(exact=True)
     assert base is not None
-    params = t.params(len(models), lists=False)
+    params = t.params(len(models), False)
     t.same(t.merge([*models, base], base, params), t.merge(models, base, params), *models, base)
 
 
@@ -300,7 +300,7 @@ def additive(t: Trial) -> None:
     models, base = t.inputs(exact=True, most=1)
     assert base is not None
     other = dyadic(t, base)
-    params = t.params(1, lists=False)
+    params = t.params(1, False)
     alone = [t.merge([m], base, params) for m in (models[0], other)]
     both = each(lambda a, b, o: a + (b - o), *alone, base)
     t.same(t.merge([models[0], other], base, params), both, models[0], other, base)
@@ -421,7 +421,9 @@ def endpoints(t: Trial) -> None:
 def reversal(t: Trial) -> None:
     """From b to a at 1 - t is from a to b at t."""
     models, base = t.inputs(most=1 if t.method.needs_base else 2)
-    a, b = [*([base] if base else []), *models]
+    inputs = [*([base] if base else []), *models]
+    assert len(inputs) == 2
+    a, b = inputs
     params = t.params(len(models)) | {t.along: t.choose(0.0, 0.25, 0.3, 0.5, 1.0)}
     back = params | {t.along: 1 - params[t.along]}
     there = t.merge([b] if base else [a, b], a if base else None, params)

@@ -132,7 +132,7 @@ def example_for(method: Method) -> Example:
     models = models[: method.models[1]]
     params = {k: v for k, v in ours.params.items() if k in OPTIONS and k != "stats"}
     for key, p in method.params.items():
-        if p.required:
+        if p.required or key in ours.params:
             params[key] = ours.params.get(key, 1.0)
     return Example(base, models, params)
 
@@ -271,7 +271,10 @@ def _arrays(key: str, value: Any, shape: tuple[int, ...]) -> Iterator[tuple[str,
     """The arrays of the example's shape in a traced value, with their label and colour."""
     import numpy as np
 
-    if isinstance(value, np.ndarray) and value.shape == shape:
+    if isinstance(value, dict):
+        for name, x in value.items():
+            yield from _arrays(f"{key}[{name}]", x, shape)
+    elif isinstance(value, np.ndarray) and value.shape == shape:
         yield key, value, {"base": BASE, "result": RESULT}.get(key, OTHER)
     elif isinstance(value, list | tuple):
         for i, x in enumerate(value):
