@@ -157,9 +157,7 @@ class Plan:
         target = Path(out)
         for c in self.checkpoints:
             if same_or_inside(target, c.path):
-                raise UsageError(
-                    f"output {str(target)!r} lies in an input, {str(c.path)!r}: inputs are never written to"
-                )
+                raise UsageError(f"output {str(target)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
         backend = self.backend or open_backend("numpy")
         if self.work.method.outputs:
             for o in outputs:
@@ -233,9 +231,7 @@ class Plan:
 class _StagedSink:
     """Arrays in memory to a file: each block goes through an ArraySink's rounding of one tensor at a time."""
 
-    def __init__(
-        self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any
-    ) -> None:
+    def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any) -> None:
         self._writer, self._specs, self._example = writer, specs, example
 
     def _bytes(self, x: Any) -> np.ndarray:
@@ -305,25 +301,25 @@ def prepare(
     everything = [*models, *([] if base is None else [base])]
     on_disk = [isinstance(x, str | Path | Checkpoint) for x in everything]
     if any(on_disk) and not all(on_disk):
-        raise UsageError(
-            "models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind"
-        )
+        raise UsageError("models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind")
     opened: list[Checkpoint] = []
+    sources: list[Source]
     example = None
     if all(on_disk):
         engine_backend = open_backend(backend or "numpy")
-        opened = [x if isinstance(x, Checkpoint) else open_checkpoint(x) for x in everything]
-        sources: list[Source] = [DiskSource(c, engine_backend, read_dtype) for c in opened]
+        opened = [_opened(x) for x in everything]
+        sources = [DiskSource(c, engine_backend, read_dtype) for c in opened]
     else:
-        example = _one_library(everything)
+        arrays = _mappings(everything)
+        example = _one_library(arrays)
         engine_backend = None
         if backend is not None:
             engine_backend = _backend_for(backend, example)
         labels = [f"model {i}" for i in range(len(models))] + ["base"] * (base is not None)
         if engine_backend is not None:
-            sources = [HostSource(x, label, engine_backend) for x, label in zip(everything, labels)]
+            sources = [HostSource(x, label, engine_backend) for x, label in zip(arrays, labels)]
         else:
-            sources = [ArraySource(x, label) for x, label in zip(everything, labels)]
+            sources = [ArraySource(x, label) for x, label in zip(arrays, labels)]
     model_sources = sources[: len(models)]
     base_source = sources[-1] if base is not None else None
 
@@ -436,12 +432,21 @@ def _one_of(what: str, value: Any, *allowed: Any) -> None:
         raise UsageError(f"{what} = {value!r} is none of {', '.join(map(repr, allowed))}")
 
 
-def _one_library(models: Sequence[Any]) -> Any:
-    """An array of the library that all share. UsageError names both types of a mixture."""
-    example, seen = None, None
+def _opened(model: Any) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
+def _mappings(models: Sequence[Any]) -> list[Mapping[str, Any]]:
     for model in models:
         if not isinstance(model, Mapping):
             raise UsageError(f"a model is a path or a mapping name -> array, not {type(model).__name__}")
+    return list(models)
+
+
+def _one_library(models: Sequence[Mapping[str, Any]]) -> Any:
+    """An array of the library that all share. UsageError names both types of a mixture."""
+    example, seen = None, None
+    for model in models:
         for name, x in model.items():
             if not is_array_api_obj(x):
                 raise UsageError(f"tensor {name!r} is no array but {type(x).__name__}")
@@ -463,9 +468,7 @@ def _backend_for(backend: str, example: Any) -> Any:
         return None if opened.name == "numpy" else opened
     library = type(example).__module__.partition(".")[0]
     if backend.partition(":")[0] != library:
-        raise UsageError(
-            f"the models are {library} arrays, backend {backend!r} would compute elsewhere: convert them first"
-        )
+        raise UsageError(f"the models are {library} arrays, backend {backend!r} would compute elsewhere: convert them first")
     return None
 
 
@@ -475,8 +478,7 @@ def _stat_sources(stats: Sequence[Model | None] | None, example: Any, backend: A
     sources: list[Source] = []
     for i, s in enumerate(stats):
         if isinstance(s, str | Path | Checkpoint):
-            opened = s if isinstance(s, Checkpoint) else open_checkpoint(s)
-            sources.append(DiskSource(opened, backend or open_backend("numpy")))
+            sources.append(DiskSource(_opened(s), backend or open_backend("numpy")))
         elif backend is not None:
             sources.append(HostSource(s or {}, f"stats of model {i}", backend))
         else:

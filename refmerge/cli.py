@@ -107,9 +107,7 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
 @_options(*_RUN)
-@click.option(
-    "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most"
-)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
@@ -154,7 +152,7 @@ def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
 
     resolved, p = prepare_recipe(recipe, **options)
     figures = p.figures(estimate=True)
-    listed = [
+    listed: list[dict[str, Any]] = [
         {
             "name": t.name,
             "shape": list(t.shape),
@@ -175,9 +173,7 @@ def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
         click.echo(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
         click.echo(f"base        {resolved.base}")
-    click.echo(
-        f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters"
-    )
+    click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
     click.echo(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
     )
@@ -222,9 +218,7 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
         click.echo(f"{path}: {len(infos)} tensors, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
         if c.config:
             known = [
-                k
-                for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-                if k in c.config
+                k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config
             ]
             click.echo("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
         for name, d in dtypes.items():

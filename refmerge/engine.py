@@ -329,9 +329,11 @@ def _stats(
 ) -> list[dict[str, Any]]:
     """Per model the declared statistics of these kinds that its file has for this tensor, cut with the block."""
     found = []
-    for i, source in enumerate(work.stats or [None] * len(work.models)):  # type: ignore[list-item]
+    if work.stats is None:
+        return [{} for _ in work.models]
+    for i, source in enumerate(work.stats):
         mine: dict[str, Any] = {}
-        for key, kind in work.method.stats.items() if source is not None else ():
+        for key, kind in work.method.stats.items():
             name = stat_name(t.name, key)
             if kind == "whole" and name not in source.names():
                 name = stat_name(t.name.rpartition(".")[0], key)  # a layer's input statistics, under the module's name

@@ -261,7 +261,7 @@ class _Count(_Question):
 def _keys(x: np.ndarray) -> np.ndarray:
     """Unsigned integers in the order of the floats: -0.0 and 0.0 alike, every NaN above infinity."""
     x = x + 0.0
-    bits = x.view(np.uint32 if x.dtype == np.float32 else np.uint64)
+    bits: Any = x.view(np.uint32 if x.dtype == np.float32 else np.uint64)
     top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
     negative = bits >= top
     if negative.any():

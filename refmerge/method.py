@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
+
 from refmerge.errors import UsageError
 
 __all__ = ["Method", "Param", "PerModel", "method", "same_as"]
@@ -27,7 +29,9 @@ Over = str | Callable[[str], str]
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    PerModel = T | Sequence[T]
+    from typing import TypeAlias
+
+    PerModel: TypeAlias = T | Sequence[T]
 else:
 
     class PerModel:
@@ -65,18 +69,16 @@ class Param:
         """The value in the parameter's type; UsageError if it is another type or outside the domain."""
         if value is None and self.optional:
             return None
-        if self.type is float and type(value) is int:
+        if self.type is float and type(value) in (int, np.float32, np.float64):
             value = float(value)
         if self.type is tuple and isinstance(value, list):
             value = tuple(value)
         if self.type is object:
             return value
-        if type(value) is not self.type and not (self.type is float and isinstance(value, float)):
+        if not isinstance(value, self.type) or isinstance(value, bool) != (self.type is bool):
             raise UsageError(f"{method}: {self.name} = {value!r} is not of type {self.type.__name__}")
-        if self.type is float:
-            value = float(value)
-            if math.isnan(value):
-                raise UsageError(f"{method}: {self.name} is NaN")
+        if self.type is float and math.isnan(value):
+            raise UsageError(f"{method}: {self.name} is NaN")
         if self.domain is not None and not self.domain[0] <= value <= self.domain[1]:
             low, high = self.domain
             raise UsageError(f"{method}: {self.name} = {value!r} is outside [{low}, {high}]")

@@ -8,7 +8,7 @@ taken of host numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,8 +17,8 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array
 
 __all__ = [
-    "array_namespace", "at_precision", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean", "on_host",
-    "ranks", "select", "top_along", "total", "tree_sum",
+    "array_namespace", "at_precision", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean",
+    "ranks", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum, in C order of the tensor
@@ -54,12 +54,6 @@ def indicator(condition: Any, like: Any) -> Any:
     return array_namespace(like).astype(condition, like.dtype)
 
 
-def select(condition: Any, a: Any, b: Any) -> Any:
-    """a where the condition holds, b elsewhere, b an array or a number; for values where 0 * x would not do (inf, NaN)."""
-    xp = array_namespace(a)
-    return xp.where(condition, a, b if hasattr(b, "dtype") else xp.full_like(a, b))
-
-
 # ---------------------------------------------------------------------------------------------------------------- host
 
 
@@ -83,17 +77,6 @@ def like(values: np.ndarray, x: Any) -> Any:
         return values.astype(x.dtype, copy=False)
     xp = array_namespace(x)
     return xp.astype(xp.asarray(values, device=device(x)), x.dtype, copy=False)
-
-
-def on_host(f: Callable[..., np.ndarray], *xs: Any, like: Any) -> Any:
-    """f of float64 NumPy copies of xs, brought back in the library, dtype and device of `like`.
-
-    For scores on which a discrete choice rests, and for square roots and transcendental functions of arrays: computed
-    once, in one place, they are the same on every backend.
-    """
-    with np.errstate(all="ignore"):
-        values = f(*(host(x).astype(np.float64) for x in xs))
-    return globals()["like"](values, like)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sums

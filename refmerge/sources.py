@@ -129,8 +129,9 @@ class ByteSource:
             stored = self._cast
         if self._backend.name != "numpy":
             return self._backend.put(raw, stored, (count,), work)
-        wide = work if work in WORK else "float32"
-        return _numpy_block(self._backend.put(raw, stored, (count,), wide, scratch.work(slot, count, wide)), work)
+        at_least = work if work in WORK else "float32"
+        out = scratch.work(slot, count, at_least)
+        return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
 
     def same(self, other: Source, name: str) -> bool:
         assert isinstance(other, ByteSource)

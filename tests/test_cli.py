@@ -48,7 +48,12 @@ def folder(tmp_path: Path) -> Path:
 
 def only_inputs(folder: Path) -> bool:
     """Nothing was written: not a partial output either."""
-    return sorted(p.name for p in folder.iterdir()) == ["base.safetensors", "one.safetensors", "recipe.yml", "two.safetensors"]
+    return sorted(p.name for p in folder.iterdir()) == [
+        "base.safetensors",
+        "one.safetensors",
+        "recipe.yml",
+        "two.safetensors",
+    ]
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -251,8 +256,9 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
     code = (
         "import refmerge, refmerge.cli, refmerge.testing as t, numpy as np\n"
         f"assert refmerge.__file__.startswith({str(site)!r}), refmerge.__file__\n"
-        "r = t.check(lambda models, base, **p: refmerge.merge(models, 'ties', base=base, nonfinite='propagate', **p), 'ties')\n"
-        "print(r)\n"
+        "ties = lambda models, base, **p: refmerge.merge(models, 'ties', base=base, nonfinite='propagate', **p)\n"
+        "r = t.check(ties, 'ties')\n"
+        "assert r.ok and len(r.passed) > 20, r\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)

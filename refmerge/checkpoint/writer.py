@@ -165,7 +165,7 @@ class CheckpointWriter:
             kinds = ("a folder", "a file") if self._single else ("a file", "a folder")
             raise UsageError(f"{shown(self.target)}: is {kinds[0]}, and the output would be {kinds[1]}")
         if not self._overwrite:
-            raise UsageError(f"{shown(self.target)}: exists; overwrite=True (--overwrite) replaces it once the new one is complete")
+            raise UsageError(f"{shown(self.target)}: exists; overwrite=True (--overwrite) replaces it in the end")
         if not self._single:
             _check_replaceable(self.target)
 
