@@ -79,7 +79,8 @@ class Param:
             raise UsageError(f"{method}: {self.name} = {value!r} is not of type {self.type.__name__}")
         if self.type is float and math.isnan(value):
             raise UsageError(f"{method}: {self.name} is NaN")
-        if self.domain is not None and not self.domain[0] <= value <= self.domain[1]:
+        checked: Any = value
+        if self.domain is not None and not self.domain[0] <= checked <= self.domain[1]:
             low, high = self.domain
             raise UsageError(f"{method}: {self.name} = {value!r} is outside [{low}, {high}]")
         if self.choices is not None and value not in self.choices:
@@ -190,6 +191,31 @@ def _param(p: inspect.Parameter, hint: Any, where: str) -> Param:
     return Param(p.name, hint, p.default, per_model, choices=choices, optional=optional)
 
 
+def _check_declaration(
+    name: str,
+    asks: Sequence[str],
+    params: Mapping[str, Param],
+    view: View | Callable[..., View],
+    over: Over,
+    stats: Mapping[str, str],
+    domain: Mapping[str, tuple[float, float]],
+) -> None:
+    """TypeError for what would otherwise be read as something else, or never be looked at."""
+    if not callable(view) and view not in typing.get_args(View):
+        raise TypeError(f"{name}: view {view!r} is none of {', '.join(map(repr, typing.get_args(View)))}")
+    if not callable(over) and over not in ("tensor", "model"):
+        raise TypeError(f"{name}: over {over!r} is none of 'tensor', 'model'")
+    for key, kind in stats.items():
+        if kind not in ("whole", "element", "draw"):
+            raise TypeError(f"{name}: stats {key!r} is {kind!r}, none of 'whole', 'element', 'draw'")
+        asked = "rng" if kind == "draw" else "stats"
+        if asked not in asks:
+            raise TypeError(f"{name}: declares stats {key!r} and takes no `{asked}`")
+    for key in domain:
+        if key not in params:
+            raise TypeError(f"{name}: domain of {key!r}, which is no parameter")
+
+
 def method(
     name: str,
     *,
@@ -221,6 +247,7 @@ def method(
                 raise TypeError(f"{name}: *{p.name} is not part of the contract")
         if "models" not in asks:
             raise TypeError(f"{name}: a method takes `models`")
+        _check_declaration(name, asks, params, view, over, stats or {}, domain or {})
         for key, interval in (domain or {}).items():
             old = params[key]
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
@@ -249,9 +276,12 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
             fixed = {k: (v,) * count if ours.params[k].per_model else v for k, v in fixed.items()}
         return ours.run(*args, **fixed, **{ours_of[k]: v for k, v in kwargs.items()})
 
+    def view(**kwargs: Any) -> View:
+        return ours.view_for({k: p.default for k, p in ours.params.items()} | {ours_of[k]: v for k, v in kwargs.items()})
+
     run.__doc__ = ours.doc
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
-        name, run, source, ours.asks, MappingProxyType(renamed), ours.view, ours.over, ours.models, ours.stats,
+        name, run, source, ours.asks, MappingProxyType(renamed), view if callable(ours.view) else ours.view, ours.over, ours.models, ours.stats,
         ours.outputs, ours.work, ours.widens,
     )  # fmt: skip

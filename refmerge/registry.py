@@ -62,6 +62,9 @@ def get(name: str) -> Method:
         loaded = _load_plugin("refmerge.methods", name)
         if isinstance(loaded, Method):
             return loaded
+        if loaded is not None:
+            kind = type(loaded).__name__
+            warnings.warn(f"plug-in {name!r} of refmerge.methods is no Method but {kind}", stacklevel=2)
     tool, _, bare = name.rpartition(":")
     known = names()
     if tool:

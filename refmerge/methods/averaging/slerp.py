@@ -5,10 +5,11 @@ from refmerge.numeric import clamp
 
 
 @method("slerp", paper="Shoemake 1985, doi:10.1145/325334.325242", models=(2, 2), domain={"eps": (0.0, 1.0)})
-def slerp(models, group, *, t: float = 0.5, eps: float = 1e-8):
+def slerp(models, group, *, t: float = 0.5, eps: float = 1e-3):
     """Spherical linear interpolation from the first model (t = 0) to the second (t = 1), tensor by tensor.
 
-    Where the two directions are parallel, opposite, or undefined (a zero tensor), the straight line.
+    Where the two directions are undefined (a zero tensor), or within eps of parallel or opposite, the straight line: from
+    sums of float32 products an angle below 1e-3 cannot be told from 0, and the line differs from the arc by 1e-7 at most.
     """
     a, b = models
     # 1. angle
