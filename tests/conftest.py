@@ -1,0 +1,112 @@
+"""Array libraries and backends as fixtures: what is not installed is skipped with the reason.
+
+REFMERGE_TEST_BACKENDS is a comma list of names ("numpy,torch,array_api_strict,torch:cuda:0,cupy"). A backend that is named
+there and missing is a failure instead of a skip.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+DEMANDED = {name.strip() for name in os.environ.get("REFMERGE_TEST_BACKENDS", "").split(",")} - {""}
+KNOWN = ("numpy", "torch", "array_api_strict", "torch:cuda:0", "cupy")
+
+
+def pytest_configure(config):
+    if unknown := DEMANDED - set(KNOWN):
+        raise pytest.UsageError(f"REFMERGE_TEST_BACKENDS: {', '.join(sorted(unknown))} is none of {', '.join(KNOWN)}")
+
+
+def _params(*names):
+    return [pytest.param(n, marks=[pytest.mark.gpu] if n in KNOWN[3:] else []) for n in names]
+
+
+def _missing(name: str, reason: str):
+    if name in DEMANDED:
+        pytest.fail(f"REFMERGE_TEST_BACKENDS names {name}: {reason}")
+    pytest.skip(reason)
+
+
+@dataclass(frozen=True)
+class Library:
+    """One array library on one device. `spec` is what `backend=` takes, None where there is no such backend."""
+
+    name: str
+    spec: str | None
+    module: Any
+
+    def array(self, x: np.ndarray) -> Any:
+        """A NumPy array in this library, bfloat16 included where the library has it. Never shares memory."""
+        x = np.array(x)
+        if self.name == "numpy":
+            return x
+        if self.name.startswith("torch"):
+            device = self.name.partition(":")[2] or "cpu"
+            if x.dtype == ml_dtypes.bfloat16:
+                return self.module.from_numpy(x.view(np.int16)).view(self.module.bfloat16).to(device)
+            return self.module.from_numpy(x).to(device)
+        return self.module.asarray(x)
+
+    def host(self, x: Any) -> np.ndarray:
+        """One of its arrays as a NumPy array of the same dtype."""
+        if self.name.startswith("torch"):
+            x = x.detach().cpu().contiguous()
+            if x.dtype == self.module.bfloat16:
+                return x.view(self.module.int16).numpy().view(ml_dtypes.bfloat16)
+            return x.numpy()
+        return x.get() if self.name == "cupy" else np.asarray(x)
+
+    def owns(self, x: Any) -> bool:
+        """Whether x is this library's array, on this device."""
+        if type(x).__module__.partition(".")[0] != self.name.partition(":")[0]:
+            return False
+        return not self.name.startswith("torch") or str(x.device) == (self.name.partition(":")[2] or "cpu")
+
+
+def open_library(name: str) -> Library:
+    """The library; skips, or fails where REFMERGE_TEST_BACKENDS demands it, if it or its device is not here."""
+    module = None
+    try:
+        module = importlib.import_module(name.partition(":")[0])
+    except ImportError as error:
+        _missing(name, f"{name} is not installed: {error}")
+    if name == "torch:cuda:0" and not module.cuda.is_available():
+        _missing(name, "torch has no CUDA device here")
+    if name == "cupy":
+        try:
+            count = module.cuda.runtime.getDeviceCount()
+        except Exception:  # CuPy raises errors of several kinds without a driver
+            count = 0
+        if not count:
+            _missing(name, "CuPy has no CUDA device here")
+    return Library(name, None if name == "array_api_strict" else name, module)
+
+
+@pytest.fixture(params=_params(*KNOWN))
+def library(request) -> Library:
+    """Every array library that refmerge is held to."""
+    return open_library(request.param)
+
+
+@pytest.fixture(params=_params("torch", "array_api_strict", "torch:cuda:0", "cupy"))
+def foreign(request) -> Library:
+    """Every array library but NumPy, which the others are compared with."""
+    return open_library(request.param)
+
+
+@pytest.fixture(params=_params("numpy", "torch", "torch:cuda:0", "cupy"))
+def backend(request) -> Library:
+    """Every library that has a backend of its own."""
+    return open_library(request.param)
+
+
+@pytest.fixture
+def torch():
+    return open_library("torch").module
