@@ -193,7 +193,6 @@ def _param(p: inspect.Parameter, hint: Any, where: str) -> Param:
 
 def _check_declaration(
     name: str,
-    asks: Sequence[str],
     params: Mapping[str, Param],
     view: View | Callable[..., View],
     over: Over,
@@ -208,9 +207,6 @@ def _check_declaration(
     for key, kind in stats.items():
         if kind not in ("whole", "element", "draw"):
             raise TypeError(f"{name}: stats {key!r} is {kind!r}, none of 'whole', 'element', 'draw'")
-        asked = "rng" if kind == "draw" else "stats"
-        if asked not in asks:
-            raise TypeError(f"{name}: declares stats {key!r} and takes no `{asked}`")
     for key in domain:
         if key not in params:
             raise TypeError(f"{name}: domain of {key!r}, which is no parameter")
@@ -247,7 +243,7 @@ def method(
                 raise TypeError(f"{name}: *{p.name} is not part of the contract")
         if "models" not in asks:
             raise TypeError(f"{name}: a method takes `models`")
-        _check_declaration(name, asks, params, view, over, stats or {}, domain or {})
+        _check_declaration(name, params, view, over, stats or {}, domain or {})
         for key, interval in (domain or {}).items():
             old = params[key]
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
@@ -276,12 +272,13 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
             fixed = {k: (v,) * count if ours.params[k].per_model else v for k, v in fixed.items()}
         return ours.run(*args, **fixed, **{ours_of[k]: v for k, v in kwargs.items()})
 
-    def view(**kwargs: Any) -> View:
+    def view_for(**kwargs: Any) -> View:
         return ours.view_for({k: p.default for k, p in ours.params.items()} | {ours_of[k]: v for k, v in kwargs.items()})
 
+    view = view_for if callable(ours.view) else ours.view
     run.__doc__ = ours.doc
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
-        name, run, source, ours.asks, MappingProxyType(renamed), view if callable(ours.view) else ours.view, ours.over, ours.models, ours.stats,
+        name, run, source, ours.asks, MappingProxyType(renamed), view, ours.over, ours.models, ours.stats,
         ours.outputs, ours.work, ours.widens,
     )  # fmt: skip
