@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from refmerge.errors import UsageError
@@ -219,6 +220,8 @@ def _draw_steps(name: str) -> str:
     entry, gap, left, top = 25.0, 26.0, 16.0, 60.0
     scale = 64 / (max((max(_extent([p])) for _, ps, _ in columns for p in ps), default=0.0) or 1.0)
     wide = entry * max((len(p.values) for _, ps, _ in columns for p in ps), default=6)
+    headings = [wrap(heading, int(wide / 6.2)) for heading, _, _ in columns]
+    top += 14 * (max(map(len, headings)) - 1)
     tops, extents = [top], []  # of the rows of panels
     for row in range(max(len(ps) for _, ps, _ in columns)):
         high, low = _extent([ps[row] for _, ps, _ in columns if row < len(ps)])
@@ -228,9 +231,10 @@ def _draw_steps(name: str) -> str:
     width = left * 2 + len(columns) * wide + (len(columns) - 1) * gap
     title = f"{name}, step by step"
     body = [f'<text x="{_n(left)}" y="24" font-size="14" font-weight="bold" fill="{INK}">{_escape(title)}</text>']
-    for i, (heading, panels, notes) in enumerate(columns):
+    for i, (_, panels, notes) in enumerate(columns):
         x = left + i * (wide + gap)
-        body.append(f'<text x="{_n(x)}" y="46" font-weight="bold" fill="{INK}">{_escape(heading)}</text>')
+        for j, line in enumerate(headings[i]):
+            body.append(f'<text x="{_n(x)}" y="{46 + 14 * j}" font-weight="bold" fill="{INK}">{_escape(line)}</text>')
         for j, p in enumerate(panels):
             y = tops[j]
             zero = y + 8 + extents[j]
@@ -284,11 +288,17 @@ def _arrays(key: str, value: Any, shape: tuple[int, ...]) -> Iterator[tuple[str,
 
 def _notes(key: str, value: Any) -> list[str]:
     """The numbers among traced values, as text."""
+    value = [_plain(x) for x in value] if isinstance(value, list | tuple) else _plain(value)
     if isinstance(value, float | int) and not isinstance(value, bool):
         return [f"{key} = {_g(value)}"]
     if isinstance(value, list | tuple) and value and all(isinstance(x, float | int) for x in value):
         return [f"{key} = {', '.join(_g(x) for x in value)}"]
     return []
+
+
+def _plain(x: Any) -> Any:
+    """A 0-d array, as which explain keeps NumPy's numbers, as a Python number."""
+    return x.item() if getattr(x, "shape", None) == () else x
 
 
 def _draw_plane(name: str, example: Example, along: str) -> str:
