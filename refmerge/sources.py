@@ -13,6 +13,7 @@ from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, it
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
 from refmerge.errors import InputError
 from refmerge.native import Rounded
+from refmerge.numeric import host
 
 _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -121,12 +122,19 @@ class ByteSource:
         stored, count = self.stored(name), stop - start
         raw = scratch.raw(slot, count * itemsize(stored))
         self.read(name, start, stop, raw)
-        if self._cast and stored in FLOATS and stored != self._cast:
-            wide = scratch.work((slot, "cast"), count, "float64" if stored == "F64" else "float32")
+        to = self._cast if self._cast and stored in FLOATS else stored
+        if to == "F64" and work != "float64":
+            to = "F32"  # rounded once, here: a backend only ever widens
+        if stored not in FLOATS:  # masks and counts among the statistics
+            wide = scratch.work((slot, "cast"), count, "float64")
+            wide[:] = raw.view(DTYPES[stored])
+            stored, raw, to = "F64", wide.view(np.uint8), "F64" if work == "float64" else "F32"
+        if stored != to:
+            wide = scratch.work((slot, "wide"), count, "float64" if stored == "F64" else "float32")
             decode(raw, stored, wide)
-            raw = scratch.raw((slot, "cast"), count * itemsize(self._cast))
-            encode(wide, self._cast, raw)
-            stored = self._cast
+            raw = scratch.raw((slot, "cast"), count * itemsize(to))
+            encode(wide, to, raw)
+            stored = to
         if self._backend.name != "numpy":
             return self._backend.put(raw, stored, (count,), work)
         at_least = work if work in WORK else "float32"
@@ -226,7 +234,7 @@ class ArraySink:
         elif is_torch_array(flat) and flat.dtype == xp.float64 and out.dtype.itemsize <= 2:
             # torch would round twice, to float32 on the way
             raw = np.empty(flat.shape[0] * out.dtype.itemsize, dtype=np.uint8)
-            encode(flat.cpu().numpy(), self._specs[name][0], raw)
+            encode(host(flat), self._specs[name][0], raw)
             out.view(xp.uint8)[start * out.dtype.itemsize : stop * out.dtype.itemsize] = xp.asarray(
                 raw, device=self._device
             )

@@ -36,7 +36,7 @@ class TorchBackend:
         return self._torch.from_numpy(values).to(self._device).reshape(shape)
 
     def take(self, array: Any, dtype: str, out: np.ndarray) -> None:
-        flat = array.reshape(-1)
+        flat = array.detach().reshape(-1).contiguous()
         if dtype in _NATIVE and (flat.dtype == self._torch.float32 or dtype == "F64"):
             to = getattr(self._torch, _NATIVE[dtype])
             out[:] = flat.to(to).cpu().contiguous().view(self._torch.uint8).numpy()
