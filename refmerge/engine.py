@@ -117,7 +117,7 @@ def blocks_of(tensor: Tensor, view: str, elements: int) -> Iterator[tuple[int, i
 
 
 class _Group:
-    """The tensors over which `group` ranges together, their blocks, and the log of questions."""
+    """The tensors over which `group` ranges together, their blocks, the log of questions, and what runs next."""
 
     def __init__(self, order: int, tensors: Sequence[Tensor], method: Method, elements: int) -> None:
         self.order = order
@@ -131,21 +131,58 @@ class _Group:
             counts[b.tensor.name] = counts.get(b.tensor.name, 0) + 1
         several = len(tensors) > 1
         self.tensor_logs = {t.name: Log(counts.get(t.name, 0), t.size) for t in tensors} if several else {}
-        self.waiting = self.blocks
-        self.running = 0
-        self.paused: list[_Block] = []
+        self._logs = [self.log, *self.tensor_logs.values()]
+        self._flat = all(method.view_for(t.params) == "flat" for t in tensors)
+        self.asks = "group" in method.asks
         self.passes = 0
+        self.running = 0
+        self.waiting: list[_Block] = []
+        self.paused: list[_Block] = []
+        self._start_pass(self.blocks)
 
     def view(self, block: _Block) -> Group:
         log = self.tensor_logs.get(block.tensor.name)
         return Group(self.log, block.place, Group(log, block.place) if log else None)
 
-    def end_of_pass(self) -> None:
+    def _start_pass(self, blocks: list[_Block]) -> None:
+        """Queue a pass over these blocks. Where it is not known what they will ask, one sample runs first to see."""
+        self._pass, self._samples = blocks, []
+        if blocks and self.log.pending is None and self.asks and self._flat and len(self.blocks) >= 4:
+            self._samples = self._sample_blocks()
+        self._sampling(bool(self._samples))
+        self.waiting = self._samples[:1] or blocks
+
+    def _sampling(self, on: bool) -> None:
+        for log in self._logs:
+            log.sampling = on
+
+    def _sample_blocks(self) -> list[_Block]:
+        """A short stretch in the middle of each block, a thirty-second of the group in all."""
+        width = max(64, self.log.size // 32 // len(self.blocks))
+        samples = []
+        for b in self.blocks:
+            start = b.place.start + max(0, b.place.stop - b.place.start - width) // 2
+            stop = min(start + width, b.place.stop)
+            samples.append(_Block(b.tensor, Place(b.place.ordinal, b.place.tensor, start, stop, b.place.size)))
+        return samples
+
+    def end_of_wave(self) -> None:
+        """All that was queued has run: queue the rest of the samples, or the pass itself, or the next pass."""
+        if self._samples:
+            pending = [log.pending for log in self._logs if log.pending is not None]
+            rest = self._samples[1:] if len(self.waiting) == 1 else []
+            if rest and any(q.wants_samples for q in pending):
+                self.waiting = rest
+                return
+            for log in self._logs:
+                log.end_of_samples()
+            self._samples, self.paused, self.waiting = [], [], self._pass
+            return
         self.passes += 1
-        self.log.end_of_pass()
-        for log in self.tensor_logs.values():
+        for log in self._logs:
             log.end_of_pass()
-        self.waiting, self.paused = sorted(self.paused, key=lambda b: b.place.ordinal), []
+        paused, self.paused = sorted(self.paused, key=lambda b: b.place.ordinal), []
+        self._start_pass(paused)
 
 
 def _groups(work: Work, elements: int) -> list[_Group]:
@@ -165,10 +202,11 @@ def _groups(work: Work, elements: int) -> list[_Group]:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a run took: the passes of the group that took most, and the bytes of weights read in all passes."""
+    """What a run took: the passes of the group that took most, the bytes of weights read in all passes, and of samples."""
 
     passes: int
     bytes_read: int
+    bytes_sampled: int = 0
 
 
 def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int) -> Ran:
@@ -187,7 +225,7 @@ def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int) -
         _keep_freed_pages()
     scheduler = _Scheduler(work, sinks, groups)
     scheduler.run(threads)
-    return Ran(max((g.passes for g in groups), default=0), scheduler.bytes_read)
+    return Ran(max((g.passes for g in groups), default=0), scheduler.bytes_read, scheduler.bytes_sampled)
 
 
 @cache
@@ -211,7 +249,7 @@ class _Scheduler:
         self._open = len(groups)
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_sampled = 0
         self._ready: list[tuple[int, int, int, _Group, _Block]] = []
         for g in groups:
             self._enqueue(g)
@@ -263,13 +301,16 @@ class _Scheduler:
         if self._work.progress:
             self._work.progress(moved)
         with self._changed:
-            self.bytes_read += moved
+            if group.log.sampling:
+                self.bytes_sampled += moved
+            else:
+                self.bytes_read += moved
             if not finished:
                 group.paused.append(block)
             group.running -= 1
             if group.running:
                 return
-        group.end_of_pass()  # outside the lock: sorting candidates takes a while, and no other block of it is running
+        group.end_of_wave()  # outside the lock: sorting candidates takes a while, and no other block of it is running
         with self._changed:
             if group.waiting:
                 self._enqueue(group)
@@ -318,6 +359,8 @@ def _run_block(
         with np.errstate(all="ignore"):
             result = method.run(*(args[a] for a in method.asks), **t.params)
     except Pause:
+        return False
+    if group.log.sampling:
         return False
     for output, sink in sinks.items():
         sink.write(t.name, place.start, result[output] if output else result, scratch)

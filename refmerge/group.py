@@ -4,6 +4,10 @@ A method runs on a block. Where the block is all that `group` ranges over, a que
 first question without an answer records this block's part of it and ends the block (`Pause`); when all blocks have passed,
 the answer is made and the method is run again with it. Questions are therefore answered in passes, and nothing larger than
 a block is held. Parts are combined so that their order does not matter: exact sums, maxima, counts, histograms.
+
+Before a pass whose question is not known yet, the engine runs the method on small samples of the group. A selection takes
+from them a bracket that its answer very likely lies in, so that one pass over the blocks counts what is above and holds
+what is inside. The answer is exact: if the bracket misses, or too much lies in it, histograms of the bits take over.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ from refmerge.numeric import LEAF, array_namespace, exact_sum, expansion, host, 
 
 __all__ = ["Group", "Log", "Pause", "Place"]
 
-CANDIDATES = 1 << 20  # so many values of a bin are held and sorted; a fuller bin is divided once more
+CANDIDATES = 1 << 22  # so many values are held and sorted; where more are left, histograms divide them further
+SAMPLE = 1 << 22  # so many sampled values of an array are worth sorting
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class Log:
         self.blocks, self.size = blocks, size
         self.answered: list[_Question] = []
         self.pending: _Question | None = None
-        self.passes = 0
+        self.sampling = False
         self._lock = threading.Lock()
 
     def open(self, make: Callable[[], _Question], what: tuple[Any, ...]) -> _Question:
@@ -63,9 +68,16 @@ class Log:
             question.merge(place, part)
             question.contributions += 1
 
+    def end_of_samples(self) -> None:
+        """Let the pending question make what it can of the samples; none of them counts as a block."""
+        self.sampling = False
+        if self.pending is not None:
+            self.pending.end_of_samples()
+            self.pending.contributions = 0
+
     def end_of_pass(self) -> None:
         """Make the pending question's answer if every block contributed and no further pass is needed."""
-        question, self.passes = self.pending, self.passes + 1
+        question = self.pending
         if question is None:
             return
         if question.contributions < self.blocks:  # others were still busy with a question about their tensor
@@ -104,6 +116,8 @@ class Group:
         def make() -> _Question:
             return kind(len(xs), k, log.size)
 
+        if log.blocks == 1 and log.sampling:  # a stretch of a tensor that is one block knows nothing of the whole
+            raise Pause
         if log.blocks == 1:  # the block is the whole group
             question = make()
             answer = question.at_once(xs, place)
@@ -113,7 +127,10 @@ class Group:
             answer = log.answered[i].answer(place, xs)
             return answer[0] if alone and len(xs) == 1 else answer
         question = log.open(make, what)
-        log.add(question, place, question.part(place, xs))
+        if log.sampling:
+            question.sample(place, xs)
+        else:
+            log.add(question, place, question.part(place, xs))
         raise Pause
 
     def sum(self, *xs: Any) -> Any:
@@ -158,7 +175,14 @@ class _Question:
         self.contributions = 0
         self.reset()
 
+    wants_samples = False
+
     def reset(self) -> None: ...
+
+    def sample(self, place: Place, xs: Sequence[Any]) -> None:
+        """Look at a small part of the group that will come again in a block."""
+
+    def end_of_samples(self) -> None: ...
 
     def part(self, place: Place, xs: Sequence[Any]) -> Any:
         raise NotImplementedError
@@ -282,10 +306,20 @@ def _value(key: int, dtype: np.dtype) -> float:
 
 
 class _KthLargest(_Question):
-    """Radix selection on the floats' bits: a histogram of 16 bits a pass, until few enough candidates are left to hold."""
+    """Exact selection of the k-th largest; see _Selection."""
+
+    wants_samples = True
 
     def reset(self) -> None:
         self._states = [_Selection(k, self.size) for k in self.k]
+
+    def sample(self, place: Place, xs: Sequence[Any]) -> None:
+        for s, x in zip(self._states, xs):
+            s.sample(place, _flat(x))
+
+    def end_of_samples(self) -> None:
+        for s in self._states:
+            s.end_of_samples()
 
     def part(self, place: Place, xs: Sequence[Any]) -> Any:
         return [s.part(_flat(x)) for s, x in zip(self._states, xs)]
@@ -317,57 +351,90 @@ class _Top(_KthLargest):
         self._states = [_Selection(k, self.size, ties=True) for k in self.k]
 
     def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(_mask(x, s.k, s.size, s.value, s.ties_for(place)) for s, x in zip(self._states, xs))
+        return tuple(_mask(x, s.k, s.size, s.value, *s.ties_of(place)) for s, x in zip(self._states, xs))
 
     def at_once(self, xs: Sequence[Any], place: Place) -> tuple[Any, ...]:
         masks = []
         for x, k in zip(xs, self.k):
+            kth, kept, tied = math.nan, 0, 0
             if 0 < k < self.size:
                 values = host(_flat(x))
                 kth = _kth(values, k)
-                above = 0 if math.isnan(kth) else int(np.count_nonzero(~(values <= kth)))
-                masks.append(_mask(x, k, self.size, kth, k - above))
-            else:
-                masks.append(_mask(x, k, self.size, math.nan, 0))
+                tied = _count_equal(values, kth)
+                above = 0 if math.isnan(kth) else values.size - int(np.count_nonzero(values <= kth))
+                kept = k - above
+            masks.append(_mask(x, k, self.size, kth, kept, tied))
         return tuple(masks)
 
 
-def _mask(x: Any, k: int, size: int, kth: float, ties: int) -> Any:
-    """1 where x is above `kth`, and at the first `ties` elements equal to it."""
+def _count_equal(x: np.ndarray, value: float) -> int:
+    return int(np.count_nonzero(np.isnan(x) if math.isnan(value) else x == value))
+
+
+def _mask(x: Any, k: int, size: int, kth: float, kept: int, tied: int) -> Any:
+    """1 where x is above `kth`, and at the first `kept` of the `tied` elements equal to it."""
     xp = array_namespace(x)
     if k <= 0:
         return xp.zeros_like(x)
     if k >= size:
         return xp.ones_like(x)
     if math.isnan(kth):
-        above, equal = None, xp.isnan(x)
+        above, equal = xp.zeros_like(x, dtype=xp.bool), xp.isnan(x)
+    elif kept in (0, tied):
+        # NaN is above everything: "not below", where a comparison with NaN would say no.
+        return indicator(xp.logical_not(x < kth if kept else x <= kth), like=x)
     else:
-        # NaN is above everything: "not at most", where a comparison with NaN would say no.
         above, equal = xp.logical_not(x <= kth), x == kth
-    flat = np.flatnonzero(host(_flat(equal)))
-    if ties >= flat.size:
-        return indicator(equal if above is None else xp.logical_or(above, equal), like=x)
-    kept = np.zeros(host(_flat(equal)).shape, dtype=bool)
-    kept[flat[:ties]] = True
-    kept = kept if above is None else kept | host(_flat(above))
-    return xp.reshape(like(kept.astype(np.float32), x), tuple(x.shape))
+    chosen = host(_flat(above)).copy()
+    chosen[np.flatnonzero(host(_flat(equal)))[:kept]] = True
+    return xp.reshape(like(chosen.astype(np.float32), x), tuple(x.shape))
 
 
 class _Selection:
-    """State of one selection: the bits of the k-th largest known so far, and what the current pass collects."""
+    """State of one exact selection, and what the current pass collects.
+
+    A sample gives a bracket: one pass then counts what lies above it and holds what lies inside. Without a bracket, or
+    where it missed, histograms of 16 bits a pass narrow the answer's key until few enough candidates are left to hold.
+    """
 
     def __init__(self, k: int, size: int, ties: bool = False) -> None:
         self.k, self.size, self.ties = k, size, ties
         self.value = math.nan
-        self._trivial = not 0 < k < size if ties else False
+        self._phase = "done" if ties and not 0 < k < size else "histogram"
+        self._samples: dict[tuple[str, int], np.ndarray] = {}
+        self._low, self._high = -math.inf, math.inf
         self._prefix, self._known = 0, 0  # the leading `known` bits of the answer's key
-        self._rank = k  # rank of the answer among the keys that share the prefix
-        self._phase = "done" if self._trivial else "histogram"
+        self._rank = k  # rank of the answer among the candidates that are left
         self._dtype: np.dtype | None = None
+        self._above = 0
         self._histogram: np.ndarray | None = None
         self._held: dict[int, np.ndarray] = {}
+        self._held_count = 0
         self._tied: dict[int, int] = {}
-        self._allowed: dict[int, int] = {}
+        self._kept: dict[int, int] = {}
+
+    def sample(self, place: Place, x: Any) -> None:
+        if self._phase != "done":
+            self._samples[place.tensor, place.start] = np.array(host(x))
+
+    def end_of_samples(self) -> None:
+        samples, self._samples = self._samples, {}
+        if self._phase == "done" or not samples:
+            return
+        values = np.concatenate([samples[place] for place in sorted(samples)])
+        values = values[:: max(1, values.size // SAMPLE)]
+        m = values.size
+        # Where the answer's rank falls in the sample, give or take eight deviations: neighbours in a tensor are alike.
+        centre = self.k / self.size * m
+        margin = 8 * math.sqrt(centre * (1 - self.k / self.size)) + 8
+        if 2 * margin / m * self.size > CANDIDATES * 3 // 4 or np.isnan(values).any():
+            return
+        first, last = m - math.ceil(centre + margin), m - math.floor(centre - margin)
+        inside = [i for i in (first, last) if 0 <= i < m]
+        ordered = np.partition(values, inside) if inside else values
+        self._low = float(ordered[first]) if first >= 0 else -math.inf
+        self._high = float(ordered[last]) if last < m else math.inf
+        self._phase = "bracket"
 
     def part(self, x: Any) -> Any:
         if self._phase == "done":
@@ -375,7 +442,10 @@ class _Selection:
         values = host(x)
         self._dtype = values.dtype
         if self._phase == "ties":
-            return int(np.count_nonzero(np.isnan(values) if math.isnan(self.value) else values == self.value))
+            return _count_equal(values, self.value)
+        if self._phase == "bracket":
+            at_most = values <= self._high  # no for NaN, which is above
+            return values.size - int(np.count_nonzero(at_most)), _keys(values[at_most & (values >= self._low)])
         keys = _keys(values)
         width = 8 * keys.itemsize
         if self._known:
@@ -386,7 +456,15 @@ class _Selection:
         return np.bincount((keys >> shift & keys.dtype.type(0xFFFF)).astype(np.intp), minlength=1 << 16)
 
     def merge(self, place: Place, part: Any) -> None:
-        if self._phase == "hold":
+        if self._phase == "bracket":
+            above, keys = part
+            self._above += above
+            self._held_count += keys.size
+            if self._held_count <= CANDIDATES:
+                self._held[place.ordinal] = keys
+            else:
+                self._held = {}
+        elif self._phase == "hold":
             self._held[place.ordinal] = part
         elif self._phase == "ties":
             self._tied[place.ordinal] = part
@@ -394,17 +472,30 @@ class _Selection:
             self._histogram = part if self._histogram is None else self._histogram + part
 
     def end_of_pass(self) -> bool:
-        if self._phase == "histogram":
+        if self._phase == "bracket":
+            self._end_bracket()
+        elif self._phase == "histogram":
             self._end_histogram()
         elif self._phase == "hold":
-            keys = np.concatenate(list(self._held.values()))
-            key = int(np.partition(keys, keys.size - self._rank)[keys.size - self._rank])
-            self._found(key, above=int(np.count_nonzero(keys > key)))
-            self._share({i: int(np.count_nonzero(held == key)) for i, held in self._held.items()})
-            self._held = {}
+            self._end_hold()
         elif self._phase == "ties":
-            self._share(self._tied)
+            self._share()
         return self._phase == "done"
+
+    def _end_bracket(self) -> None:
+        if self._above < self.k <= self._above + self._held_count and self._held_count <= CANDIDATES:
+            self._rank = self.k - self._above
+            self._end_hold()
+        else:
+            self._phase, self._held = "histogram", {}
+
+    def _end_hold(self) -> None:
+        keys = np.concatenate(list(self._held.values()))
+        key = int(np.partition(keys, keys.size - self._rank)[keys.size - self._rank])
+        self._found(key, above=int(np.count_nonzero(keys > key)))
+        self._tied = {i: int(np.count_nonzero(held == key)) for i, held in self._held.items()}
+        self._held = {}
+        self._share()
 
     def _end_histogram(self) -> None:
         assert self._histogram is not None and self._dtype is not None
@@ -427,13 +518,14 @@ class _Selection:
         self.value = _value(key, self._dtype)
         self._rank -= above  # how many of those equal to the answer are kept
 
-    def _share(self, tied: dict[int, int]) -> None:
+    def _share(self) -> None:
         """Ties go to the lower index: to the blocks in order, until none is left."""
         left = self._rank
-        for ordinal in sorted(tied):
-            self._allowed[ordinal] = min(left, tied[ordinal])
-            left -= self._allowed[ordinal]
+        for ordinal in sorted(self._tied):
+            self._kept[ordinal] = min(left, self._tied[ordinal])
+            left -= self._kept[ordinal]
         self._phase = "done"
 
-    def ties_for(self, place: Place) -> int:
-        return self._allowed.get(place.ordinal, 0)
+    def ties_of(self, place: Place) -> tuple[int, int]:
+        """(kept, all) elements of a block that equal the answer."""
+        return self._kept.get(place.ordinal, 0), self._tied.get(place.ordinal, 0)

@@ -67,6 +67,7 @@ class Param:
 
     def check(self, value: Any, method: str) -> Any:
         """The value in the parameter's type; UsageError if it is another type or outside the domain."""
+        kind: Any = self.type
         if value is None and self.optional:
             return None
         if self.type is float and type(value) in (int, np.float32, np.float64):
@@ -75,12 +76,11 @@ class Param:
             value = tuple(value)
         if self.type is object:
             return value
-        if not isinstance(value, self.type) or isinstance(value, bool) != (self.type is bool):
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             raise UsageError(f"{method}: {self.name} = {value!r} is not of type {self.type.__name__}")
         if self.type is float and math.isnan(value):
             raise UsageError(f"{method}: {self.name} is NaN")
-        checked: Any = value
-        if self.domain is not None and not self.domain[0] <= checked <= self.domain[1]:
+        if self.domain is not None and not self.domain[0] <= value <= self.domain[1]:
             low, high = self.domain
             raise UsageError(f"{method}: {self.name} = {value!r} is outside [{low}, {high}]")
         if self.choices is not None and value not in self.choices:
