@@ -202,13 +202,17 @@ def _draw_steps(name: str) -> str:
     from refmerge.explain import explain
 
     steps = [s for s in explain(name) if s.ran]
-    shape = np.shape(steps[0].values["models"][0])
+    models_and_base = [*steps[0].values["models"], steps[0].values.get("base")]
+    shape = np.shape(models_and_base[0])
     columns: list[tuple[str, list[_Panel], list[str]]] = []
     last: dict[str, list[float]] = {}
     for step in steps:
         panels, notes = [], []
         for key, value in [*step.values.items(), *([("result", step.result)] if step.result is not None else [])]:
+            same = models_and_base if not step.number else [step.result]
             for label, x, colour in _arrays(key, value, shape):
+                if key not in ("models", "base", "result") and any(np.array_equal(x, y) for y in same):
+                    continue  # the text's own name for what is drawn anyway
                 values = [float(v) for v in np.ravel(x)]
                 if last.get(label) != values:
                     panels.append(_Panel(label, values, last.get(label), colour))
@@ -258,9 +262,10 @@ def _bar(x: float, zero: float, wide: float, value: float, scale: float, before:
             y = zero - tall if height > 0 else zero
             out.append(f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(wide)}" height="{_n(tall)}" {paint}/>')
     at = zero - ghost * scale + (11 if ghost < 0 else -3)
-    ink = INK if value else FAINT
+    ink, label = INK if value else FAINT, _g(value)
+    size = 9 if len(label) < 5 else 8
     out.append(
-        f'<text x="{_n(x + wide / 2)}" y="{_n(at)}" font-size="9" text-anchor="middle" fill="{ink}">{_g(value)}</text>'
+        f'<text x="{_n(x + wide / 2)}" y="{_n(at)}" font-size="{size}" text-anchor="middle" fill="{ink}">{label}</text>'
     )
     return out
 
