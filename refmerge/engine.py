@@ -179,6 +179,11 @@ class _Group:
             self._samples, self.paused, self.waiting = [], [], self._pass
             return
         self.passes += 1
+        complete = [log.pending is not None and log.pending.contributions == log.blocks for log in self._logs]
+        if self.paused and not any(complete):
+            # No pass would ever answer them.
+            asked = self.log.pending.contributions if self.log.pending is not None else 0
+            raise TypeError(f"{asked} of {self.log.blocks} blocks of a group asked a question that the others did not")
         for log in self._logs:
             log.end_of_pass()
         paused, self.paused = sorted(self.paused, key=lambda b: b.place.ordinal), []
@@ -265,7 +270,7 @@ class _Scheduler:
             w.start()
         try:
             self._worker()
-        except BaseException as e:  # KeyboardInterrupt reaches the main thread wherever it is
+        except BaseException as e:  # an interrupt between two lines of the worker's own handling
             self._fail(e)
         for w in workers:
             w.join()
@@ -284,7 +289,7 @@ class _Scheduler:
                 group, block = task
                 finished = _run_block(self._work, group, block, self._sinks, scratch)
                 self._done(group, block, finished)
-        except Exception as e:
+        except BaseException as e:  # whatever ends this thread, the others must not wait for its block
             self._fail(e)
 
     def _next(self) -> tuple[_Group, _Block] | None:
@@ -363,8 +368,25 @@ def _run_block(
     if group.log.sampling:
         return False
     for output, sink in sinks.items():
-        sink.write(t.name, place.start, result[output] if output else result, scratch)
+        block_out = _output(method, result, output)
+        _check_shape(method, block_out, t.name, models[0].shape)
+        sink.write(t.name, place.start, block_out, scratch)
     return True
+
+
+def _output(method: Method, result: Any, output: str) -> Any:
+    if not output:
+        return result
+    if not isinstance(result, Mapping) or output not in result:
+        given = ", ".join(map(repr, result)) if isinstance(result, Mapping) else type(result).__name__
+        raise TypeError(f"{method.name} declares the output {output!r} and returns {given}")
+    return result[output]
+
+
+def _check_shape(method: Method, x: Any, name: str, shape: Sequence[int]) -> None:
+    """TypeError for a result that would leave elements unwritten, or write others."""
+    if tuple(x.shape) != tuple(shape):
+        raise TypeError(f"{method.name} returned shape {tuple(x.shape)} for {tuple(shape)} of tensor {name!r}")
 
 
 def _stats(
@@ -456,8 +478,14 @@ def _run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
     with np.errstate(all="ignore"):
         result = method.run(*(args[a] for a in method.asks), **work.tensors[0].params)
     scratch = Scratch()
+    shapes = {t.name: t.shape for t in work.tensors}
     for output, sink in sinks.items():
-        for name, x in (result[output] if output else result).items():
+        model = _output(method, result, output)
+        if shapes.keys() != model.keys():
+            off = sorted(shapes.keys() ^ model.keys())
+            raise TypeError(f"{method.name} returned other tensors than it got: {off} differ")
+        for name, x in model.items():
+            _check_shape(method, x, name, shapes[name])
             sink.write(name, 0, array_namespace(x).reshape(x, (-1,)), scratch)
 
 

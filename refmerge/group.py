@@ -258,7 +258,8 @@ class _Max(_Question):
         return [float(array_namespace(x).max(x)) if x.size else -math.inf for x in map(_with_size, xs)]
 
     def merge(self, place: Place, part: Any) -> None:
-        self._max = [b if math.isnan(b) or b > a else a for a, b in zip(self._max, part)]
+        # + 0.0: of two zeros, neither library nor order shall choose the sign
+        self._max = [b + 0.0 if math.isnan(b) or b > a else a for a, b in zip(self._max, part)]
 
     def answer(self, place: Place, xs: Sequence[Any]) -> tuple[float, ...]:
         return tuple(self._max)

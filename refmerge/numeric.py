@@ -141,7 +141,7 @@ def exact_sum(values: Sequence[float]) -> float:
             try:
                 return float(exact)
             except OverflowError:
-                return math.copysign(math.inf, exact)
+                return math.inf if exact > 0 else -math.inf
         special = {v for v in values if not math.isfinite(v)}
         return special.pop() if len(special) == 1 else math.nan
 

@@ -17,6 +17,7 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
     """Model Stock with the mean of the pairwise cosines, whose norms' product is at least 1e-6."""
     # 1. task vectors
     delta = [x - base for x in models]
+    filter_wise = filter_wise and base.ndim > 0  # a number is its own only row
     # 2. mean cosine; tensors of the weights' precision hold these numbers
     def p(x):
         return at_precision(x, base)
