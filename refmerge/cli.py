@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from refmerge.api import Plan
+    from refmerge.plan import Plan
 
 INTERRUPTED, TERMINATED = 130, 143
 

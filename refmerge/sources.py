@@ -65,6 +65,9 @@ class Source(Protocol):
 
     def names(self) -> set[str]: ...
     def dtype(self, name: str) -> str: ...
+    def stored(self, name: str) -> str:
+        """The dtype as it is kept; `dtype` is the one as which it is read."""
+
     def shape(self, name: str) -> tuple[int, ...]: ...
     def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any: ...
     def same(self, other: Source, name: str) -> bool:
@@ -83,6 +86,8 @@ class ArraySource:
 
     def dtype(self, name: str) -> str:
         return dtype_name(self._arrays[name])
+
+    stored = dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._arrays[name].shape)
@@ -235,9 +240,7 @@ class ArraySink:
             # torch would round twice, to float32 on the way
             raw = np.empty(flat.shape[0] * out.dtype.itemsize, dtype=np.uint8)
             encode(host(flat), self._specs[name][0], raw)
-            out.view(xp.uint8)[start * out.dtype.itemsize : stop * out.dtype.itemsize] = xp.asarray(
-                raw, device=self._device
-            )
+            out.view(xp.uint8)[start * out.dtype.itemsize : stop * out.dtype.itemsize] = xp.asarray(raw, device=self._device)
         else:
             out[start:stop] = xp.astype(flat, out.dtype, copy=False)
 
@@ -273,9 +276,7 @@ class HostSink:
 class DiskSink:
     """Results written where they belong in a checkpoint, in whatever order the blocks come."""
 
-    def __init__(
-        self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any
-    ) -> None:
+    def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
         self._writer, self._specs, self._backend = writer, specs, backend
 
     def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:
@@ -293,3 +294,28 @@ class DiskSink:
             raw = np.empty((stop - start) * itemsize(dtype), dtype=np.uint8)
             source.read(name, start, stop, raw)
             self._writer.write(name, start, raw)
+
+
+class StagedSink:
+    """Arrays in memory to a file: each block goes through an ArraySink's rounding of one tensor at a time."""
+
+    def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any) -> None:
+        self._writer, self._specs, self._example = writer, specs, example
+
+    def _bytes(self, x: Any) -> np.ndarray:
+        if is_torch_array(x):
+            import torch
+
+            return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        x = x.get() if hasattr(x, "get") else np.asarray(x)
+        return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+
+    def write(self, name: str, start: int, block: Any, scratch: Any) -> None:
+        sink = ArraySink({name: (self._specs[name][0], (math.prod(block.shape),))}, self._example)
+        sink.write(name, 0, block, scratch)
+        self._writer.write(name, start, self._bytes(sink.arrays[name]))
+
+    def copy(self, name: str, source: Any) -> None:
+        raw = self._bytes(source.array(name))
+        if raw.size:
+            self._writer.write(name, 0, raw)

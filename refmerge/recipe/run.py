@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from refmerge.api import Plan, prepare
+from refmerge.api import prepare
+from refmerge.plan import Plan
 from refmerge.recipe.plan import Resolved, load_recipe, resolve
 
 __all__ = ["prepare_recipe", "run_recipe"]

@@ -1,0 +1,169 @@
+"""A merge that has been checked and can be run: what is read, computed and written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_numpy_array
+
+from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, same_or_inside
+from refmerge.engine import Ran, Tensor, Work, run
+from refmerge.errors import UsageError
+from refmerge.method import Method, Over
+from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
+
+__all__ = ["Plan"]
+
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+_CONFIG_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass
+class Plan:
+    """What `refmerge.api.prepare` makes of a call; `run` does it.
+
+    work: the floating-point tensors, their parameters, and the method. copied: name -> the source that an integer tensor,
+    or one that not all models have, is copied from. specs: name -> (safetensors dtype, shape) of the result.
+    backend: where blocks of checkpoints are computed; None where the inputs are arrays that stay in their library.
+    example: an array of that library. checkpoints: the inputs on disk; donor: the one whose config and tokenizer files the
+    result gets. out_dtype: the dtype that was asked for. elements: of a block.
+    """
+
+    work: Work
+    specs: Specs
+    copied: dict[str, Source]
+    backend: Any
+    threads: int
+    elements: int
+    example: Any = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    donor: Checkpoint | None = None
+    out_dtype: str | None = None
+    ran: Ran | None = None
+
+    def run(
+        self,
+        out: str | Path | None = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
+        outputs = self.work.method.outputs or ("",)
+        if out is None:
+            arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
+            self._fill(arrays)
+            results = {o: sink.result() for o, sink in arrays.items()}
+            return results if self.work.method.outputs else results[""]
+        target = Path(out)
+        for c in self.checkpoints:
+            if same_or_inside(target, c.path):
+                raise UsageError(f"output {str(target)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
+        with ExitStack() as writers:
+            sinks = {}
+            for o in outputs:
+                single = bool(o) or target.suffix == ".safetensors"
+                writer = CheckpointWriter(
+                    target / f"{o}.safetensors" if o else target,
+                    self._specs_of(o),
+                    max_shard_size=parse_size(max_shard_size),
+                    overwrite=overwrite,
+                    metadata=metadata,
+                    sidecars=() if single or self.donor is None else self.donor.sidecars(),
+                    extra_files=None if single else self._config(),
+                )
+                sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
+            self._fill(sinks)
+            for c in self.checkpoints:
+                c.check_unchanged()
+        return target if self.work.method.outputs else open_checkpoint(target)
+
+    def _specs_of(self, output: str) -> Specs:
+        """What is copied belongs to the model; one of several outputs holds what the method made."""
+        return {n: spec for n, spec in self.specs.items() if not output or n not in self.copied}
+
+    def _array_sink(self, specs: Specs) -> ArraySink | HostSink:
+        if self.backend is not None and (self.example is None or is_numpy_array(self.example)):
+            return HostSink(specs, self.backend)
+        return ArraySink(specs, self.example)
+
+    def _disk_sink(self, writer: CheckpointWriter, specs: Specs) -> DiskSink | StagedSink:
+        if isinstance(self.work.models[0], ArraySource):
+            return StagedSink(writer, specs, self.example)
+        return DiskSink(writer, specs, self.backend)
+
+    def _config(self) -> dict[str, bytes] | None:
+        """The donor's config with the dtype of the result, where another one was asked for."""
+        config = self.donor.config if self.donor is not None else None
+        word = _CONFIG_WORDS.get(self.out_dtype or "")
+        changed = {k: word for k in ("dtype", "torch_dtype") if config and word and k in config and config[k] != word}
+        return {"config.json": (json.dumps({**config, **changed}, indent=2) + "\n").encode()} if config and changed else None
+
+    def _fill(self, sinks: Mapping[str, Any]) -> None:
+        self.ran = run(self.work, sinks, elements=self.elements, threads=self.threads)
+        for name, source in self.copied.items():
+            if "" in sinks:
+                sinks[""].copy(name, source)
+
+    def figures(self, estimate: bool = False) -> dict[str, Any]:
+        """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
+        arrays. Bytes are those of the tensors; peak_memory is that of the blocks, the interpreter not counted."""
+        tensors, work = self.work.tensors, self.work
+        ran = self.ran
+        if ran is None or estimate:
+            passes = _passes(work.method, tensors[0], len(work.models), work.over) if tensors else 0
+            one_block = [work.over == "tensor" and t.size <= self.elements * 3 // 2 for t in tensors]
+            read = (work.bytes_of(t, t.size) * (1 if one else passes) for t, one in zip(tensors, one_block))
+            ran = Ran(1 if all(one_block) else passes, sum(read))
+        copied = sum(_nbytes(spec) for n, spec in self.specs.items() if n in self.copied)
+        return {
+            "method": work.method.name,
+            "models": len(work.models),
+            "tensors": len(tensors),
+            "copied": len(self.copied),
+            "parameters": sum(t.size for t in tensors),
+            "passes": ran.passes,
+            "bytes_read": ran.bytes_read + copied,
+            "bytes_written": sum(map(_nbytes, self.specs.values())),
+            "peak_memory": _peak_memory(work, self.elements, self.threads),
+            "threads": self.threads,
+            "backend": "arrays" if self.backend is None else self.backend.name,
+        }
+
+
+def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = spec
+    return math.prod(shape) * itemsize(dtype)
+
+
+def _passes(method: Method, tensor: Tensor, models: int, over: Over) -> int:
+    """How often a method passes over a group of several blocks, counted on small random arrays with these parameters."""
+    if method.view_for(tensor.params) in ("tensor", "model"):
+        return 1
+    draw = np.random.default_rng(0)
+    arrays = [{"x": draw.standard_normal((48, 64)).astype(np.float32)} for _ in range(models + 1)]
+    sources = [ArraySource(a, "") for a in arrays]
+    small = Tensor("x", (48, 64), "float32", tensor.params)
+    work = Work(method, sources[1:], sources[0], [small], "model" if over != "tensor" else over)
+    sinks = {o: ArraySink({"x": ("F32", (48, 64))}, arrays[0]["x"]) for o in method.outputs or ("",)}
+    return run(work, sinks, elements=1024, threads=1).passes
+
+
+def _peak_memory(work: Work, elements: int, threads: int) -> int:
+    """Estimate of the blocks' memory: inputs as they are read and as they are computed with, and temporaries."""
+    arrays = len(work.models) + work.method.needs_base
+    peak = 0
+    for t in work.tensors:
+        view = work.method.view_for(t.params)
+        whole = {"tensor": t.size, "model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
+        count = max(whole, min(t.size, elements * 3 // 2))
+        peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4))
+    return peak * (1 if not work.tensors or peak == 0 else min(threads, 8))
