@@ -8,9 +8,8 @@ from refmerge.numeric import array_namespace, indicator
 def with_majority(gamma, group):
     """Zeros of gamma take the sign of the sum of all signs."""
     majority = group.sum(gamma)
-    return (
-        gamma + (majority > 0) * indicator(gamma == 0, like=gamma) - (majority < 0) * indicator(gamma == 0, like=gamma)
-    )
+    sign = float(majority > 0) - float(majority < 0)
+    return gamma + sign * indicator(gamma == 0, like=gamma)
 
 
 def at_least_kth_smallest(x, k, group, name):
