@@ -1,4 +1,4 @@
-"""Array libraries and backends as fixtures: what is not installed is skipped with the reason.
+"""Array libraries, backends and every method as fixtures. A library that is not installed is skipped with the reason.
 
 REFMERGE_TEST_BACKENDS is a comma list of names ("numpy,torch,array_api_strict,torch:cuda:0,cupy"). A backend that is named
 there and missing is a failure instead of a skip.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+
+from refmerge import registry
 
 DEMANDED = {name.strip() for name in os.environ.get("REFMERGE_TEST_BACKENDS", "").split(",")} - {""}
 KNOWN = ("numpy", "torch", "array_api_strict", "torch:cuda:0", "cupy")
@@ -63,6 +65,14 @@ class Library:
             return x.numpy()
         return x.get() if self.name == "cupy" else np.asarray(x)
 
+    def holds(self, x: np.ndarray) -> bool:
+        """Whether it has arrays of this dtype at all."""
+        if self.name.startswith("torch"):
+            return x.dtype.kind != "V" or x.dtype == ml_dtypes.bfloat16
+        if self.name == "array_api_strict":
+            return x.dtype.kind != "V" and x.dtype != np.float16
+        return self.name == "numpy" or x.dtype.kind != "V"
+
     def owns(self, x: Any) -> bool:
         """Whether x is this library's array, on this device."""
         if type(x).__module__.partition(".")[0] != self.name.partition(":")[0]:
@@ -110,3 +120,57 @@ def backend(request) -> Library:
 @pytest.fixture
 def torch():
     return open_library("torch").module
+
+
+# --- Every method ------------------------------------------------------------------------------------------------------
+
+# Beside each method with its defaults: parameters that lead elsewhere in its text.
+VARIANTS = [
+    ("linear", {"normalize": False}),
+    ("model_stock", {"filter_wise": True}),
+    ("dare_linear", {"density": 0.3}),
+    ("dare_ties", {"density": 0.3}),
+    ("mergekit:model_stock", {"filter_wise": True}),
+    ("mergekit:ties", {"rescale": True}),
+    ("mergekit:breadcrumbs", {"rescale": True}),
+    ("official:breadcrumbs", {"remove_first": False}),
+    ("official:dare", {"mask_strategy": "magnitude"}),
+    ("official:dare", {"mask_apply_method": "ties_merging", "use_weight_rescale": True}),
+    ("official:task_arithmetic", {"op": "negate"}),
+    ("official:ties", {"reset_type": "std"}),
+    ("official:ties", {"resolve_method": "normfrac", "merge_func": "dis-max"}),
+    ("official:ties", {"resolve_method": "normmass", "merge_func": "dis-sum"}),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with parameters that do something."""
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self, models: int = 3) -> tuple[Any, int, dict[str, Any]]:
+        """The method, how many models to give it (as asked, if it takes so many), and its parameters."""
+        m = registry.get(self.name)
+        least, most = m.models
+        given = dict(self.params)
+        for key, p in m.params.items():
+            if p.required and key not in given:
+                given[key] = {float: 0.375, int: 1, bool: True, str: (p.choices or ("",))[0]}[p.type]
+            elif key == "density" and key not in given:
+                given[key] = 0.25
+        return m, max(least, min(models, most or models)), given
+
+
+def pytest_generate_tests(metafunc):
+    """`case`: every method in the registry, with its defaults and the variants above."""
+    if "case" in metafunc.fixturenames:
+        cases = [*map(Case, registry.names()), *(Case(name, params) for name, params in VARIANTS)]
+        ids = [c.name + "".join(f",{k}={v}" for k, v in c.params.items()) for c in cases]
+        metafunc.parametrize("case", cases, ids=ids)
+
+
+@pytest.fixture
+def make_case():
+    return Case

@@ -30,43 +30,10 @@ quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_heal
 
 # --- Every method, every cut -------------------------------------------------------------------------------------------
 
-# Beside each method with its defaults: parameters that lead elsewhere in its text.
-VARIANTS = [
-    ("linear", {"normalize": False}),
-    ("model_stock", {"filter_wise": True}),
-    ("dare_linear", {"density": 0.3}),
-    ("dare_ties", {"density": 0.3}),
-    ("mergekit:model_stock", {"filter_wise": True}),
-    ("mergekit:ties", {"rescale": True}),
-    ("mergekit:breadcrumbs", {"rescale": True}),
-    ("official:breadcrumbs", {"remove_first": False}),
-    ("official:dare", {"mask_strategy": "magnitude"}),
-    ("official:dare", {"mask_apply_method": "ties_merging", "use_weight_rescale": True}),
-    ("official:task_arithmetic", {"op": "negate"}),
-    ("official:ties", {"reset_type": "std"}),
-    ("official:ties", {"resolve_method": "normfrac", "merge_func": "dis-max"}),
-    ("official:ties", {"resolve_method": "normmass", "merge_func": "dis-sum"}),
-]
-CASES = [*((name, {}) for name in registry.names()), *VARIANTS]
-every_method = pytest.mark.parametrize(("name", "params"), CASES, ids=[f"{n}{list(p.values()) or ''}" for n, p in CASES])
-
 SHAPES = {
     "z.weight": (37, 129), "a.rows": (5, 2050), "conv": (5, 7, 65), "norm": (5000,), "number": (), "one": (1,),
     "none": (0, 3),
 }  # fmt: skip
-
-
-def arguments(name, params, models=3):
-    """A method, a number of models it takes, and parameters with values that do something."""
-    m = registry.get(name)
-    least, most = m.models
-    given_ = dict(params)
-    for key, p in m.params.items():
-        if p.required and key not in given_:
-            given_[key] = {float: 0.375, int: 1, bool: True, str: (p.choices or ("",))[0]}[p.type]
-        elif key == "density" and key not in given_:
-            given_[key] = 0.25
-    return m, max(least, min(models, most or models)), given_
 
 
 def tensors(seed, shapes, dtype=np.float32, coarse=False):
@@ -79,8 +46,8 @@ def tensors(seed, shapes, dtype=np.float32, coarse=False):
     return made
 
 
-def inputs(name, params, shapes=SHAPES, **options):
-    m, count, given_ = arguments(name, params)
+def inputs(case, shapes=SHAPES, **options):
+    m, count, given_ = case.arguments()
     if given_.get("mask_strategy") == "magnitude":  # a fraction of a few elements is none, which it refuses
         shapes = {n: s for n, s in shapes.items() if math.prod(s) > 10}
     models = [tensors(i + 1, shapes, **options) for i in range(count)]
@@ -94,10 +61,9 @@ def planned(models, m, elements, *, threads=1, params=None, **options):
     return plan
 
 
-@every_method
 @pytest.mark.parametrize("coarse", [False, True])
-def test_any_blocks(name, params, coarse):
-    m, models, base, given_ = inputs(name, params, coarse=coarse)
+def test_any_blocks(case, coarse):
+    m, models, base, given_ = inputs(case, coarse=coarse)
     whole = planned(models, m, 1 << 22, base=base, params=given_, seed=3).run()
     assert {n: x.shape for n, x in whole.items()} == {n: SHAPES[n] for n in models[0]}
     assert len(whole) >= 4
@@ -105,11 +71,10 @@ def test_any_blocks(name, params, coarse):
         assert_same(planned(models, m, elements, base=base, params=given_, seed=3).run(), whole)
 
 
-@every_method
-def test_any_threads(name, params):
+def test_any_threads(case):
     """Large enough for the engine to use threads, which it does not for less."""
     shapes = {"b": (520, 451), "a": (60, 700)}
-    m, models, base, given_ = inputs(name, params, shapes)
+    m, models, base, given_ = inputs(case, shapes)
     seen = set()
     plan = planned(models, m, 16384, base=base, params=given_)
     plan.work.progress = lambda moved: seen.add(threading.get_ident())
@@ -120,10 +85,9 @@ def test_any_threads(name, params):
         assert_same(plan.run(), one)
 
 
-@every_method
-def test_any_files(name, params, tmp_path):
+def test_any_files(case, tmp_path):
     """One file, shards of the inputs and of the output, and arrays in memory: the same bytes."""
-    m, models, base, given_ = inputs(name, params)
+    m, models, base, given_ = inputs(case)
     stored = {"z.weight": ml_dtypes.bfloat16, "conv": np.float16, "norm": np.float32}
     models = [{n: x.astype(stored.get(n, np.float32)) for n, x in t.items()} for t in models]
     base = base and {n: x.astype(stored.get(n, np.float32)) for n, x in base.items()}
@@ -142,10 +106,9 @@ def test_any_files(name, params, tmp_path):
     assert_same(merge(paths, m, **options), in_memory)
 
 
-@every_method
-def test_inputs_are_never_changed(name, params):
+def test_inputs_are_never_changed(case):
     """Read-only arrays, and none that the result shares memory with."""
-    m, models, base, given_ = inputs(name, params)
+    m, models, base, given_ = inputs(case)
     everything = [*models, *([base] if base else [])]
     before = [{n: x.copy() for n, x in t.items()} for t in everything]
     for t in everything:
@@ -158,9 +121,8 @@ def test_inputs_are_never_changed(name, params):
             assert not any(np.shares_memory(result[n], t[n]) for n in t)
 
 
-@every_method
-def test_strides_do_not_matter(name, params):
-    m, models, base, given_ = inputs(name, params)
+def test_strides_do_not_matter(case):
+    m, models, base, given_ = inputs(case)
     plain = merge(models, m, base=base, threads=1, **given_)
 
     def strided(x):
@@ -429,7 +391,8 @@ def test_as_many_k_as_arrays(elements):
     ("values", "expected"),
     [
         ([3.0, -1.0, 7.0], 7.0), ([-5.0, -2.0], -2.0), ([-np.inf], -np.inf), ([np.inf, 1.0], np.inf),
-        ([1.0, np.nan, 2.0], np.nan), ([-np.nan, 5.0], np.nan), ([-0.0], 0.0), ([-0.0, 0.0], 0.0), ([0.0, -0.0], 0.0), ([-1e-45, -1.0], -1e-45),
+        ([1.0, np.nan, 2.0], np.nan), ([-np.nan, 5.0], np.nan), ([-0.0], 0.0), ([-0.0, 0.0], 0.0), ([0.0, -0.0], 0.0),
+        ([-1e-45, -1.0], -1e-45),
     ],
 )  # fmt: skip
 def test_max(values, expected, elements):
@@ -526,10 +489,10 @@ def test_blocks_that_ask_different_questions(question):
 @pytest.mark.parametrize(
     ("name", "passes"), [("linear", 1), ("task_arithmetic", 1), ("dare_linear", 1), ("slerp", 2), ("model_stock", 3)]
 )
-def test_each_pass_reads_everything_once(name, passes):
+def test_each_pass_reads_everything_once(name, passes, make_case):
     """bfloat16 inputs count as two bytes; nothing is read of a base that the method does not ask for."""
     shapes = {"a": (50, 100), "b": (3000,)}
-    m, models, base, given_ = inputs(name, {}, shapes, dtype=ml_dtypes.bfloat16)
+    m, models, base, given_ = inputs(make_case(name), shapes, dtype=ml_dtypes.bfloat16)
     for elements, times in ((1 << 22, 1), (1024, passes)):
         plan = planned(models, m, elements, base=base or models[0], params=given_)
         moved = []
@@ -540,18 +503,18 @@ def test_each_pass_reads_everything_once(name, passes):
         assert sum(moved) == plan.ran.bytes_read + plan.ran.bytes_sampled
 
 
-def test_small_tensors_are_read_once_even_where_large_ones_are_not():
+def test_small_tensors_are_read_once_even_where_large_ones_are_not(make_case):
     shapes = {"large": (5000,), "small": (100,)}
-    m, models, _, given_ = inputs("slerp", {}, shapes)
+    m, models, _, given_ = inputs(make_case("slerp"), shapes)
     plan = planned(models, m, 1024, params=given_)
     plan.run()
     assert plan.ran.bytes_read == 2 * 4 * (2 * 5000 + 100)
 
 
-def test_a_selection_passes_at_most_as_often_as_it_has_digits(monkeypatch):
+def test_a_selection_passes_at_most_as_often_as_it_has_digits(monkeypatch, make_case):
     """The answer of a selection in float32: two passes of 16 bits, one for its ties, one to use it; fewer with room."""
     shapes = {"a": (50, 100), "b": (3000,)}
-    m, models, base, given_ = inputs("ties", {}, shapes, coarse=True)
+    m, models, base, given_ = inputs(make_case("ties"), shapes, coarse=True)
     passes = []
     for candidates in (1 << 20, 0):
         monkeypatch.setattr(refmerge.group, "CANDIDATES", candidates)
@@ -946,11 +909,10 @@ def test_what_refuses_a_few_elements():
         merge([x], "official:dare", base=x, mask_strategy="magnitude")
 
 
-@every_method
-def test_0d_empty_and_single_elements(name, params):
+def test_0d_empty_and_single_elements(case):
     """The engine's part: shapes and dtypes stay, whatever the method makes of a tensor of one number."""
     shapes = {"number": (), "one": (1,), "one.one": (1, 1), "none": (0,), "none.rows": (3, 0), "no.rows": (0, 3)}
-    m, models, base, given_ = inputs(name, params, shapes)
+    m, models, base, given_ = inputs(case, shapes)
     for elements in (1 << 22, 1):
         result = planned(models, m, elements, base=base, params=given_).run()
         assert {n: x.shape for n, x in result.items()} == {n: shapes[n] for n in models[0]}
