@@ -70,7 +70,8 @@ def test_arrays_of_a_library(case, foreign, dtype, coarse):
     m, models, base, given = inputs(case, dtype=dtype, coarse=coarse)
     expected = run(models, m, 1 << 22, base, given)
     models, base = [across(foreign, x) for x in models], across(foreign, base)
-    for elements in (1 << 22, 1024 if foreign.name == "array_api_strict" else 500):
+    strict = foreign.name == "array_api_strict"  # slow: whole in float32, in blocks in float64
+    for elements in (1 << 22, 500) if not strict else (1 << 22,) if dtype == np.float32 else (1024,):
         got = back(foreign, run(models, m, elements, base, given))
         assert_same(got, expected, ulps=ULPS.get(case.name, 0))
 
@@ -164,7 +165,8 @@ def codes(dtype, count=4096):
         x = np.arange(256**kind.itemsize).astype(f"u{kind.itemsize}").view(kind)
     else:
         x = np.random.default_rng(0).integers(0, 256, count * kind.itemsize, dtype=np.uint8).view(kind)
-    return x[~np.isnan(x.astype(np.float64))]
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return x[~np.isnan(x.astype(np.float64))]
 
 
 @pytest.mark.parametrize("dtype", STORED)
