@@ -11,7 +11,7 @@ from array_api_compat import is_array_api_obj, is_numpy_array
 
 from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
-from refmerge.engine import Tensor, Work, block_elements, check_memory, default_threads
+from refmerge.engine import Tensor, Work, block_elements, check_memory, default_threads, stat_name
 from refmerge.errors import InputError, UsageError
 from refmerge.method import Method, Over
 from refmerge.plan import Plan
@@ -188,6 +188,7 @@ def prepare(
         raise UsageError(f"threads = {threads} is less than one")
     limit = None if max_memory is None else parse_size(max_memory)
     stat_sources = _stat_sources(stats, used)
+    _check_stats(m, floats, stat_sources)
     work = Work(m, sources[: len(models)], base_source, tensors, over, seed, stat_sources, nonfinite)
     check_memory(work, limit, workers)
     block_bytes = 1 << 20 if used is None else used.block_bytes
@@ -315,6 +316,19 @@ def _stat_sources(stats: Sequence[Model | None] | None, backend: Any) -> list[So
         else:
             sources.append(ArraySource(s or {}, f"stats of model {i}"))
     return sources
+
+
+def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:
+    """UsageError for statistics of which the method reads none: they were meant to have an effect."""
+    if stats is None or not any(s.names() for s in stats):
+        return
+    if not m.stats:
+        raise UsageError(f"{m.name} reads no statistics: leave stats out")
+    present = set.union(*(s.names() for s in stats))
+    modules = {n.rpartition(".")[0] for n in names}
+    if not any(stat_name(n, key) in present for key in m.stats for n in [*names, *modules]):
+        wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
+        raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({sorted(present)[0]!r}, ...)")
 
 
 def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tuple[list[str], dict[str, Source]]:

@@ -102,8 +102,8 @@ def block_elements(method: Method, models: int, block_bytes: int, threads: int, 
 
 
 def blocks_of(tensor: Tensor, view: str, elements: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the blocks of a tensor in C order."""
-    if view == "tensor":
+    """(start, stop) of the blocks of a tensor in C order; a tensor without elements has none."""
+    if view == "tensor" and tensor.size:
         yield 0, tensor.size
         return
     step = elements
@@ -411,7 +411,10 @@ def _stats(
                 continue
             if shape != t.shape:
                 raise InputError(f"{source.label}: {name!r} has shape {shape}, its tensor {t.shape}")
-            mine[key] = _shaped(source.load(name, *span[1:], ("stat", i, key), scratch), t, view)
+            x = source.load(name, *span[1:], ("stat", i, key), scratch)
+            if kind == "draw" and not bool(array_namespace(x).all((x == 0) | (x == 1))):
+                raise InputError(f"{source.label}: {name!r} is a recorded draw and holds other values than 0 and 1")
+            mine[key] = _shaped(x, t, view)
         found.append(mine)
     return found
 
