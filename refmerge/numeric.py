@@ -8,7 +8,7 @@ taken of host numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array
 
 __all__ = [
-    "array_namespace", "at_precision", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean",
+    "array_namespace", "at_precision", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean",
     "ranks", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
@@ -157,6 +157,18 @@ def expansion(values: Sequence[float]) -> list[float]:
         if rest == 0 or not math.isfinite(rest):
             return parts if rest == 0 else [*parts, rest]
         parts.append(rest)
+
+
+def by_columns(f: Callable[..., Sequence[np.ndarray]], *matrices: Any) -> np.ndarray:
+    """f of float64 host copies of matrices, a strip of columns at a time; f gives one number a column, or several rows of
+    them. For scores on which a discrete choice rests: computed once, in one place, they are the same on every backend."""
+    rows, columns = matrices[0].shape
+    width = max(1, (1 << 20) // max(rows, 1))
+    strips = []
+    with np.errstate(all="ignore"):
+        for start in range(0, max(columns, 1), width):
+            strips.append(np.stack(f(*(host(x[:, start : min(start + width, columns)]).astype(np.float64) for x in matrices))))
+    return np.concatenate(strips, axis=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- order and ranks

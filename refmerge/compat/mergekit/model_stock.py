@@ -3,7 +3,7 @@ from itertools import combinations
 import numpy as np
 
 from refmerge.method import method
-from refmerge.methods.task_vectors.model_stock import inner
+from refmerge.methods.task_vectors.model_stock import inner_products
 from refmerge.numeric import at_precision, like, total
 
 
@@ -23,9 +23,9 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
         return at_precision(x, base)
 
     pairs = list(combinations(range(len(delta)), 2))
-    norms = [p(np.sqrt(xx)) for xx in inner([(d, d) for d in delta], group, filter_wise)]
-    dots = [p(xy) for xy in inner([(delta[i], delta[j]) for i, j in pairs], group, filter_wise)]
-    cosines = [np.clip(p(d / np.maximum(p(norms[i] * norms[j]), 1e-6)), -1, 1) for d, (i, j) in zip(dots, pairs)]
+    squares, dots = inner_products(delta, pairs, group, filter_wise)
+    norms = [p(np.sqrt(xx)) for xx in squares]
+    cosines = [np.clip(p(p(d) / np.maximum(p(norms[i] * norms[j]), 1e-6)), -1, 1) for d, (i, j) in zip(dots, pairs)]
     c = p(sum(cosines) / len(cosines))
     # 3. interpolation ratio, 0 near its pole
     pole = p(1 + p((len(models) - 1) * c))

@@ -20,23 +20,25 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
     # 1. task vectors
     tau = [w_n - base for w_n in models]
     # 2. angle between each two, averaged
-    pairs = list(combinations(range(len(tau)), 2))
-    norms = inner([(tau_n, tau_n) for tau_n in tau], group, filter_wise)
-    dots = inner([(tau[i], tau[j]) for i, j in pairs], group, filter_wise)
+    N = len(tau)
+    pairs = list(combinations(range(N), 2))
+    norms, dots = inner_products(tau, pairs, group, filter_wise)
     theta = sum(angle(dot, norms[i], norms[j]) for dot, (i, j) in zip(dots, pairs)) / len(pairs)
     # 3. interpolation ratio
-    t = ratio(np.cos(theta), len(models))
+    t = ratio(np.cos(theta), N)
     # 4. interpolate
     t = like(t, base)[:, None] if filter_wise else float(t)
-    return t * mean(models) + (1 - t) * base
+    return base + t * mean(tau)
 
 
-def inner(pairs, group, filter_wise):
-    """Inner products over the tensor as host numbers, or for each row as host arrays."""
+def inner_products(tau, pairs, group, filter_wise):
+    """(<tau_n, tau_n>, <tau_i, tau_j>): over the tensor as host numbers, or for each row as host arrays."""
+    products = [x * x for x in tau] + [tau[i] * tau[j] for i, j in pairs]
     if filter_wise:
-        return [host(tree_sum(x * y, axis=-1)) for x, y in pairs]
-    answers = group.sum(*(x * y for x, y in pairs))
-    return [np.float64(a) for a in (answers if len(pairs) > 1 else [answers])]
+        found = [host(tree_sum(x, axis=-1)) for x in products]
+    else:
+        found = [np.float64(x) for x in group.sum(*products)]
+    return found[: len(tau)], found[len(tau) :]
 
 
 def angle(dot, xx, yy):
@@ -46,6 +48,7 @@ def angle(dot, xx, yy):
 
 
 def ratio(cos, N):
-    """N cos / (1 + (N - 1) cos); 0, the base, where the task vectors cancel and the ratio has a pole."""
+    """N cos / (1 + (N - 1) cos); 0, the base, within 1e-6 of its pole, where rounding would decide about the ratio."""
     pole = 1 + (N - 1) * cos
-    return np.where(pole == 0, 0.0, N * cos / np.where(pole == 0, 1.0, pole))
+    singular = np.abs(pole) < 1e-6
+    return np.where(singular, 0.0, N * cos / np.where(singular, 1.0, pole))

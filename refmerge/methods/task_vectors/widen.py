@@ -3,7 +3,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from refmerge.method import method
-from refmerge.numeric import array_namespace, host, like, ranks, total, tree_sum
+from refmerge.numeric import array_namespace, by_columns, host, like, ranks, total, tree_sum
 
 
 @method("widen", paper="arXiv:2408.03092", view="tensor")
@@ -32,7 +32,7 @@ def widen(
         w = score(R, t * R.mean(axis=1, keepdims=True) < R, s)
     else:
         # 3. how far magnitude m and direction d of each column moved
-        a, b = np.stack([changes(W_0, W_n, D_n) for W_n, D_n in zip(W, D)], axis=1)
+        a, b = np.stack([by_columns(changes, W_0, W_n) for W_n in W], axis=1)
         # 4. rank within each model, score across models
         w = (score(*by_rank(ranks(a), t), s) + score(*by_rank(ranks(b), t), s)) / 2
     # 5. merge the task vectors
@@ -47,18 +47,18 @@ def as_matrix(x, transposed):
     return array_namespace(x).reshape(x, (x.shape[0], -1) if x.ndim > 2 else (-1,) if x.ndim == 0 else x.shape)
 
 
-def changes(W_0, W_n, D_n):
-    """(|m_n - m_0|, 1 - cos(d_n, d_0)) for each column, from the task vector itself: a difference of norms or a cosine
-    near 1 would be all rounding error for a small D. NaN direction where a column is zero."""
-    m_0, m_n = (np.sqrt(host(tree_sum(X * X, axis=0))) for X in (W_0, W_n))
-    along = host(tree_sum(D_n * W_0, axis=0))
-    square = host(tree_sum(D_n * D_n, axis=0))
-    magnitude = np.abs(2 * along + square) / np.where(m_n + m_0 == 0, 1.0, m_n + m_0)
-    zero = (m_0 == 0) | (m_n == 0)
-    across = np.maximum(square - along * along / np.where(zero, 1.0, m_0 * m_0), 0.0)
-    cos = (m_0 * m_0 + along) / np.where(zero, 1.0, m_0 * m_n)
-    direction = np.where(cos > 0, across / np.where(zero, 1.0, m_n * m_n * (1 + cos)), 1 - cos)
-    return magnitude, np.where(zero, np.nan, direction)
+def changes(W_0, W):
+    """(|m - m_0|, 1 - cos(d, d_0)) for each column, from the task vector itself and in float64: a difference of norms or
+    a cosine near 1 would be all rounding error for a small D. NaN direction where a column is zero."""
+    D = W - W_0
+    square_0, square, square_D, along = (tree_sum(x * y, axis=0) for x, y in ((W_0, W_0), (W, W), (D, D), (D, W_0)))
+    m_0, m = np.sqrt(square_0), np.sqrt(square)
+    magnitude = np.abs(2 * along + square_D) / np.where(m + m_0 == 0, 1.0, m + m_0)
+    zero = (m_0 == 0) | (m == 0)
+    across = D - along / np.where(zero, 1.0, square_0) * W_0
+    cos = (square_0 + along) / np.where(zero, 1.0, m_0 * m)
+    small = tree_sum(across * across, axis=0) / np.where(zero, 1.0, square * (1 + np.abs(cos)))
+    return magnitude, np.where(zero, np.nan, np.where(cos > 0, small, 1 - cos))
 
 
 def by_rank(r, t):
