@@ -31,6 +31,9 @@ from refmerge.sources import Scratch, Sink, Source
 __all__ = ["Tensor", "Work", "block_elements", "blocks_of", "run"]
 
 
+WORTH_A_SAMPLE = 1 << 20  # elements of a group; what a selection holds of a smaller one costs less than a sample
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One floating-point tensor to merge: its work dtype and its bound parameters (they may differ between tensors)."""
@@ -147,7 +150,7 @@ class _Group:
     def _start_pass(self, blocks: list[_Block]) -> None:
         """Queue a pass over these blocks. Where it is not known what they will ask, one sample runs first to see."""
         self._pass, self._samples = blocks, []
-        if blocks and self.log.pending is None and self.asks and self._flat and len(self.blocks) >= 4:
+        if blocks and self.log.pending is None and self.asks and self._flat and self.log.size > WORTH_A_SAMPLE:
             self._samples = self._sample_blocks()
         self._sampling(bool(self._samples))
         self.waiting = self._samples[:1] or blocks

@@ -401,7 +401,7 @@ class _Selection:
     def __init__(self, k: int, size: int, ties: bool = False) -> None:
         self.k, self.size, self.ties = k, size, ties
         self.value = math.nan
-        self._phase = "done" if ties and not 0 < k < size else "histogram"
+        self._phase = "done" if ties and not 0 < k < size else "hold" if size <= CANDIDATES // 4 else "histogram"
         self._samples: dict[tuple[str, int], np.ndarray] = {}
         self._low, self._high = -math.inf, math.inf
         self._prefix, self._known = 0, 0  # the leading `known` bits of the answer's key
@@ -415,12 +415,12 @@ class _Selection:
         self._kept: dict[int, int] = {}
 
     def sample(self, place: Place, x: Any) -> None:
-        if self._phase != "done":
+        if self._phase == "histogram":
             self._samples[place.tensor, place.start] = np.array(host(x))
 
     def end_of_samples(self) -> None:
         samples, self._samples = self._samples, {}
-        if self._phase == "done" or not samples:
+        if self._phase != "histogram" or not samples:
             return
         values = np.concatenate([samples[place] for place in sorted(samples)])
         values = values[:: max(1, values.size // SAMPLE)]
