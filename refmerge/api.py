@@ -143,8 +143,10 @@ def prepare(
     _one_of("missing", missing, "error", "base", "skip")
     _one_of("arithmetic", arithmetic, "round_once", "native")
     _one_of("dtype", dtype, None, "float32", "float64")
-    if isinstance(over, str):
-        _one_of("over", over, "tensor", "model")
+    if not callable(over):
+        _one_of("over", over, None, "tensor", "model")
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        raise UsageError(f"seed = {seed!r} is no whole number in [0, 2**64)")
     if isinstance(models, str | Path | Mapping) or is_array_api_obj(models):
         raise UsageError("models is a sequence: write [a, b], also for one model")
     models = list(models)
@@ -169,7 +171,7 @@ def prepare(
     tensors = []
     for n in floats:
         if arithmetic == "native" and not m.widens:
-            work_dtype = str(DTYPES[stored[n]])
+            work_dtype = str(DTYPES[stored[n] if over == "tensor" else promote(stored.values())])
         else:
             # One dtype for all that share a group: a k-th largest compares values of all its tensors.
             needed = "float64" if stored[n] == "F64" or (wide and over != "tensor") else "float32"
@@ -187,7 +189,7 @@ def prepare(
     if workers < 1:
         raise UsageError(f"threads = {threads} is less than one")
     limit = None if max_memory is None else parse_size(max_memory)
-    stat_sources = _stat_sources(stats, used)
+    stat_sources = _stat_sources(stats, used, example)
     _check_stats(m, floats, stat_sources)
     work = Work(m, sources[: len(models)], base_source, tensors, over, seed, stat_sources, nonfinite)
     check_memory(work, limit, workers)
@@ -304,17 +306,22 @@ def _backend_for(backend: str, example: Any) -> Any:
     return None
 
 
-def _stat_sources(stats: Sequence[Model | None] | None, backend: Any) -> list[Source] | None:
+def _stat_sources(stats: Sequence[Model | None] | None, backend: Any, example: Any) -> list[Source] | None:
+    """Statistics as sources of the models' kind: files beside checkpoints, arrays of one library beside arrays."""
     if stats is None:
         return None
     sources: list[Source] = []
     for i, s in enumerate(stats):
+        label = f"stats of model {i}"
         if isinstance(s, str | Path | Checkpoint):
+            if example is not None and not is_numpy_array(example):
+                raise UsageError(f"{label} are a file and the models {type(example).__module__} arrays: load the file first")
             sources.append(DiskSource(_opened(s), backend or open_backend("numpy")))
         elif backend is not None:
-            sources.append(HostSource(s or {}, f"stats of model {i}", backend))
+            sources.append(HostSource(s or {}, label, backend))
         else:
-            sources.append(ArraySource(s or {}, f"stats of model {i}"))
+            _one_library([{"the models": example}, s or {}])
+            sources.append(ArraySource(s or {}, label))
     return sources
 
 

@@ -59,8 +59,7 @@ class Log:
         with self._lock:
             if self.pending is None:
                 self.pending = make()
-            if self.pending.what != what:
-                raise TypeError(f"blocks of one pass asked different questions: {self.pending.what} and {what}")
+            _check_same(self.pending.what, what)
             return self.pending
 
     def add(self, question: _Question, place: Place, part: Any) -> None:
@@ -86,6 +85,17 @@ class Log:
             self.answered.append(question)
             self.pending = None
         question.contributions = 0
+
+
+def _check_same(asked: tuple[Any, ...], what: tuple[Any, ...]) -> None:
+    """All blocks ask the same. UsageError where parameters that differ between tensors ask the group for another k."""
+    if asked == what:
+        return
+    if asked[:2] == what[:2]:
+        ks = f"{list(asked[2])} and {list(what[2])}"
+        raise UsageError(f"tensors of one group ask it for different k ({ks}): parameters that differ between tensors need "
+                         "over='tensor'")  # fmt: skip
+    raise TypeError(f"blocks asked different questions: {asked} and {what}")
 
 
 class Group:
@@ -124,6 +134,7 @@ class Group:
             return answer[0] if alone and len(xs) == 1 else answer
         i, self._asked = self._asked, self._asked + 1
         if i < len(log.answered):
+            _check_same(log.answered[i].what, what)
             answer = log.answered[i].answer(place, xs)
             return answer[0] if alone and len(xs) == 1 else answer
         question = log.open(make, what)

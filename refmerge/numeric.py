@@ -17,8 +17,8 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array
 
 __all__ = [
-    "array_namespace", "at_precision", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums", "like", "mean",
-    "ranks", "top_along", "total", "tree_sum",
+    "array_namespace", "at_precision", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums",
+    "like", "mean", "ranks", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum, in C order of the tensor
@@ -167,7 +167,8 @@ def by_columns(f: Callable[..., Sequence[np.ndarray]], *matrices: Any) -> np.nda
     strips = []
     with np.errstate(all="ignore"):
         for start in range(0, max(columns, 1), width):
-            strips.append(np.stack(f(*(host(x[:, start : min(start + width, columns)]).astype(np.float64) for x in matrices))))
+            stop = min(start + width, columns)
+            strips.append(np.stack(f(*(host(x[:, start:stop]).astype(np.float64) for x in matrices))))
     return np.concatenate(strips, axis=-1)
 
 

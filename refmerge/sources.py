@@ -98,6 +98,7 @@ class ArraySource:
     def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any:
         if name not in self._flat:  # once a tensor: reshaping a transposed array copies it
             x = self._arrays[name]
+            x = x.detach() if is_torch_array(x) else x
             self._flat[name] = array_namespace(x).reshape(x, (-1,))
         flat = self._flat[name][start:stop]
         if is_numpy_array(flat):

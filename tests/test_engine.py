@@ -471,7 +471,6 @@ def test_questions_in_a_loop(elements):
     [
         lambda g, x: g.sum(x) if float(x[0]) == 0 else g.max(x),
         lambda g, x: g.sum(x) if float(x[0]) == 0 else g.sum(x, x),
-        lambda g, x: g.kth_largest(x, k=1 if float(x[0]) == 0 else 2),
         lambda g, x: g.sum(x) if float(x[0]) == 0 else 0.0,  # some ask nothing
         lambda g, x: (g.sum(x), g.sum(x) if float(x[0]) == 0 else 0.0),
         lambda g, x: (g.sum(x), g.top(x, k=2) if float(x[0]) == 0 else 0.0),
@@ -481,6 +480,15 @@ def test_blocks_that_ask_different_questions(question):
     """A method may not branch on what a block holds: an error, neither a hang nor an answer to something else."""
     with pytest.raises(TypeError, match="question"):
         ask(question, [np.arange(5000.0)], elements=500)
+
+
+def test_parameters_that_ask_a_group_for_different_k():
+    base, model = ({"x": np.full(6, v), "y": np.full(6, v)} for v in (0.0, 1.0))
+    plan = prepare([model], "ties", base=base, params=lambda name, _: {"density": 0.5 if name == "x" else 1.0})
+    with pytest.raises(UsageError, match="over='tensor'"):
+        plan.run()
+    plan = prepare([model], "ties", base=base, over="tensor", params=lambda name, _: {"density": 0.5 if name == "x" else 1.0})
+    assert {name: x.sum() for name, x in plan.run().items()} == {"x": 3, "y": 6}
 
 
 # --- What it costs -----------------------------------------------------------------------------------------------------
@@ -816,7 +824,7 @@ def test_mixtures_are_refused(torch, tmp_path):
         (lambda a: merge([a], "linear", out_dtype="int8"), "out_dtype = 'int8' is none of"),
         (lambda a: merge([a], "linear", threads=0), "threads = 0"),
         (lambda a: merge([a], "linear", backend="jax"), "no backend 'jax'"),
-        (lambda a: merge([a], "dare_linear", base=a, density=0.5, seed=-1), "seed -1 is outside"),
+        (lambda a: merge([a], "dare_linear", base=a, density=0.5, seed=-1), "seed = -1 is no whole number"),
     ],
 )
 def test_calls_that_cannot_be(call, message):

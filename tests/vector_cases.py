@@ -64,6 +64,7 @@ CODE = {
     "official:ties": "prateeky2806/ties-merging@44e7891 src/utils/merge_utils.py:merge_methods",
     "official:dare": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.mask_merging",
     "official:breadcrumbs": "rezazzr/breadcrumbs@f89fc66 src/task_vectors.py:TaskVectorMiddleKeep",
+    "official:uniform_soup": "mlfoundations/model-soups@d5398f1 main.py",
     "official:wise_ft": "mlfoundations/wise-ft@58b7a4b src/wise_ft.py:_merge",
     "official:widen": "yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.widen_merging",
 }

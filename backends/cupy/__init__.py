@@ -26,15 +26,15 @@ class CupyBackend:
         self.kernels = KERNELS
 
     def put(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...], work: str, out: np.ndarray | None = None) -> Any:
-        with self._device:
-            if dtype == "BF16":  # a bfloat16 is the upper half of a float32
-                bits = self._cupy.asarray(raw.view(np.uint16)).astype(self._cupy.uint32)
-                return (bits << 16).view(self._cupy.float32).astype(work, copy=False).reshape(shape)
-            if dtype in _NATIVE:
-                return self._cupy.asarray(raw.view(_NATIVE[dtype])).astype(work, copy=False).reshape(shape)
-            values = np.empty(int(np.prod(shape)), dtype=work)
-            decode(raw, dtype, values)
-            return self._cupy.asarray(values).reshape(shape)
+        self._device.use()  # for this thread from here on: the method's own arrays are to be made there as well
+        if dtype == "BF16":  # a bfloat16 is the upper half of a float32
+            bits = self._cupy.asarray(raw.view(np.uint16)).astype(self._cupy.uint32)
+            return (bits << 16).view(self._cupy.float32).astype(work, copy=False).reshape(shape)
+        if dtype in _NATIVE:
+            return self._cupy.asarray(raw.view(_NATIVE[dtype])).astype(work, copy=False).reshape(shape)
+        values = np.empty(int(np.prod(shape)), dtype=work)
+        decode(raw, dtype, values)
+        return self._cupy.asarray(values).reshape(shape)
 
     def take(self, array: Any, dtype: str, out: np.ndarray) -> None:
         with self._device:

@@ -9,12 +9,12 @@ def slerp(models, group, *, t: float = 0.5, eps: float = 1e-3):
     """Spherical linear interpolation from the first model (t = 0) to the second (t = 1), tensor by tensor.
 
     Where the two directions are undefined (a zero tensor), or within eps of parallel or opposite, the straight line: from
-    sums of float32 products an angle below 1e-3 cannot be told from 0, and the line differs from the arc by 1e-7 at most.
+    sums of float32 products such an angle cannot be told from none. Near parallel the line is 1.3e-7 from the arc at most.
     """
     a, b = models
     # 1. angle
     aa, bb, ab = group.sum(a * a, b * b, a * b)
-    norms = math.sqrt(aa * bb)
+    norms = math.sqrt(aa) * math.sqrt(bb)
     omega = math.acos(clamp(ab / norms, -1.0, 1.0)) if norms != 0 else 0.0
     # 2. no arc to follow
     if math.sin(omega) <= eps:
