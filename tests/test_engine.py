@@ -487,7 +487,8 @@ def test_parameters_that_ask_a_group_for_different_k():
     plan = prepare([model], "ties", base=base, params=lambda name, _: {"density": 0.5 if name == "x" else 1.0})
     with pytest.raises(UsageError, match="over='tensor'"):
         plan.run()
-    plan = prepare([model], "ties", base=base, over="tensor", params=lambda name, _: {"density": 0.5 if name == "x" else 1.0})
+    density = {"x": 0.5, "y": 1.0}
+    plan = prepare([model], "ties", base=base, over="tensor", params=lambda name, _: {"density": density[name]})
     assert {name: x.sum() for name, x in plan.run().items()} == {"x": 3, "y": 6}
 
 
