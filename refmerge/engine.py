@@ -24,7 +24,7 @@ from refmerge.checkpoint import itemsize
 from refmerge.errors import InputError, ResourceError
 from refmerge.group import Group, Log, Pause, Place
 from refmerge.method import Method, Over
-from refmerge.numeric import LEAF, array_namespace, host
+from refmerge.numeric import LEAF, STRETCH, array_namespace, host
 from refmerge.rng import Rng
 from refmerge.sources import Scratch, Sink, Source
 
@@ -95,13 +95,13 @@ class _Block:
 
 
 def block_elements(method: Method, models: int, block_bytes: int, threads: int, max_memory: int | None) -> int:
-    """Elements of a block in view "flat" or "rows": a multiple of the leaf of a sum."""
+    """Elements of a block in view "flat" or "rows": whole stretches of a sum where memory allows."""
     count = block_bytes // 4
     if max_memory is not None:
         # Per element: what is read and decoded of each model, and about as many temporaries of the method's own.
         per_element = 4 * (3 * (models + method.needs_base) + 4)
         count = min(count, max_memory // (per_element * max(threads, 1)))
-    return max(count // LEAF, 4) * LEAF
+    return count // STRETCH * STRETCH or max(count // LEAF, 4) * LEAF
 
 
 def blocks_of(tensor: Tensor, view: str, elements: int) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ import numpy as np
 from array_api_compat import is_numpy_array
 
 from refmerge.errors import UsageError
-from refmerge.numeric import LEAF, array_namespace, exact_sum, expansion, host, indicator, leaf_sums, like
+from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, indicator, leaf_sums, like
 
 __all__ = ["Group", "Log", "Pause", "Place"]
 
@@ -145,7 +145,7 @@ class Group:
         raise Pause
 
     def sum(self, *xs: Any) -> Any:
-        """Sum of each array over the group: the correctly rounded sum of float64 trees over leaves of 1024 elements."""
+        """Sum of each array over the group: the correctly rounded sum of leaves of 1024, each a float64 tree."""
         return self._ask(_Sum, xs)
 
     def max(self, *xs: Any) -> Any:
@@ -222,39 +222,42 @@ def _flat(x: Any) -> Any:
 class _Sum(_Question):
     def reset(self) -> None:
         self._parts: list[list[float]] = [[] for _ in range(self.n)]
-        # A leaf that a block's border cuts: (array, tensor, leaf) -> its pieces by offset.
+        # A stretch that borders of blocks cut: (array, tensor, stretch) -> its pieces by offset, until it is whole.
         self._cut: dict[tuple[int, str, int], dict[int, np.ndarray]] = {}
 
     def part(self, place: Place, xs: Sequence[Any]) -> Any:
         parts, cut = [], []
         for i, x in enumerate(xs):
             x = _flat(x)
-            first = min(-place.start % LEAF, x.shape[0])
-            last = (
-                x.shape[0] if place.start + x.shape[0] >= place.size else x.shape[0] - (place.start + x.shape[0]) % LEAF
-            )
-            last = max(first, last)
+            stop = place.start + x.shape[0]
+            first = min(-place.start % STRETCH, x.shape[0])
+            last = x.shape[0] if stop >= place.size else max(first, x.shape[0] - stop % STRETCH)
             parts.append(expansion(host(leaf_sums(x[first:last])).tolist()))
             for a, b in ((0, first), (last, x.shape[0])):
                 if a < b:
-                    cut.append(((i, place.tensor, (place.start + a) // LEAF), place.start + a, host(x[a:b])))
+                    cut.append(((i, place.tensor, (place.start + a) // STRETCH), place.start + a, np.array(host(x[a:b]))))
         return parts, cut
 
     def merge(self, place: Place, part: Any) -> None:
         parts, cut = part
-        for mine, new in zip(self._parts, parts):
-            mine.extend(new)
-            if len(mine) > 4096:
-                mine[:] = expansion(mine)
+        for i, new in enumerate(parts):
+            self._add(i, new)
         for key, offset, piece in cut:
-            self._cut.setdefault(key, {})[offset] = piece
+            pieces = self._cut.setdefault(key, {})
+            pieces[offset] = piece
+            i, _, stretch = key
+            if sum(p.size for p in pieces.values()) == min(STRETCH, place.size - stretch * STRETCH):
+                whole = np.concatenate([pieces[at] for at in sorted(pieces)])
+                self._add(i, expansion(leaf_sums(whole).tolist()))
+                del self._cut[key]
+
+    def _add(self, i: int, parts: list[float]) -> None:
+        self._parts[i].extend(parts)
+        if len(self._parts[i]) > 4096:
+            self._parts[i] = expansion(self._parts[i])
 
     def end_of_pass(self) -> bool:
-        for (i, _, _), pieces in self._cut.items():
-            leaf = np.concatenate([pieces[offset] for offset in sorted(pieces)])
-            self._parts[i].extend(leaf_sums(leaf).tolist())
         self._answer = tuple(exact_sum(p) for p in self._parts)
-        self._cut = {}
         return True
 
     def answer(self, place: Place, xs: Sequence[Any]) -> tuple[float, ...]:

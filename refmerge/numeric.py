@@ -21,7 +21,9 @@ __all__ = [
     "like", "mean", "ranks", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
-LEAF = 1024  # elements of one leaf of a sum, in C order of the tensor
+LEAF = 1024  # elements of one leaf of a sum
+LANES = 64  # leaves side by side in one stretch of a tensor: adding halves of a stretch is adding long rows
+STRETCH = LEAF * LANES
 
 
 def total(xs: Iterable[Any]) -> Any:
@@ -83,8 +85,8 @@ def like(values: np.ndarray, x: Any) -> Any:
 
 
 def _halve(x: Any, axis: int) -> Any:
-    """Sum of LEAF entries along an axis by halving: x[:512] + x[512:], and so on down to one."""
-    width = LEAF
+    """Sum along an axis of 2^k entries by halving: x[:512] + x[512:], and so on down to one."""
+    width = x.shape[axis]
     index: list[Any] = [slice(None)] * x.ndim
     while width > 1:
         width //= 2
@@ -95,14 +97,22 @@ def _halve(x: Any, axis: int) -> Any:
 
 
 def leaf_sums(x: Any) -> Any:
-    """Sums of the leaves of a 1-d array: float64, ceil(n / 1024) of them, the last one padded with zeros."""
+    """Sums of the leaves of a 1-d array that begins at a stretch: float64, 64 for each stretch of 65536 elements.
+
+    A stretch, filled up with zeros, is 1024 rows of 64 elements, and each of its columns is a leaf, summed by halving.
+    """
     xp = array_namespace(x)
-    whole = x.shape[0] // LEAF * LEAF
-    leaves = [_halve(xp.astype(xp.reshape(x[:whole], (-1, LEAF)), xp.float64), 1)[:, 0]] if whole else []
+    whole = x.shape[0] // STRETCH * STRETCH
+    leaves = []
+    if whole:
+        rows = xp.astype(xp.reshape(x[:whole], (-1, LEAF, LANES)), xp.float64)
+        leaves.append(xp.reshape(_halve(rows, 1), (-1,)))
     if x.shape[0] > whole:
-        rest = xp.zeros((1, LEAF), dtype=xp.float64, device=device(x))
-        rest[0, : x.shape[0] - whole] = xp.astype(x[whole:], xp.float64)
-        leaves.append(_halve(rest, 1)[:, 0])
+        used = -(-(x.shape[0] - whole) // LANES)
+        height = 1 << (used - 1).bit_length()  # rows of zeros above it add nothing
+        rest = xp.zeros((height * LANES,), dtype=xp.float64, device=device(x))
+        rest[: x.shape[0] - whole] = xp.astype(x[whole:], xp.float64)
+        leaves.append(xp.reshape(_halve(xp.reshape(rest, (height, LANES)), 0), (-1,)))
     return leaves[0] if len(leaves) == 1 else xp.concat(leaves) if leaves else xp.zeros((0,), dtype=xp.float64)
 
 

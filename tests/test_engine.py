@@ -1,7 +1,7 @@
 """The engine: the same bits for every cut into blocks, threads and shards; exact answers of `group`; policies and failures.
 
-Sums are recomputed here from the definition (leaves of 1024 in C order, halving trees in float64, correctly rounded sum of
-the leaves); selections are compared with a full sort.
+Sums are recomputed here from the definition (leaves of 1024 in stretches of 65536, halving trees in float64, correctly
+rounded sum of the leaves); selections are compared with a full sort.
 """
 
 from __future__ import annotations
@@ -164,17 +164,19 @@ def one(answers):
 
 
 def leaves(x):
-    """Sums of the leaves by the definition, in plain loops over halves."""
+    """Sums of the leaves by the definition, in plain loops: 64 columns of 1024 in each stretch of 65536 entries."""
     x = np.asarray(x).reshape(-1).astype(np.float64)
     sums = []
-    for start in range(0, x.size, 1024):
-        leaf = np.zeros(1024)
-        part = x[start : start + 1024]
-        leaf[: part.size] = part
-        with np.errstate(all="ignore"):
-            while leaf.size > 1:
-                leaf = leaf[: leaf.size // 2] + leaf[leaf.size // 2 :]
-        sums.append(float(leaf[0]))
+    for start in range(0, x.size, 65536):
+        stretch = x[start : start + 65536]
+        for lane in range(64):
+            leaf = np.zeros(1024)
+            part = stretch[lane::64]
+            leaf[: part.size] = part
+            with np.errstate(all="ignore"):
+                while leaf.size > 1:
+                    leaf = leaf[: leaf.size // 2] + leaf[leaf.size // 2 :]
+            sums.append(float(leaf[0]))
     return sums
 
 
@@ -480,6 +482,14 @@ def test_blocks_that_ask_different_questions(question):
     """A method may not branch on what a block holds: an error, neither a hang nor an answer to something else."""
     with pytest.raises(TypeError, match="question"):
         ask(question, [np.arange(5000.0)], elements=500)
+
+
+@pytest.mark.parametrize("size", [65535, 65536, 65537, 200_000, 262_144])
+def test_sums_over_several_stretches(size):
+    x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    expected = rounded_sum(leaves(x))
+    for elements in (1 << 22, 65536, 131072, 100_000, 70_001, 1024):
+        assert one(ask(lambda g, y: g.sum(y), [x], elements=elements)) == expected
 
 
 def test_parameters_that_ask_a_group_for_different_k():
