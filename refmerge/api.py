@@ -351,7 +351,7 @@ def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tupl
     first = partial[0]
     has = [s.label for s in sources if first in s.names()]
     lacks = [s.label for s in sources if first not in s.names()]
-    more = f" and {len(partial) - 1} more ({', '.join(map(repr, partial[1:4]))}{', ...' if len(partial) > 4 else ''})"
+    more = f" (and {len(partial) - 1} more: {', '.join(map(repr, partial[1:4]))}{', ...' if len(partial) > 4 else ''})"
     raise InputError(
         f"tensor {first!r}{more if len(partial) > 1 else ''} is missing from {', '.join(lacks)} and present in "
         f"{', '.join(has)}; missing='base' (--missing base) copies such tensors, missing='skip' leaves them out"

@@ -64,6 +64,8 @@ class Plan:
             results = {o: sink.result() for o, sink in arrays.items()}
             return results if self.work.method.outputs else results[""]
         target = Path(out)
+        if self.work.method.outputs and target.suffix == ".safetensors":
+            raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
         for c in self.checkpoints:
             if same_or_inside(target, c.path):
                 raise UsageError(f"output {str(target)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
@@ -132,7 +134,7 @@ class Plan:
             "parameters": sum(t.size for t in tensors),
             "passes": ran.passes,
             "bytes_read": ran.bytes_read + copied,
-            "bytes_written": sum(map(_nbytes, self.specs.values())),
+            "bytes_written": sum(_nbytes(s) for o in work.method.outputs or ("",) for s in self._specs_of(o).values()),
             "peak_memory": _peak_memory(work, self.elements, self.threads),
             "threads": self.threads,
             "backend": "arrays" if self.backend is None else self.backend.name,

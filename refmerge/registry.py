@@ -66,7 +66,7 @@ def get(name: str) -> Method:
             kind = type(loaded).__name__
             warnings.warn(f"plug-in {name!r} of refmerge.methods is no Method but {kind}", stacklevel=2)
     tool, _, bare = name.rpartition(":")
-    known = names()
+    known = [n for n in names() if n != name]  # a plug-in of that name is broken
     if tool:
         same_tool = [n for n in known if n.startswith(tool + ":")]
         has = f"{tool} has {', '.join(same_tool)}" if same_tool else "no entry of that tool exists"

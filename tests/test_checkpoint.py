@@ -772,6 +772,7 @@ def test_paths_that_lead_nowhere(tmp_path):
     for path, said in [
         (tmp_path / "missing", "no such file"),
         ("some-org/some-model", "only local paths are read"),
+        (Path("some-org/some-model"), "only local paths are read"),
         (str(tmp_path / "a\0b"), "cannot be opened"),
         (tmp_path / "x.bin", r"only \.safetensors"),
         (tmp_path / "x.bin" / "y", "cannot be opened"),

@@ -173,7 +173,8 @@ def test_output_inside_an_input_is_refused(folder: Path) -> None:
 
 def test_plan_reads_no_weight_and_writes_nothing(folder: Path) -> None:
     told = json.loads(refmerge("plan", "recipe.yml", "--json", cwd=folder).stdout)
-    assert told["bytes_read"] == 3 * 9 * 4 and told["bytes_written"] == 9 * 4 and told["semantics"] == "refmerge"
+    assert told["models"] == ["one.safetensors", "two.safetensors"] and told["parameters"] == {"lambda": 0.5}
+    assert told["figures"]["bytes_read"] == 3 * 9 * 4 and told["figures"]["bytes_written"] == 9 * 4
     text = refmerge("plan", "recipe.yml", "--tensor", "norm", cwd=folder).stdout
     assert "task_arithmetic" in text and "norm F32[3]" in text and "lambda_=0.5" in text
     assert only_inputs(folder)
@@ -195,6 +196,43 @@ def test_methods(tmp_path: Path) -> None:
     assert tool.returncode == 2 and "mergekit:ties" in one_line(tool)
 
 
+SOMEONES = """\
+from refmerge import method
+
+@method("split", paper="none", outputs=("mask", "model"))
+def split(models, group):
+    '''A mask and what it keeps.'''
+    mask = group.top(models[0], k=1)
+    return {"mask": mask, "model": mask * models[0]}
+"""
+
+
+@pytest.fixture
+def someones(folder: Path) -> dict[str, str]:
+    """The environment of a user with a plug-in, of which one method works and one does not."""
+    info = folder / "site" / "someones-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: someones\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[refmerge.methods]\nsplit = someones:split\nbroken = someones:no_such\n")
+    (folder / "site" / "someones.py").write_text(SOMEONES)
+    return os.environ | {"PYTHONPATH": str(folder / "site")}
+
+
+def test_a_broken_plug_in_does_not_hide_the_others(folder: Path, someones: dict[str, str]) -> None:
+    listed = refmerge("methods", cwd=folder, env=someones)
+    assert listed.returncode == 0 and "split" in listed.stdout and "ties" in listed.stdout
+    assert "broken" not in listed.stdout and "'broken' of refmerge.methods failed to load" in listed.stderr
+
+
+def test_several_outputs(folder: Path, someones: dict[str, str]) -> None:
+    (folder / "split.yml").write_text("refmerge: 1\nmerge_method: split\nmodels: [{model: one.safetensors}]\n")
+    told = json.loads(refmerge("merge", "split.yml", "out", "--json", cwd=folder, env=someones).stdout)
+    assert told["out"] == "out" and told["bytes_written"] == 2 * 9 * 4
+    assert load_file(folder / "out" / "mask.safetensors")["layers.0.w"].tolist() == [[1, 0, 0], [0, 0, 0]]
+    a_file = refmerge("merge", "split.yml", "out.safetensors", cwd=folder, env=someones)
+    assert a_file.returncode == 2 and "split has several outputs" in a_file.stderr
+
+
 def test_backends(tmp_path: Path) -> None:
     told = {b["name"]: b for b in json.loads(refmerge("backends", "--json", cwd=tmp_path).stdout)}
     assert told["numpy"]["available"] and {"torch", "cupy"} <= set(told)
@@ -205,6 +243,8 @@ def test_explain(tmp_path: Path) -> None:
     assert "0.25" in shown and "2.5" in shown and "5" in shown  # c = 1/4, 3/4: 10/4 and 20/4
     wrong = refmerge("explain", "linear", "--models", "1,x", cwd=tmp_path)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    misspelt = refmerge("explain", "ties", "--densty", "1", cwd=tmp_path)
+    assert misspelt.returncode == 2 and "did you mean density?" in one_line(misspelt)
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -320,8 +320,9 @@ def test_a_plug_in_is_a_method_like_others(plugins, plugin_module):
 def test_a_broken_plug_in_is_named_and_then_missing(plugins, plugin_module, target, reason):
     plugins("refmerge.methods", halve=target)
     with pytest.warns(UserWarning, match=f"'halve' of refmerge.methods failed to load: {reason}"):
-        with pytest.raises(UsageError, match=r"no method 'halve'.*available: .*linear.*ties"):
+        with pytest.raises(UsageError, match=r"no method 'halve'.*available: .*linear.*ties") as error:
             registry.get("halve")
+    assert str(error.value).count("halve") == 1  # it is not on the list of what there is
     assert registry.get("linear").name == "linear"  # others are not harmed
 
 

@@ -48,7 +48,7 @@ def locate(path: str | os.PathLike[str]) -> Layout:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            hub = isinstance(given, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given)
+            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(given))
             hint = "; only local paths are read, so download a model of the Hub first" if hub else ""
             raise InputError(f"{shown(given)}: no such file or directory{hint}") from None
         raise InputError(f"{shown(given)}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
