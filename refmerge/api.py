@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_numpy_array
+from array_api_compat import is_array_api_obj, is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
@@ -101,10 +101,10 @@ def call(
     named = None
     if stats is not None:
         named = [{f"{name}.{key}" if key else name: x for key, x in s.items()} for s in stats]
-    result = merge(
+    result = prepare(
         [{name: m} for m in arrays], method, base=None if base is None else {name: base}, stats=named, seed=seed, over=over,
-        dtype=dtype, threads=1, nonfinite="propagate", **params,
-    )  # fmt: skip
+        dtype=dtype, threads=1, nonfinite="propagate", params=params,
+    ).run()  # fmt: skip
     outputs = (get(method) if isinstance(method, str) else method).outputs
     return {o: result[o][name] for o in outputs} if outputs else result[name]
 
@@ -138,6 +138,8 @@ def prepare(
     and tokenizer files the result gets: the base, else the first model.
     """
     m = get(method) if isinstance(method, str) else method
+    if not isinstance(m, Method):
+        raise UsageError(f"a method is a name or what @method makes of a function, not {type(m).__name__}")
     _one_of("nonfinite", nonfinite, "error", "propagate")
     _one_of("integers", integers, "equal", "base")
     _one_of("missing", missing, "error", "base", "skip")
@@ -145,6 +147,7 @@ def prepare(
     _one_of("dtype", dtype, None, "float32", "float64")
     if not callable(over):
         _one_of("over", over, None, "tensor", "model")
+    seed = int(seed) if isinstance(seed, np.integer) else seed
     if type(seed) is not int or not 0 <= seed < 1 << 64:
         raise UsageError(f"seed = {seed!r} is no whole number in [0, 2**64)")
     if isinstance(models, str | Path | Mapping) or is_array_api_obj(models):
@@ -186,8 +189,8 @@ def prepare(
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
 
     workers = default_threads() if threads is None else threads
-    if workers < 1:
-        raise UsageError(f"threads = {threads} is less than one")
+    if type(workers) is not int or workers < 1:
+        raise UsageError(f"threads = {threads!r} is no whole number above 0")
     limit = None if max_memory is None else parse_size(max_memory)
     stat_sources = _stat_sources(stats, used, example)
     _check_stats(m, floats, stat_sources)
@@ -282,8 +285,10 @@ def _one_library(models: Sequence[Mapping[str, Any]]) -> Any:
     example, seen = None, None
     for model in models:
         for name, x in model.items():
-            if not is_array_api_obj(x):
+            if not is_array_api_obj(x) or isinstance(x, np.ma.MaskedArray):
                 raise UsageError(f"tensor {name!r} is no array but {type(x).__name__}")
+            if is_torch_array(x) and (x.is_meta or "strided" not in str(x.layout)):
+                raise UsageError(f"tensor {name!r} holds no plain array of values ({x.layout} on {x.device}): make it dense")
             kind = type(x).__module__.partition(".")[0]
             if seen is not None and kind != seen[0]:
                 raise UsageError(

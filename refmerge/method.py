@@ -70,8 +70,10 @@ class Param:
         kind: Any = self.type
         if value is None and self.optional:
             return None
-        if self.type is float and type(value) in (int, np.float32, np.float64):
+        if self.type is float and (type(value) is int or isinstance(value, np.number)):
             value = float(value)
+        if self.type in (int, bool) and isinstance(value, np.integer | np.bool_):
+            value = value.item()
         if self.type is tuple and isinstance(value, list):
             value = tuple(value)
         if self.type is object:

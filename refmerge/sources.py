@@ -23,11 +23,11 @@ _NAMES = {
 _WORDS = {v: k for k, v in _NAMES.items()}
 
 
-def dtype_name(x: Any) -> str:
-    """The safetensors name of an array's dtype. InputError where there is none."""
+def dtype_name(x: Any, name: str) -> str:
+    """The safetensors name of the dtype of tensor `name`. InputError where there is none."""
     word = str(x.dtype).rpartition(".")[2]
     if word not in _NAMES:
-        raise InputError(f"arrays of dtype {x.dtype} cannot be merged (known: {', '.join(_NAMES)})")
+        raise InputError(f"tensor {name!r} is of dtype {x.dtype}, which cannot be merged (known: {', '.join(_NAMES)})")
     return _NAMES[word]
 
 
@@ -85,7 +85,7 @@ class ArraySource:
         return set(self._arrays)
 
     def dtype(self, name: str) -> str:
-        return dtype_name(self._arrays[name])
+        return dtype_name(self._arrays[name], name)
 
     stored = dtype
 
@@ -102,6 +102,7 @@ class ArraySource:
             self._flat[name] = array_namespace(x).reshape(x, (-1,))
         flat = self._flat[name][start:stop]
         if is_numpy_array(flat):
+            flat.flags.writeable = False  # a method that computes in place fails before it changes its caller's array
             return _numpy_block(flat, work)
         xp = array_namespace(flat)
         return xp.astype(flat, getattr(xp, work), copy=False)
@@ -205,7 +206,7 @@ class HostSource(ByteSource):
         return self._arrays[name].shape
 
     def stored(self, name: str) -> str:
-        return dtype_name(self._arrays[name])
+        return dtype_name(self._arrays[name], name)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         out[:] = np.ascontiguousarray(self._arrays[name]).reshape(-1)[start:stop].view(np.uint8)

@@ -132,7 +132,8 @@ def _folder() -> Any:
 def _document(method: str) -> dict[str, Any]:
     path = _folder() / f"{method}.json"
     if not path.is_file():
-        raise LookupError(f"no vectors for {method!r}; there are some for {', '.join(names())}")
+        tool = '; for the semantics of a tool: check(fn, "ties", entry="mergekit:ties")' if ":" in method else ""
+        raise LookupError(f"no vectors for {method!r}; there are some for {', '.join(names())}{tool}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -260,6 +261,8 @@ def outcome(
         return "gave a result where the input must be refused"
     if case.result == "acceptable":
         return ""
+    if not isinstance(got, Mapping):
+        return f"returned {type(got).__name__}, not a mapping name -> array"
     for name, expected in case.expect.items():
         if name not in got:
             return f"{name} is missing from the result"

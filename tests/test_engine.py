@@ -121,6 +121,19 @@ def test_inputs_are_never_changed(case):
             assert not any(np.shares_memory(result[n], t[n]) for n in t)
 
 
+def test_a_method_that_computes_in_place_cannot():
+    @method("in_place", paper="none")
+    def in_place(models):
+        x = models[0]
+        x *= 2
+        return x
+
+    model = {"w": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="read-only"):
+        merge([model], in_place)
+    assert model["w"].tolist() == [1, 1, 1]
+
+
 def test_strides_do_not_matter(case):
     m, models, base, given_ = inputs(case)
     plain = merge(models, m, base=base, threads=1, **given_)
@@ -810,6 +823,9 @@ def test_mixtures_are_refused(torch, tmp_path):
             merge(models, "task_arithmetic" if base else "linear", base=base)
     with pytest.raises(UsageError, match="mixture of checkpoints on disk and arrays in memory"):
         merge([a, tmp_path / "m"], "linear")
+    for odd in (torch.ones(3).to_sparse(), torch.ones(3, device="meta")):
+        with pytest.raises(UsageError, match="'w' holds no plain array of values"):
+            merge([{"w": odd}], "linear")
     with pytest.raises(UsageError, match="torch arrays, backend 'numpy' would compute elsewhere"):
         merge([t, t], "linear", backend="numpy")
 
@@ -827,6 +843,10 @@ def test_mixtures_are_refused(torch, tmp_path):
         (lambda a: merge("path", "linear"), "models is a sequence"),
         (lambda a: merge([a["w"]], "linear"), "a model is a path or a mapping"),
         (lambda a: merge([{"w": [1.0]}], "linear"), "'w' is no array but list"),
+        (lambda a: merge([a], lambda models: models[0]), "a method is a name or what @method makes of a function"),
+        (lambda a: merge([{"w": np.ma.array([1.0, 2.0], mask=[0, 1])}], "linear"), "'w' is no array but MaskedArray"),
+        (lambda a: refmerge.call("linear", [a["w"]], out="x"), "linear has no parameter 'out'"),
+        (lambda a: merge([a], "linear", threads="2"), "threads = '2' is no whole number above 0"),
         (lambda a: merge([a], "linear", nonfinite="ignore"), "nonfinite = 'ignore' is none of"),
         (lambda a: merge([a], "linear", integers="mean"), "integers = 'mean' is none of"),
         (lambda a: merge([a], "linear", missing="zero"), "missing = 'zero' is none of"),

@@ -198,6 +198,12 @@ def test_bind_refuses(given, message):
         toy.bind(given, 2)
 
 
+def test_bind_takes_numbers_of_numpy():
+    bound = toy.bind({"need": np.int64(2), "density": np.float16(0.5), "count": np.int32(3), "flag": np.True_}, 1)
+    assert bound["need"] == 2.0 and bound["density"] == (0.5,) and bound["count"] == 3 and bound["flag"] is True
+    assert [type(bound[k]) for k in ("need", "count", "flag")] == [float, int, bool]
+
+
 @pytest.mark.parametrize(
     ("models", "count", "base", "message"),
     [

@@ -191,6 +191,12 @@ def test_check_passes_what_a_case_needs_to_functions_that_take_it():
     )
 
 
+@pytest.mark.parametrize("result", [None, [1.0]])
+def test_check_of_a_function_that_returns_no_mapping(result):
+    report = testing.check(lambda models, base, **params: result, "linear")
+    assert not report.ok and f"returned {type(result).__name__}, not a mapping" in str(report)
+
+
 def test_check_refuses_what_has_no_vectors():
     with pytest.raises(LookupError, match="there are some for"):
         testing.check(wise_ft, "no_such_method")
