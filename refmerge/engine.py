@@ -25,12 +25,13 @@ from refmerge.errors import InputError, ResourceError
 from refmerge.group import Group, Log, Pause, Place
 from refmerge.method import Method, Over
 from refmerge.numeric import LEAF, STRETCH, array_namespace, host
-from refmerge.rng import Rng
+from refmerge.rng import Memo, Rng
 from refmerge.sources import Scratch, Sink, Source
 
 __all__ = ["Tensor", "Work", "block_elements", "blocks_of", "run"]
 
 
+MASKS = 48 << 20  # bytes of drawn masks that a group keeps from pass to pass
 WORTH_A_SAMPLE = 1 << 20  # elements of a group; what a selection holds of a smaller one costs less than a sample
 
 
@@ -137,6 +138,7 @@ class _Group:
         self._logs = [self.log, *self.tensor_logs.values()]
         self._flat = all(method.view_for(t.params) == "flat" for t in tensors)
         self.asks = "group" in method.asks
+        self.masks = Memo(MASKS) if self.asks and len(self.blocks) > 1 else None
         self.passes = 0
         self.running = 0
         self.waiting: list[_Block] = []
@@ -323,6 +325,7 @@ class _Scheduler:
             if group.waiting:
                 self._enqueue(group)
             else:
+                group.masks = None
                 self._open -= 1
             self._changed.notify_all()
 
@@ -358,7 +361,7 @@ def _run_block(
     if "rng" in method.asks:
         recorded = _stats(work, t, span, view, scratch, {"draw"}) if work.recorded else None
         drawn = None if recorded is None else {i: next(iter(s.values())) for i, s in enumerate(recorded) if s}
-        args["rng"] = Rng(work.seed, t.name, place.start, models[0], drawn)
+        args["rng"] = Rng(work.seed, t.name, place.start, models[0], drawn, group.masks)
     if "stats" in method.asks:
         args["stats"] = _stats(work, t, span, view, scratch, {"whole", "element"})
     if "name" in method.asks:

@@ -85,17 +85,42 @@ def digits(key: tuple[int, int], start: int, stop: int, j: int, xp: Any, where: 
     return xp.reshape(lanes, (-1,))[start - 4 * first : stop - 4 * first]
 
 
+class Memo:
+    """Masks drawn in one pass, a bit an element, for the next pass over the same blocks; as many as `budget` bytes hold."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._masks = budget, {}  # type: ignore[var-annotated]
+
+    def get(self, key: tuple[Any, ...]) -> np.ndarray | None:
+        return self._masks.get(key)
+
+    def put(self, key: tuple[Any, ...], mask: np.ndarray) -> None:
+        if mask.size // 8 < self._budget:
+            self._budget -= mask.size // 8
+            self._masks[key] = np.packbits(mask)
+
+
 class Rng:
     """The draws of one block: `keep` and `uniform`, or an implementation's recorded draws in their place.
 
     like: an array of the block, for its shape, library, dtype and device; start: its first element in the tensor.
-    recorded: per model the block's recorded 0/1 draws, or None where this merge draws its own.
+    recorded: per model the block's recorded 0/1 draws, or None where this merge draws its own. memo: of the group that the
+    block belongs to, where it comes more than once.
     """
 
-    def __init__(self, seed: int, name: str, start: int, like: Any, recorded: Mapping[int, Any] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        name: str,
+        start: int,
+        like: Any,
+        recorded: Mapping[int, Any] | None = None,
+        memo: Memo | None = None,
+    ) -> None:
         if not 0 <= seed < 1 << 64:
             raise UsageError(f"seed {seed} is outside [0, 2**64)")
         self._seed, self._name, self._start, self._like, self._recorded = seed, name, start, like, recorded
+        self._memo, self._calls = memo, 0
 
     def _span(self) -> tuple[int, int]:
         size = 1
@@ -118,7 +143,7 @@ class Rng:
             return self._recorded[model]
         key = key_for(self._seed, self._name, model)
         if self._on_numpy():
-            mask = self._keep_numpy(
+            mask = self._remembered(
                 key, p if isinstance(p, float | int) else np.asarray(p, dtype=np.float64).reshape(-1)
             )
             return like(mask.reshape(tuple(self._like.shape)), self._like)
@@ -139,11 +164,26 @@ class Rng:
             open_ = open_ & (d == limit)
         return xp.astype(xp.reshape(smaller, tuple(self._like.shape)), self._like.dtype)
 
+    def _remembered(self, key: tuple[int, int], p: Any) -> np.ndarray:
+        """The mask of this call, which is the same in every pass: a method asks the same in each of them."""
+        if self._memo is None:
+            return self._keep_numpy(key, p)
+        start, stop = self._span()
+        self._calls += 1
+        place = (self._name, start, stop, self._calls)
+        packed = self._memo.get(place)
+        if packed is not None:
+            return np.unpackbits(packed, count=stop - start)
+        mask = self._keep_numpy(key, p)
+        self._memo.put(place, mask)
+        return mask
+
     def _keep_numpy(self, key: tuple[int, int], p: Any) -> np.ndarray:
         start, stop = self._span()
         d = digits_numpy(key, start, stop, 0)
         rest = p * 65536.0
-        limit = np.floor(rest)
+        # A Python integer compares with uint16 as uint16; a float would widen every digit to float64 first.
+        limit: Any = int(rest) if np.ndim(rest) == 0 else np.floor(rest)
         rest = rest - limit
         mask = d < limit
         tied = np.flatnonzero(d == limit)
