@@ -6,6 +6,7 @@ import contextlib
 import json as jsonlib
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Lines(click.Group):
         def terminate(*_: Any) -> None:
             raise Terminated
 
+        warnings.showwarning = lambda message, *_: click.echo(f"refmerge: warning: {message}", err=True)
         with contextlib.suppress(ValueError):  # not the main thread: whoever embeds the command line handles signals
             signal.signal(signal.SIGTERM, terminate)
         try:
@@ -148,6 +150,7 @@ def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
     from fnmatch import fnmatchcase
 
     from refmerge.recipe import describe
+    from refmerge.recipe.parameters import recipe_key
     from refmerge.recipe.run import prepare_recipe
 
     resolved, p = prepare_recipe(recipe, **options)
@@ -183,7 +186,7 @@ def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
     for note in resolved.notes:
         click.echo(f"note        {note}")
     for t in listed:
-        values = " ".join(f"{k}={v}" for k, v in t["parameters"].items())
+        values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
         click.echo(f"{t['name']} {t['dtype']}{t['shape']} {values}")
 
 
@@ -257,9 +260,10 @@ def methods(name: str | None, json: bool) -> None:
         return
     click.echo(f"{m.name}({', '.join(m.asks)})   {m.paper}\n\n{m.doc}\n")
     for p in m.params.values():
+        name = f"{p.name} ({p.name.rstrip('_')} in a recipe)" if p.name.endswith("_") else p.name
         default = "required" if p.required else f"default {p.default!r}"
         domain = f", in [{p.domain[0]:g}, {p.domain[1]:g}]" if p.domain else ""
-        click.echo(f"  {p.name}: {p.type.__name__}{', one or one per model' if p.per_model else ''}, {default}{domain}")
+        click.echo(f"  {name}: {p.type.__name__}{', one or one per model' if p.per_model else ''}, {default}{domain}")
     text = _page(m.name)
     if text:
         click.echo("\n" + text)

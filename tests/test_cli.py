@@ -176,7 +176,7 @@ def test_plan_reads_no_weight_and_writes_nothing(folder: Path) -> None:
     assert told["models"] == ["one.safetensors", "two.safetensors"] and told["parameters"] == {"lambda": 0.5}
     assert told["figures"]["bytes_read"] == 3 * 9 * 4 and told["figures"]["bytes_written"] == 9 * 4
     text = refmerge("plan", "recipe.yml", "--tensor", "norm", cwd=folder).stdout
-    assert "task_arithmetic" in text and "norm F32[3]" in text and "lambda_=0.5" in text
+    assert "task_arithmetic" in text and "norm F32[3]" in text and "lambda=0.5" in text
     assert only_inputs(folder)
 
 
@@ -190,6 +190,7 @@ def test_methods(tmp_path: Path) -> None:
     assert {"linear", "ties", "widen", "mergekit:ties", "official:ties"} <= listed
     shown = refmerge("methods", "ties", cwd=tmp_path).stdout
     assert "density: float, default 0.2, in [0, 1]" in shown and "arXiv:2306.01708" in shown and "Edge cases" in shown
+    assert "lambda_ (lambda in a recipe): float" in shown
     missing = refmerge("methods", "tise", cwd=tmp_path)
     assert missing.returncode == 2 and "ties" in one_line(missing)
     tool = refmerge("methods", "fusion_bench:ties", cwd=tmp_path)
@@ -221,7 +222,8 @@ def someones(folder: Path) -> dict[str, str]:
 def test_a_broken_plug_in_does_not_hide_the_others(folder: Path, someones: dict[str, str]) -> None:
     listed = refmerge("methods", cwd=folder, env=someones)
     assert listed.returncode == 0 and "split" in listed.stdout and "ties" in listed.stdout
-    assert "broken" not in listed.stdout and "'broken' of refmerge.methods failed to load" in listed.stderr
+    assert "broken" not in listed.stdout
+    assert one_line(listed).startswith("refmerge: warning: plug-in 'broken' of refmerge.methods failed to load")
 
 
 def test_several_outputs(folder: Path, someones: dict[str, str]) -> None:
