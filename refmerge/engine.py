@@ -72,16 +72,16 @@ class Work:
     progress: Callable[[int], None] | None = None
     recorded: bool = field(init=False, default=False)
 
-    def bytes_of(self, tensor: Tensor, count: int) -> int:
-        """Bytes that reading `count` elements of a tensor takes, of all models and the base."""
-        sources = [*self.models, *([self.base] if self.base is not None and self.method.needs_base else [])]
-        return sum(count * itemsize(s.dtype(tensor.name)) for s in sources)
-
     def __post_init__(self) -> None:
         draws = [key for key, kind in self.method.stats.items() if kind == "draw"]
         self.recorded = bool(self.stats) and any(
             stat_name(t.name, key) in s.names() for s in self.stats or () for t in self.tensors for key in draws
         )
+
+    def bytes_of(self, tensor: Tensor, count: int) -> int:
+        """Bytes that reading `count` elements of a tensor takes, of all models and the base."""
+        sources = [*self.models, *([self.base] if self.base is not None and self.method.needs_base else [])]
+        return sum(count * itemsize(s.dtype(tensor.name)) for s in sources)
 
 
 def stat_name(tensor: str, key: str) -> str:
@@ -361,7 +361,7 @@ def _run_block(
     if "rng" in method.asks:
         recorded = _stats(work, t, span, view, scratch, {"draw"}) if work.recorded else None
         drawn = None if recorded is None else {i: next(iter(s.values())) for i, s in enumerate(recorded) if s}
-        args["rng"] = Rng(work.seed, t.name, place.start, models[0], drawn, group.masks)
+        args["rng"] = Rng(work.seed, t.name, place.start, models[0], drawn, None if group.log.sampling else group.masks)
     if "stats" in method.asks:
         args["stats"] = _stats(work, t, span, view, scratch, {"whole", "element"})
     if "name" in method.asks:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import refmerge.group
+import refmerge.rng
 from refmerge import merge, registry
 from refmerge.api import prepare
 from refmerge.checkpoint import open_checkpoint, save
@@ -495,6 +496,23 @@ def test_blocks_that_ask_different_questions(question):
     """A method may not branch on what a block holds: an error, neither a hang nor an answer to something else."""
     with pytest.raises(TypeError, match="question"):
         ask(question, [np.arange(5000.0)], elements=500)
+
+
+def test_a_mask_is_drawn_once_for_all_passes(monkeypatch):
+    """mergekit's rescaling asks for sums of the masked task vectors before the merge can be made."""
+    drawn = []
+    digits = refmerge.rng.digits_numpy
+
+    def counted(key, start, stop, j):
+        drawn.append(stop - start if j == 0 else 0)
+        return digits(key, start, stop, j)
+
+    monkeypatch.setattr(refmerge.rng, "digits_numpy", counted)
+    x = {"x": np.random.default_rng(0).standard_normal(10_000)}
+    plan = prepare([x, x], "mergekit:dare_linear", base={"x": np.zeros(10_000)}, params={"weight": 1.0, "density": 0.5})
+    plan.elements = 1024
+    plan.run()
+    assert plan.ran.passes == 2 and sum(drawn) == 2 * 10_000
 
 
 @pytest.mark.parametrize("size", [65535, 65536, 65537, 200_000, 262_144])
