@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import refmerge.group
 import refmerge.rng
+import refmerge.selection
 from refmerge import merge, registry
 from refmerge.api import prepare
 from refmerge.checkpoint import open_checkpoint, save
@@ -288,7 +288,7 @@ def descending(x):
 def selection(request, monkeypatch):
     """Selections as they are, and with so little room that histograms must decide to the last bit."""
     if request.param == "histograms":
-        monkeypatch.setattr(refmerge.group, "CANDIDATES", 3)
+        monkeypatch.setattr(refmerge.selection, "CANDIDATES", 3)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -337,7 +337,7 @@ def test_selection_of_few(values, k, elements, candidates, dtype):
     x = np.array(values, dtype)
     order = descending(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refmerge.group, "CANDIDATES", candidates)
+        patch.setattr(refmerge.selection, "CANDIDATES", candidates)
         assert top(x, k, elements) == set(order[: max(k, 0)])
         if 1 <= k <= len(x):
             got = one(ask(lambda g, x: g.kth_largest(x, k=k), [x], elements=elements))
@@ -368,7 +368,7 @@ def test_top_over_a_model_goes_by_sorted_names(selection, over, elements, k):
 
 def test_top_with_more_ties_than_can_be_held(monkeypatch):
     """More elements equal to the answer than a selection holds: a pass of its own counts them."""
-    monkeypatch.setattr(refmerge.group, "CANDIDATES", 1000)
+    monkeypatch.setattr(refmerge.selection, "CANDIDATES", 1000)
     x = np.full(20_000, 0.5, np.float32)
     x[17::100] = 2.0  # 200 of them
     got = top(x, 5000, 1024)
@@ -565,7 +565,7 @@ def test_a_selection_passes_at_most_as_often_as_it_has_digits(monkeypatch, make_
     m, models, base, given_ = inputs(make_case("ties"), shapes, coarse=True)
     passes = []
     for candidates in (1 << 20, 0):
-        monkeypatch.setattr(refmerge.group, "CANDIDATES", candidates)
+        monkeypatch.setattr(refmerge.selection, "CANDIDATES", candidates)
         plan = planned(models, m, 1024, base=base, params=given_)
         plan.run()
         passes.append(plan.ran.passes)
