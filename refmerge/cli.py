@@ -135,7 +135,7 @@ def merge(
     elif not quiet:
         rate = (figures["bytes_read"] + figures["bytes_written"]) / wall
         click.echo(
-            f"{figures['tensors']} tensor{'s' * (figures['tensors'] != 1)} by {figures['method']} to {out} in {wall:.1f} s: "
+            f"{_tensors(figures['tensors'])} by {figures['method']} to {out} in {wall:.1f} s: "
             f"{size(figures['bytes_read'])} read, {size(figures['bytes_written'])} written, {size(rate)}/s"
         )
 
@@ -219,14 +219,14 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
             return
         parameters = sum(i.size for i in infos)
         in_files = f"{len(files)} file{'s' * (len(files) != 1)}"
-        click.echo(f"{path}: {len(infos)} tensors, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
+        click.echo(f"{path}: {_tensors(len(infos))}, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
         if c.config:
             known = [
                 k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config
             ]
             click.echo("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
         for name, d in dtypes.items():
-            click.echo(f"{name}: {d['tensors']} tensors, {d['parameters']:,} parameters, {size(d['bytes'])}")
+            click.echo(f"{name}: {_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}")
         width = max((len(_plain(i.name)) for i in shown), default=0)
         for i in shown if tensor or len(shown) <= 40 else []:
             click.echo(f"  {_plain(i.name):{width}}  {i.dtype} {list(i.shape)}")
@@ -355,7 +355,7 @@ def _parameters(words: list[str], method: Any) -> dict[str, Any]:
         if key not in method.params:
             method.bind({key: None}, 1)  # raises the error that says what is near
         values = [_value(v, method.params[key].type, option) for v in words.pop(0).split(",")]
-        params[key] = values[0] if len(values) == 1 else values
+        params[key] = values[0] if len(values) == 1 and method.params[key].type is not tuple else values
     return params
 
 
@@ -392,6 +392,10 @@ def size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def _plain(name: str) -> str:

@@ -79,7 +79,8 @@ class Param:
         if self.type is object:
             return value
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            raise UsageError(f"{method}: {self.name} = {value!r} is not of type {self.type.__name__}")
+            wanted = "list" if self.type is tuple else self.type.__name__
+            raise UsageError(f"{method}: {self.name} = {value!r} is not of type {wanted}")
         if self.type is float and math.isnan(value):
             raise UsageError(f"{method}: {self.name} is NaN")
         if self.domain is not None and not self.domain[0] <= value <= self.domain[1]:

@@ -188,6 +188,7 @@ def test_bind_completes():
         ({"need": "1"}, "need = '1' is not of type float"),
         ({"need": [1.0, 2.0]}, "need = .* is not of type float"),
         ({"need": 1.0, "mode": "c"}, "mode = 'c' is none of 'a', 'b'"),
+        ({"need": 1.0, "names": "a"}, "names = 'a' is not of type list"),
         ({"need": 1.0, "flag": 1}, "flag = 1 is not of type bool"),
         ({"need": 1.0, "count": True}, "count = True is not of type int"),
         ({"need": 1.0, "count": 1.0}, "count = 1.0 is not of type int"),
