@@ -285,6 +285,8 @@ def _one_library(models: Sequence[Mapping[str, Any]]) -> Any:
     example, seen = None, None
     for model in models:
         for name, x in model.items():
+            if not isinstance(name, str):
+                raise UsageError(f"a tensor's name is text, not {name!r}")
             if not is_array_api_obj(x) or isinstance(x, np.ma.MaskedArray):
                 raise UsageError(f"tensor {name!r} is no array but {type(x).__name__}")
             if is_torch_array(x) and (x.is_meta or "strided" not in str(x.layout)):

@@ -318,8 +318,12 @@ def backends(json: bool) -> None:
 @click.argument("method")
 @click.option("--base", metavar="NUMBERS", help="comma-separated: 0,0.5,-1")
 @click.option("--models", "models", metavar="NUMBERS", multiple=True, help="comma-separated, once for each model")
+@_options("seed")
+@click.option("--over", type=click.Choice(["tensor", "model"]), help="what the method's thresholds and sums range over")
 @click.pass_context
-def explain(context: click.Context, method: str, base: str | None, models: tuple[str, ...]) -> None:
+def explain(
+    context: click.Context, method: str, base: str | None, models: tuple[str, ...], **options: Any
+) -> None:  # fmt: skip
     """Print every numbered step of METHOD with its arrays, traced from its own text.
 
     On the worked example of its page, or on numbers given with --base and --models. The method's parameters are
@@ -331,6 +335,7 @@ def explain(context: click.Context, method: str, base: str | None, models: tuple
 
     params = _parameters(context.args, registry.get(method))
     given = [_numbers("--models", m) for m in models] or None
+    params |= {name: value for name, value in options.items() if value is not None}
     steps = trace(method, base=None if base is None else _numbers("--base", base), models=given, **params)
     click.echo(render(steps))
 

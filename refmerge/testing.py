@@ -377,8 +377,12 @@ def _host(x: Any) -> np.ndarray:
     """x as a NumPy array, from whichever library it is; none is imported here."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        if str(x.dtype) == "torch.bfloat16":
-            return x.view(sys.modules["torch"].int16).numpy().view(_dtype("BF16"))
+        torch, name = sys.modules["torch"], str(x.dtype).removeprefix("torch.")
+        if name.startswith(("bfloat16", "float8")):  # which torch does not hand to NumPy
+            import ml_dtypes
+
+            bits = torch.int16 if x.dtype.itemsize == 2 else torch.uint8
+            return x.contiguous().view(bits).numpy().view(getattr(ml_dtypes, name))
         return x.numpy()
     if type(x).__module__.partition(".")[0] == "cupy":
         x = x.get()

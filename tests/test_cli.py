@@ -245,6 +245,8 @@ def test_explain(tmp_path: Path) -> None:
     assert "0.25" in shown and "2.5" in shown and "5" in shown  # c = 1/4, 3/4: 10/4 and 20/4
     wrong = refmerge("explain", "linear", "--models", "1,x", cwd=tmp_path)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    draws = [refmerge("explain", "dare_linear", "--density=.5", "--seed", s, cwd=tmp_path).stdout for s in "012"]
+    assert len(set(draws)) > 1
     listed = refmerge("explain", "widen", "--embeddings", "x", cwd=tmp_path)
     assert listed.returncode == 0 and "embeddings[0]" in listed.stdout
     misspelt = refmerge("explain", "ties", "--densty", "1", cwd=tmp_path)

@@ -861,6 +861,7 @@ def test_mixtures_are_refused(torch, tmp_path):
         (lambda a: merge("path", "linear"), "models is a sequence"),
         (lambda a: merge([a["w"]], "linear"), "a model is a path or a mapping"),
         (lambda a: merge([{"w": [1.0]}], "linear"), "'w' is no array but list"),
+        (lambda a: merge([{1: a["w"]}], "linear"), "a tensor's name is text, not 1"),
         (lambda a: merge([a], lambda models: models[0]), "a method is a name or what @method makes of a function"),
         (lambda a: merge([{"w": np.ma.array([1.0, 2.0], mask=[0, 1])}], "linear"), "'w' is no array but MaskedArray"),
         (lambda a: refmerge.call("linear", [a["w"]], out="x"), "linear has no parameter 'out'"),

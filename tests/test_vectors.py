@@ -248,6 +248,7 @@ def test_assert_same_reads_torch():
     x = np.array([1.0, -0.0, 2.5], ml_dtypes.bfloat16)
     testing.assert_same(torch.tensor([1.0, -0.0, 2.5], dtype=torch.bfloat16), x)
     testing.assert_same(torch.tensor(2.0), np.float32(2.0))
+    testing.assert_same(torch.tensor([1.0, -0.5]).to(torch.float8_e5m2), np.array([1, -0.5], ml_dtypes.float8_e5m2))
 
 
 @settings(max_examples=50, suppress_health_check=list(HealthCheck), deadline=None)
