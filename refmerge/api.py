@@ -361,5 +361,6 @@ def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tupl
     more = f" (and {len(partial) - 1} more: {', '.join(map(repr, partial[1:4]))}{', ...' if len(partial) > 4 else ''})"
     raise InputError(
         f"tensor {first!r}{more if len(partial) > 1 else ''} is missing from {', '.join(lacks)} and present in "
-        f"{', '.join(has)}; missing='base' (--missing base) copies such tensors, missing='skip' leaves them out"
+        f"{', '.join(has)}; missing='base' (--missing base) copies such tensors, missing='skip' leaves them out, "
+        "as is right for a tied one that some models store twice"
     )

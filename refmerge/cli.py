@@ -408,7 +408,7 @@ def _plain(name: str) -> str:
 
 
 class _Progress:
-    """A bar in bytes on a terminal; nothing elsewhere."""
+    """A bar in bytes that have been read, on a terminal; nothing elsewhere."""
 
     def __init__(self, plan: Plan, silent: bool) -> None:
         self._plan, self._bar = plan, None if silent or not sys.stderr.isatty() else _bar()
@@ -416,15 +416,17 @@ class _Progress:
     def __enter__(self) -> None:
         if self._bar is None:
             return
-        figures = self._plan.figures(estimate=True)
-        task = self._bar.add_task(str(figures["method"]), total=figures["bytes_read"] + figures["bytes_written"])
-        bar = self._bar
-        self._plan.work.progress = lambda nbytes: bar.advance(task, nbytes)
-        self._bar.start()
+        figures, bar = self._plan.figures(estimate=True), self._bar
+        self._task = bar.add_task(str(figures["method"]), total=figures["bytes_read"])
+        self._plan.work.progress = lambda nbytes: bar.advance(self._task, nbytes)
+        bar.start()
 
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._bar is None:
+            return
+        if kind is None:  # there may have been fewer passes than were thought
+            self._bar.update(self._task, total=self._bar.tasks[0].completed)
+        self._bar.stop()
 
 
 def _bar() -> Any:

@@ -99,6 +99,16 @@ def test_sharded_output_is_the_same_model(folder: Path) -> None:
     assert json.loads(shown.stdout)["dtypes"]["F32"] == {"tensors": 2, "parameters": 9, "bytes": 36}
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_the_bar_ends_full(folder: Path) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "refmerge", "merge", "recipe.yml", "out"]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=theirs, timeout=120)
+    os.close(theirs)
+    assert done.returncode == 0 and b"108/108 bytes" in os.read(ours, 1 << 16)
+    os.close(ours)
+
+
 def test_existing_output(folder: Path) -> None:
     assert refmerge("merge", "recipe.yml", "out", cwd=folder).returncode == 0
     before = (folder / "out" / "model.safetensors").stat().st_ino
