@@ -168,6 +168,9 @@ def prepare(
     for n in floats:
         _same_shape(n, sources)
 
+    out_name = None if out_dtype is None else _DTYPES.get(out_dtype, out_dtype)
+    if out_name is not None and out_name not in FLOATS:
+        raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(_DTYPES)}")
     over = m.over if over is None else over
     stored = {n: promote([s.dtype(n) for s in sources]) for n in floats}
     wide = any(d == "F64" for d in stored.values())
@@ -180,11 +183,8 @@ def prepare(
             needed = "float64" if stored[n] == "F64" or (wide and over != "tensor") else "float32"
             work_dtype = m.work or dtype or needed
         given = params(n, floats) if callable(params) else params
-        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, m.bind(given, len(models))))
+        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, m.bind(given, len(models)), out_name or stored[n]))
 
-    out_name = None if out_dtype is None else _DTYPES.get(out_dtype, out_dtype)
-    if out_name is not None and out_name not in FLOATS:
-        raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(_DTYPES)}")
     specs = {n: (out_name or stored[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
 
@@ -350,6 +350,8 @@ def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tupl
     everywhere = set.intersection(*(s.names() for s in sources)) if sources else set()
     anywhere = set.union(*(s.names() for s in sources)) if sources else set()
     partial = sorted(anywhere - everywhere)
+    if missing == "skip" and anywhere and not everywhere:
+        raise InputError(f"no tensor is in all of {', '.join(s.label for s in sources)}: nothing would be left")
     if not partial or missing == "skip":
         return sorted(everywhere), {}
     if missing == "base":

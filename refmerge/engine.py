@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from array_api_compat import is_numpy_array
 
 from refmerge.checkpoint import itemsize
+from refmerge.checkpoint.dtypes import DTYPES
 from refmerge.errors import InputError, ResourceError
 from refmerge.group import Group, Log, Pause, Place
 from refmerge.method import Method, Over
@@ -37,12 +39,14 @@ WORTH_A_SAMPLE = 1 << 20  # elements of a group; what a selection holds of a sma
 
 @dataclass(frozen=True)
 class Tensor:
-    """One floating-point tensor to merge: its work dtype and its bound parameters (they may differ between tensors)."""
+    """One floating-point tensor to merge: its work dtype, its bound parameters (they may differ between tensors), and the
+    safetensors dtype of the result."""
 
     name: str
     shape: tuple[int, ...]
     work: str
     params: Mapping[str, Any]
+    out: str = "F64"
 
     @property
     def size(self) -> int:
@@ -376,6 +380,8 @@ def _run_block(
     for output, sink in sinks.items():
         block_out = _output(method, result, output)
         _check_shape(method, block_out, t.name, models[0].shape)
+        if work.nonfinite == "error" and not output:
+            _check_range(method, block_out, t, place.start)
         sink.write(t.name, place.start, block_out, scratch)
     return True
 
@@ -391,8 +397,33 @@ def _output(method: Method, result: Any, output: str) -> Any:
 
 def _check_shape(method: Method, x: Any, name: str, shape: Sequence[int]) -> None:
     """TypeError for a result that would leave elements unwritten, or write others."""
+    if not hasattr(x, "shape"):
+        raise TypeError(f"{method.name} returned {type(x).__name__} for tensor {name!r}, not an array")
     if tuple(x.shape) != tuple(shape):
         raise TypeError(f"{method.name} returned shape {tuple(x.shape)} for {tuple(shape)} of tensor {name!r}")
+
+
+@cache
+def _largest(dtype: str) -> float:
+    """Every magnitude below it rounds to a finite number of the dtype."""
+    top = DTYPES[dtype].type(ml_dtypes.finfo(DTYPES[dtype]).max)
+    return float(top) + (float(top) - float(np.nextafter(top, DTYPES[dtype].type(0)))) / 2
+
+
+def _check_range(method: Method, x: Any, t: Tensor, start: int) -> None:
+    """InputError for a result that is not finite, or would not be in the dtype that it is kept in."""
+    # bfloat16 reaches as far as float32, but for its last half ulp.
+    narrow = t.out not in ("F64", "F32", "BF16") or (t.work == "float64" and t.out != "F64")
+    xp = array_namespace(x)
+    if math.prod(x.shape) == 0 or (all_finite(x) and not (narrow and float(xp.max(xp.abs(x))) >= _largest(t.out))):
+        return
+    values = np.abs(host(x).reshape(-1))
+    first = int(np.flatnonzero(~(values < _largest(t.out)) if narrow else ~np.isfinite(values))[0])
+    index = tuple(int(i) for i in np.unravel_index(start + first, t.shape))
+    raise InputError(
+        f"{method.name} gives {float(host(x).reshape(-1)[first])} for tensor {t.name!r} at {index}, which is not finite in "
+        f"{t.out}; other parameters or a wider out_dtype may help, nonfinite='propagate' (--nonfinite propagate) writes it"
+    )
 
 
 def _stats(
@@ -504,17 +535,18 @@ def default_threads() -> int:
 
 
 def check_memory(work: Work, max_memory: int | None, threads: int) -> None:
-    """ResourceError if a tensor that must stay whole does not fit. Sizes are estimates: inputs and as many temporaries."""
+    """ResourceError if the smallest blocks, or a tensor that must stay whole, do not fit. Sizes are estimates: inputs and
+    as many temporaries."""
     if max_memory is None:
         return
     for t in work.tensors:
         view = work.method.view_for(t.params)
-        if view == "flat":
-            continue
-        whole = t.rows[1] if view == "rows" else t.size
+        flat = view == "flat"
+        whole = min(t.size, 4 * LEAF * threads) if flat else t.rows[1] if view == "rows" else t.size
         need = whole * (8 if t.work == "float64" else 4) * (2 * (len(work.models) + work.method.needs_base) + 2)
         if need > max_memory:
+            how = f"in blocks on {threads} threads" if flat else "in whole rows" if view == "rows" else "whole"
             raise ResourceError(
-                f"{work.method.name} needs tensor {t.name!r} {'in whole rows' if view == 'rows' else 'whole'}: about "
-                f"{need / 1e6:.0f} MB, more than the {max_memory / 1e6:.0f} MB of --max-memory"
+                f"{work.method.name} needs tensor {t.name!r} {how}: about {-(-need // 1000)} kB, more than the "
+                f"{max_memory // 1000} kB of --max-memory"
             )

@@ -92,7 +92,7 @@ def _check_same(asked: tuple[Any, ...], what: tuple[Any, ...]) -> None:
     if asked[:2] == what[:2]:
         ks = f"{list(asked[2])} and {list(what[2])}"
         raise UsageError(f"tensors of one group ask it for different k ({ks}): parameters that differ between tensors need "
-                         "over='tensor'")  # fmt: skip
+                         "over='tensor' (in a recipe, over: tensor)")  # fmt: skip
     raise TypeError(f"blocks asked different questions: {asked} and {what}")
 
 

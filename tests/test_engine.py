@@ -498,6 +498,31 @@ def test_blocks_that_ask_different_questions(question):
         ask(question, [np.arange(5000.0)], elements=500)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "largest", "above"),
+    [(np.float16, 65519.0, 65520.0), (ml_dtypes.float8_e5m2, 61439.0, 61440.0), (np.float32, 3.4e38, 3.5e38)],
+)
+def test_a_result_beyond_its_dtype_is_an_error(dtype, largest, above):
+    """65504 is the largest float16, and what is nearer to it than to 65536 is rounded to it; likewise the others."""
+    word = {np.float16: "float16", np.float32: "float32"}.get(dtype, "F8_E5M2")
+    kept = merge([{"w": np.array([[1.0, largest]])}], "linear", out_dtype=word)["w"]
+    assert np.isfinite(kept.astype(np.float64)).all()
+    with pytest.raises(InputError, match=r"tensor 'w' at \(0, 1\), which is not finite in .*out_dtype.*propagate"):
+        merge([{"w": np.array([[1.0, above]])}], "linear", out_dtype=word)
+    assert np.isinf(merge([{"w": np.array([above])}], "linear", out_dtype=word, nonfinite="propagate")["w"][0])
+
+
+def test_a_result_that_is_infinite_by_itself_is_an_error():
+    models = [{"w": np.array([1.0], np.float32)}, {"w": np.array([2.0], np.float32)}]
+    with pytest.raises(InputError, match="mergekit:linear gives -inf for tensor 'w'"):
+        merge(models, "mergekit:linear", weight=[1.0, -1.0])
+
+
+def test_nothing_left_is_an_error():
+    with pytest.raises(InputError, match="no tensor is in all of"):
+        merge([{"a": np.zeros(2)}, {"b": np.zeros(2)}], "linear", missing="skip")
+
+
 def test_a_mask_is_drawn_once_for_all_passes(monkeypatch):
     """mergekit's rescaling asks for sums of the masked task vectors before the merge can be made."""
     drawn = []
