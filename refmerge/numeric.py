@@ -16,9 +16,11 @@ import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name)
 import numpy as np
 from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array
 
+from refmerge.native import Rounded
+
 __all__ = [
     "array_namespace", "at_precision", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums",
-    "like", "mean", "ranks", "top_along", "total", "tree_sum",
+    "like", "mean", "ranks", "stacked_sum", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -32,6 +34,17 @@ def total(xs: Iterable[Any]) -> Any:
     for x in rest:
         first = first + x
     return first
+
+
+def stacked_sum(xs: Iterable[Any]) -> Any:
+    """The sum over a stack of tensors, for tools that make one: 16-bit tensors are added in float32 and rounded once."""
+    xs = list(xs)
+    if isinstance(xs[0], Rounded):
+        return Rounded(total(x.values for x in xs), xs[0].dtype)
+    xp = array_namespace(xs[0])
+    if is_torch_array(xs[0]) and xs[0].dtype in (xp.float16, xp.bfloat16):
+        return xp.astype(total(xp.astype(x, xp.float32) for x in xs), xs[0].dtype)
+    return total(xs)
 
 
 def mean(xs: Sequence[Any]) -> Any:

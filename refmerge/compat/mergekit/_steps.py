@@ -1,6 +1,6 @@
 """Steps that mergekit's task-arithmetic family shares (mergekit 0.1.5, generalized_task_arithmetic.py and sparsify.py)."""
 
-from refmerge.numeric import array_namespace, at_precision, indicator, total
+from refmerge.numeric import array_namespace, at_precision, indicator, stacked_sum
 
 
 def largest(delta, density, group):
@@ -42,21 +42,21 @@ def consensus(delta, weight, normalize):
     """Elect the sign of the weighted sum (0 elects +), add what agrees, divide by the weights that agree."""
     weight = [at_precision(w, delta[0]) for w in weight]
     weighted = [w * d for w, d in zip(weight, delta)]
-    sign = 2 * indicator(total(weighted) >= 0, like=weighted[0]) - 1
+    sign = 2 * indicator(stacked_sum(weighted) >= 0, like=weighted[0]) - 1
     agrees = [indicator(sign * x > 0, like=x) for x in weighted]
-    mixed = total(m * x for m, x in zip(agrees, weighted))
+    mixed = stacked_sum(m * x for m, x in zip(agrees, weighted))
     if not normalize:
         return mixed
-    divisor = total(w * m for w, m in zip(weight, agrees))
+    divisor = stacked_sum(w * m for w, m in zip(weight, agrees))
     return mixed / (divisor + indicator(divisor == 0, like=divisor))
 
 
 def weighted_sum(delta, weight, normalize):
     """Sum of the weighted task vectors, divided by the sum of the weights in the tensors' own precision."""
     weight = [at_precision(w, delta[0]) for w in weight]
-    mixed = total(w * d for w, d in zip(weight, delta))
+    mixed = stacked_sum(w * d for w, d in zip(weight, delta))
     if not normalize:
         return mixed
     xp = array_namespace(mixed)
-    divisor = total(w * xp.ones_like(mixed) for w in weight)
+    divisor = stacked_sum(w * xp.ones_like(mixed) for w in weight)
     return mixed / xp.where(xp.abs(divisor) < 1e-8, xp.ones_like(divisor), divisor)
