@@ -345,6 +345,21 @@ def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None
         raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({sorted(present)[0]!r}, ...)")
 
 
+def _refuse_tied(partial: Sequence[str], everywhere: set[str], sources: Sequence[Source]) -> None:
+    """InputError where a tensor that some models lack is a copy of another one: kept as it is, it would no longer be."""
+    for name in partial:
+        for s in sources:
+            if name not in s.names():
+                continue
+            alike = (e for e in sorted(everywhere) if s.shape(e) == s.shape(name) and s.stored(e) == s.stored(name))
+            twin = next((e for e in alike if s.same(s, name, e)), None)
+            if twin is not None:
+                raise InputError(
+                    f"tensor {name!r} of {s.label} is {twin!r} once more, and not all models store it: a copy would not be "
+                    f"tied to the merged {twin!r}; missing='skip' (--missing skip) leaves it out"
+                )
+
+
 def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tuple[list[str], dict[str, Source]]:
     """The tensors of the result, and those of them that are copied because not all models have them."""
     everywhere = set.intersection(*(s.names() for s in sources)) if sources else set()
@@ -355,6 +370,7 @@ def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tupl
     if not partial or missing == "skip":
         return sorted(everywhere), {}
     if missing == "base":
+        _refuse_tied(partial, everywhere, sources)
         donors = [*([base] if base else []), *sources]
         return sorted(anywhere), {n: next(s for s in donors if n in s.names()) for n in partial}
     first = partial[0]

@@ -70,8 +70,8 @@ class Source(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
     def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any: ...
-    def same(self, other: Source, name: str) -> bool:
-        """Whether both hold the same values of this tensor, to the bit."""
+    def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
+        """Whether both hold the same values of this tensor (in `other` under the name `as_name`), to the bit."""
 
 
 class ArraySource:
@@ -107,9 +107,9 @@ class ArraySource:
         xp = array_namespace(flat)
         return xp.astype(flat, getattr(xp, work), copy=False)
 
-    def same(self, other: Source, name: str) -> bool:
+    def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ArraySource)
-        a, b = self._arrays[name], other._arrays[name]
+        a, b = self._arrays[name], other._arrays[as_name or name]
         return a.dtype == b.dtype and bool(array_namespace(a, b).all(a == b))
 
 
@@ -148,16 +148,17 @@ class ByteSource:
         out = scratch.work(slot, count, at_least)
         return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
 
-    def same(self, other: Source, name: str) -> bool:
+    def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ByteSource)
-        if self.stored(name) != other.stored(name):
+        theirs = as_name or name
+        if self.stored(name) != other.stored(theirs):
             return False
         size, width, step = math.prod(self.shape(name)), itemsize(self.stored(name)), 1 << 20
         for start in range(0, size, step):
             stop = min(start + step, size)
             a, b = (np.empty((stop - start) * width, dtype=np.uint8) for _ in range(2))
             self.read(name, start, stop, a)
-            other.read(name, start, stop, b)
+            other.read(theirs, start, stop, b)
             if not np.array_equal(a, b):
                 return False
         return True

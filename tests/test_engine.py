@@ -518,6 +518,18 @@ def test_a_result_that_is_infinite_by_itself_is_an_error():
         merge(models, "mergekit:linear", weight=[1.0, -1.0])
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_tied_tensor_is_not_copied_beside_what_it_is_tied_to(on_disk, tmp_path):
+    embedding, other = np.arange(6.0).reshape(2, 3), np.ones((2, 3))
+    a = {"embed.weight": embedding, "lm_head.weight": embedding.copy()}
+    b = {"embed.weight": other}
+    if on_disk:
+        a, b = (save(x, tmp_path / name) or tmp_path / name for x, name in ((a, "a"), (b, "b")))
+    with pytest.raises(InputError, match=r"'lm_head.weight' of .* is 'embed.weight' once more.*missing='skip'"):
+        merge([a, b], "linear", missing="base")
+    assert set(merge([a, b], "linear", missing="skip")) == {"embed.weight"}
+
+
 def test_nothing_left_is_an_error():
     with pytest.raises(InputError, match="no tensor is in all of"):
         merge([{"a": np.zeros(2)}, {"b": np.zeros(2)}], "linear", missing="skip")
