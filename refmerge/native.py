@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import array_api_compat.numpy as numpy_namespace
 import numpy as np
 
 
@@ -83,6 +82,8 @@ class _Namespace:
         self._dtype = dtype
 
     def __getattr__(self, name: str) -> Any:
+        import array_api_compat.numpy as numpy_namespace  # brings numpy.f2py with it: not for `import refmerge`
+
         found = getattr(numpy_namespace, name)
         if isinstance(found, type) or not callable(found):
             return found
