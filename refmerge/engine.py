@@ -485,47 +485,51 @@ def _report_nonfinite(source: Source, t: Tensor) -> None:
 class _LazyModel(Mapping[str, Any]):
     """A whole model for methods of view "model": name -> array in its natural shape, loaded when asked for."""
 
-    def __init__(self, source: Source, tensors: Sequence[Tensor]) -> None:
-        self._source, self._tensors = source, {t.name: t for t in tensors}
+    def __init__(self, source: Source, work: Mapping[str, str]) -> None:
+        self._source, self._work = source, work  # name -> dtype to compute in
 
     def __getitem__(self, name: str) -> Any:
-        t = self._tensors[name]
-        x = self._source.load(name, 0, t.size, t.work, 0, Scratch())
-        return array_namespace(x).reshape(x, t.shape)
+        shape = self._source.shape(name)
+        x = self._source.load(name, 0, math.prod(shape), self._work[name], 0, Scratch())
+        return array_namespace(x).reshape(x, shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._work)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._work)
 
 
 def _run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
     method, size = work.method, sum(t.size for t in work.tensors)
+    dtypes = {t.name: t.work for t in work.tensors}
     if work.nonfinite == "error":
         for source in [*work.models, *([work.base] if work.base else [])]:
             for t in work.tensors:
-                if not all_finite(_LazyModel(source, [t])[t.name]):
+                if not all_finite(_LazyModel(source, dtypes)[t.name]):
                     _report_nonfinite(source, t)
-    args: dict[str, Any] = {"models": [_LazyModel(m, work.tensors) for m in work.models]}
+    args: dict[str, Any] = {"models": [_LazyModel(m, dtypes) for m in work.models]}
     if work.base is not None:
-        args["base"] = _LazyModel(work.base, work.tensors)
+        args["base"] = _LazyModel(work.base, dtypes)
     args["group"] = Group(Log(1, size), Place(0, "", 0, size, size))
-    args["stats"] = work.stats
+    wide = "float64" if "float64" in dtypes.values() else "float32"
+    args["stats"] = [_LazyModel(s, dict.fromkeys(sorted(s.names()), wide)) for s in work.stats or ()]
     args["name"] = ""
     if "rng" in method.asks:
         raise TypeError(f"{method.name}: rng draws for a tensor, a method of view 'model' has none")
     with np.errstate(all="ignore"):
         result = method.run(*(args[a] for a in method.asks), **work.tensors[0].params)
     scratch = Scratch()
-    shapes = {t.name: t.shape for t in work.tensors}
+    tensors = {t.name: t for t in work.tensors}
     for output, sink in sinks.items():
         model = _output(method, result, output)
-        if shapes.keys() != model.keys():
-            off = sorted(shapes.keys() ^ model.keys())
+        if tensors.keys() != model.keys():
+            off = sorted(tensors.keys() ^ model.keys())
             raise TypeError(f"{method.name} returned other tensors than it got: {off} differ")
         for name, x in model.items():
-            _check_shape(method, x, name, shapes[name])
+            _check_shape(method, x, name, tensors[name].shape)
+            if work.nonfinite == "error" and not output:
+                _check_range(method, x, tensors[name], 0)
             sink.write(name, 0, array_namespace(x).reshape(x, (-1,)), scratch)
 
 

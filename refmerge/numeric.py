@@ -20,7 +20,7 @@ from refmerge.native import Rounded
 
 __all__ = [
     "array_namespace", "at_precision", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums",
-    "like", "mean", "ranks", "stacked_sum", "top_along", "total", "tree_sum",
+    "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -84,6 +84,12 @@ def host(x: Any) -> np.ndarray:
     if x.dtype.kind in "fV" and x.dtype not in (np.float32, np.float64):
         x = x.astype(np.float32)
     return x
+
+
+def scores(x: Any) -> np.ndarray:
+    """A float64 copy in host memory. Scores on which a discrete choice rests are computed once, in one place, so that all
+    backends choose alike."""
+    return host(x).astype(np.float64)
 
 
 def like(values: np.ndarray, x: Any) -> Any:
@@ -183,15 +189,15 @@ def expansion(values: Sequence[float]) -> list[float]:
 
 
 def by_columns(f: Callable[..., Sequence[np.ndarray]], *matrices: Any) -> np.ndarray:
-    """f of float64 host copies of matrices, a strip of columns at a time; f gives one number a column, or several rows of
-    them. For scores on which a discrete choice rests: computed once, in one place, they are the same on every backend."""
+    """Scores of the columns of matrices: f of float64 host copies of a strip of columns at a time, so that no whole matrix
+    is copied. f gives a sequence of arrays of one number a column; they come back stacked."""
     rows, columns = matrices[0].shape
     width = max(1, (1 << 20) // max(rows, 1))
     strips = []
     with np.errstate(all="ignore"):
         for start in range(0, max(columns, 1), width):
             stop = min(start + width, columns)
-            strips.append(np.stack(f(*(host(x[:, start:stop]).astype(np.float64) for x in matrices))))
+            strips.append(np.stack(f(*(scores(x[:, start:stop]) for x in matrices))))
     return np.concatenate(strips, axis=-1)
 
 

@@ -89,7 +89,8 @@ class Memo:
     """Masks drawn in one pass, a bit an element, for the next pass over the same blocks; as many as `budget` bytes hold."""
 
     def __init__(self, budget: int) -> None:
-        self._budget, self._masks = budget, {}  # type: ignore[var-annotated]
+        self._budget = budget
+        self._masks: dict[tuple[Any, ...], np.ndarray] = {}
 
     def get(self, key: tuple[Any, ...]) -> np.ndarray | None:
         return self._masks.get(key)

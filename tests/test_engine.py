@@ -648,6 +648,25 @@ def reversal(models, base, group, *, scale: float = 1.0):
     return {name: scale * (x - base[name])[::-1] + shift + 0.0 * group.size for name, x in model.items()}
 
 
+@method("scaled", paper="none", view="model", stats={"scale": "whole"})
+def scaled(models, stats):
+    """Statistics come as the model does: a mapping name -> array for each model."""
+    return {name: x * stats[0][f"{name}.scale"] for name, x in models[0].items()}
+
+
+def test_view_model_has_statistics_by_name(tmp_path):
+    model, stats = {"a": np.ones((2, 3), np.float32)}, {"a.scale": np.array([1, 2, 4], np.float32)}
+    assert merge([model], scaled, stats=[stats])["a"].tolist() == [[1, 2, 4]] * 2
+    save(model, tmp_path / "model")
+    save(stats, tmp_path / "stats")
+    assert merge([tmp_path / "model"], scaled, stats=[tmp_path / "stats"])["a"].tolist() == [[1, 2, 4]] * 2
+
+
+def test_view_model_gives_finite_results():
+    with pytest.raises(InputError, match="scaled gives inf for tensor 'a'"):
+        merge([{"a": np.full(2, 3e38, np.float32)}], scaled, stats=[{"a.scale": np.full(1, 10, np.float32)}])
+
+
 def test_view_model(tmp_path):
     model = {"b": np.arange(6.0).reshape(3, 2), "a": np.array([1.0, 2.0, 4.0])}
     base = {n: np.ones_like(x) for n, x in model.items()}

@@ -1,6 +1,6 @@
 from typing import Literal
 
-from refmerge.compat.official._elect import at_least_kth_smallest, raise_no_kth, with_majority
+from refmerge.compat.official._steps import at_least_kth_smallest, raise_no_kth, with_majority
 from refmerge.method import PerModel, method
 from refmerge.methods.task_vectors.ties import disjoint_mean, elect
 from refmerge.numeric import array_namespace, indicator, mean, total

@@ -1,4 +1,4 @@
-from refmerge.compat.official._elect import at_least_kth_smallest, with_majority
+from refmerge.compat.official._steps import at_least_kth_smallest, with_majority
 from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.numeric import array_namespace, indicator, total

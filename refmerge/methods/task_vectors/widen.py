@@ -3,7 +3,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from refmerge.method import method
-from refmerge.numeric import array_namespace, by_columns, host, like, ranks, total, tree_sum
+from refmerge.numeric import array_namespace, by_columns, like, ranks, scores, total, tree_sum
 
 
 @method("widen", paper="arXiv:2408.03092", view="tensor")
@@ -28,7 +28,7 @@ def widen(
     D = [W_n - W_0 for W_n in W]
     if base.ndim < 2:
         # 2. a vector: score the entries themselves
-        R = np.stack([host(array_namespace(D_n).abs(D_n)).astype(np.float64) for D_n in D])
+        R = np.stack([scores(array_namespace(D_n).abs(D_n)) for D_n in D])
         w = score(R, t * R.mean(axis=1, keepdims=True) < R, s)
     else:
         # 3. how far magnitude m and direction d of each column moved

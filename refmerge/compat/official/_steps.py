@@ -1,7 +1,8 @@
-"""Sign election with a majority for exact zeros, as MergeLM and the authors of TIES have it."""
+"""Steps that the code of the authors of TIES and of DARE (MergeLM) shares."""
 
 import math
 
+from refmerge.errors import UsageError
 from refmerge.numeric import array_namespace, indicator
 
 
@@ -20,12 +21,8 @@ def at_least_kth_smallest(x, k, group, name):
     magnitude = list(map(xp.abs, x))
     least = group.kth_largest(*magnitude, k=[group.size - k_n + 1 for k_n in k])
     # NaN * 0 is NaN: a NaN survives the authors' trim, which multiplies by its mask.
-    return [
-        indicator(a >= c if not math.isnan(c) else xp.isnan(a), like=a) * x_n for x_n, a, c in zip(x, magnitude, least)
-    ]
+    return [indicator(a >= c if not math.isnan(c) else xp.isnan(a), like=a) * x_n for x_n, a, c in zip(x, magnitude, least)]
 
 
 def raise_no_kth(name):
-    from refmerge.errors import UsageError
-
     raise UsageError(f"{name}: nothing would be dropped, where the authors' code takes a 0-th smallest value and fails")
