@@ -131,7 +131,7 @@ class _Group:
         self.order = order
         self.blocks: list[_Block] = []
         for t in sorted(tensors, key=lambda t: t.name):
-            for start, stop in blocks_of(t, method.view_for(t.params), elements):
+            for start, stop in blocks_of(t, method.view_for(t.params, len(t.shape)), elements):
                 self.blocks.append(_Block(t, Place(len(self.blocks), t.name, start, stop, t.size)))
         self.log = Log(len(self.blocks), sum(t.size for t in tensors))
         counts: dict[str, int] = {}
@@ -140,7 +140,7 @@ class _Group:
         several = len(tensors) > 1
         self.tensor_logs = {t.name: Log(counts.get(t.name, 0), t.size) for t in tensors} if several else {}
         self._logs = [self.log, *self.tensor_logs.values()]
-        self._flat = all(method.view_for(t.params) == "flat" for t in tensors)
+        self._flat = all(method.view_for(t.params, len(t.shape)) == "flat" for t in tensors)
         self.asks = "group" in method.asks
         self.masks = Memo(MASKS) if self.asks and len(self.blocks) > 1 else None
         self.passes = 0
@@ -228,7 +228,7 @@ def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int) -
 
     InputError for a non-finite input where the policy is "error".
     """
-    if work.tensors and work.method.view_for(work.tensors[0].params) == "model":
+    if work.tensors and work.method.view_for(work.tensors[0].params, len(work.tensors[0].shape)) == "model":
         _run_model(work, sinks)
         return Ran(1, sum(work.bytes_of(t, t.size) for t in work.tensors))
     groups = _groups(work, elements)
@@ -347,7 +347,7 @@ def _run_block(
 ) -> bool:  # fmt: skip
     """Run the method on one block and write its result; False if it paused at a question."""
     method, t, place = work.method, block.tensor, block.place
-    view = method.view_for(t.params)
+    view = method.view_for(t.params, len(t.shape))
     span = (t.name, place.start, place.stop, t.work)
 
     def load(source: Source, slot: Any) -> Any:
@@ -544,7 +544,7 @@ def check_memory(work: Work, max_memory: int | None, threads: int) -> None:
     if max_memory is None:
         return
     for t in work.tensors:
-        view = work.method.view_for(t.params)
+        view = work.method.view_for(t.params, len(t.shape))
         flat = view == "flat"
         whole = min(t.size, 4 * LEAF * threads) if flat else t.rows[1] if view == "rows" else t.size
         need = whole * (8 if t.work == "float64" else 4) * (2 * (len(work.models) + work.method.needs_base) + 2)

@@ -100,7 +100,8 @@ class Method:
     run: the function as written; calling the Method calls it.
     asks: the positional names of its signature, in order, a subset of the vocabulary.
     params: name -> Param, in the order of the signature.
-    view: what must stay whole: "flat", "rows", "tensor", "model", or a function of the parameters that says which.
+    view: what must stay whole: "flat", "rows", "tensor", "model", or a function that says which: its arguments are names of
+        parameters, and `ndim` for the number of the tensor's dimensions.
     over: what `group` ranges over unless the caller says otherwise: "tensor", "model", or a function name -> label.
     models: least and greatest number of models (None: no bound).
     stats: key -> "whole" | "element" | "draw": what `stats` may carry for a tensor and whether it is cut with a block.
@@ -133,9 +134,12 @@ class Method:
     def doc(self) -> str:
         return inspect.getdoc(self.run) or ""
 
-    def view_for(self, params: Mapping[str, Any]) -> View:
-        """The view for these bound parameters."""
-        return self.view(**params) if callable(self.view) else self.view
+    def view_for(self, params: Mapping[str, Any], ndim: int = 2) -> View:
+        """The view for these bound parameters of a tensor of so many dimensions."""
+        if not callable(self.view):
+            return self.view
+        facts = {**params, "ndim": ndim}
+        return self.view(**{key: facts[key] for key in inspect.signature(self.view).parameters})
 
     def check_models(self, count: int, has_base: bool) -> None:
         """UsageError unless `count` models, with or without a base, can be merged by this method."""
@@ -275,9 +279,13 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
             fixed = {k: (v,) * count if ours.params[k].per_model else v for k, v in fixed.items()}
         return ours.run(*args, **fixed, **{ours_of[k]: v for k, v in kwargs.items()})
 
-    def view_for(**kwargs: Any) -> View:
-        return ours.view_for({k: p.default for k, p in ours.params.items()} | {ours_of[k]: v for k, v in kwargs.items()})
+    def view_for(**facts: Any) -> View:
+        bound = {k: p.default for k, p in ours.params.items()} | {ours_of[k]: v for k, v in facts.items() if k in ours_of}
+        return ours.view_for(bound, facts["ndim"])
 
+    view_for.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in (*renamed, "ndim")]
+    )
     view = view_for if callable(ours.view) else ours.view
     run.__doc__ = ours.doc
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]

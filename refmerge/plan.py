@@ -148,7 +148,7 @@ def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
 
 def _passes(method: Method, tensor: Tensor, models: int, over: Over) -> int:
     """How often a method passes over a group of several blocks, counted on small random arrays with these parameters."""
-    if method.view_for(tensor.params) in ("tensor", "model"):
+    if method.view_for(tensor.params, len(tensor.shape)) in ("tensor", "model"):
         return 1
     draw = np.random.default_rng(0)
     arrays = [{"x": draw.standard_normal((48, 64)).astype(np.float32)} for _ in range(models + 1)]
@@ -164,7 +164,7 @@ def _peak_memory(work: Work, elements: int, threads: int) -> int:
     arrays = len(work.models) + work.method.needs_base
     peak = 0
     for t in work.tensors:
-        view = work.method.view_for(t.params)
+        view = work.method.view_for(t.params, len(t.shape))
         whole = {"tensor": t.size, "model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
         count = max(whole, min(t.size, elements * 3 // 2))
         peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4))

@@ -235,6 +235,16 @@ def test_view_may_depend_on_parameters():
     assert viewed.view_for({"whole": False}) == "flat"
 
 
+def test_view_may_depend_on_the_number_of_dimensions():
+    @method("viewed", paper="none", view=lambda ndim: "tensor" if ndim > 2 else "rows")
+    def viewed(models, *, scale: float = 1.0):
+        return models[0]
+
+    assert [viewed.view_for({"scale": 1.0}, ndim) for ndim in (1, 2, 3)] == ["rows", "rows", "tensor"]
+    renamed = same_as(viewed, "tool:viewed", source="tool 1.0", factor="scale")
+    assert [renamed.view_for({"factor": 1.0}, ndim) for ndim in (1, 2, 3)] == ["rows", "rows", "tensor"]
+
+
 # --- same_as -----------------------------------------------------------------------------------------------------------
 
 
