@@ -11,12 +11,13 @@ from array_api_compat import is_array_api_obj, is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
-from refmerge.engine import Tensor, Work, block_elements, check_memory, default_threads, stat_name
+from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, UsageError
 from refmerge.method import Method, Over
 from refmerge.plan import Plan
 from refmerge.registry import get, open_backend
 from refmerge.sources import ArraySource, DiskSource, HostSource, Source
+from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["call", "merge", "prepare"]
 
@@ -196,7 +197,6 @@ def prepare(
     _check_stats(m, floats, stat_sources)
     work = Work(m, sources[: len(models)], base_source, tensors, over, seed, stat_sources, nonfinite)
     check_memory(work, limit, workers)
-    block_bytes = 1 << 20 if used is None else used.block_bytes
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if donor is not None:
@@ -207,7 +207,7 @@ def prepare(
         copied=copied,
         backend=used,
         threads=workers,
-        elements=block_elements(m, len(models), block_bytes, workers, limit),
+        max_memory=limit,
         example=example,
         checkpoints=tuple(opened),
         donor=given_by,

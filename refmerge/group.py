@@ -1,9 +1,12 @@
 """What a method may ask about all that it merges: `group.sum`, `max`, `count`, `kth_largest` and `top`.
 
 A method runs on a block. Where the block is all that `group` ranges over, a question is answered at once. Otherwise the
-first question without an answer records this block's part of it and ends the block (`Pause`); when all blocks have passed,
+first question without an answer makes this block's part of it and ends the block (`Pause`); when all blocks have passed,
 the answer is made and the method is run again with it. Questions are therefore answered in passes, and nothing larger than
 a block is held. Parts are combined so that their order does not matter: exact sums, maxima, counts, histograms.
+
+Two sides meet here. A block knows only a `State`, small and self-contained: the answers so far, and what this pass wants
+of it; so blocks can be computed anywhere. A `Log` keeps a group's questions where the parts come together.
 
 Before a pass whose question is not known yet, the engine runs the method on small samples of the group. A selection takes
 from them a bracket that its answer very likely lies in, so that one pass over the blocks counts what is above and holds
@@ -13,8 +16,7 @@ what is inside. The answer is exact: if the bracket misses, or too much lies in 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,9 @@ from array_api_compat import is_numpy_array
 
 from refmerge.errors import UsageError
 from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, leaf_sums
-from refmerge.selection import Selection, count_equal, flat, kth_largest, top_mask
+from refmerge.selection import Selection, count_equal, first_want, flat, keys_of, kth_largest, top_mask
 
-__all__ = ["Group", "Log", "Pause", "Place"]
+__all__ = ["Group", "Log", "Pause", "Place", "State"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,47 @@ class Place:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question: its kind, of how many arrays, and the k of a selection."""
+
+    kind: str
+    n: int
+    k: tuple[int, ...] = ()
+
+    def check_same(self, other: Asked) -> None:
+        """All blocks ask the same. UsageError where parameters that differ between tensors ask the group for another k."""
+        if self == other:
+            return
+        if (self.kind, self.n) == (other.kind, other.n):
+            raise UsageError(
+                f"tensors of one group ask it for different k ({list(other.k)} and {list(self.k)}): parameters that differ "
+                "between tensors need over='tensor' (in a recipe, over: tensor)"
+            )
+        raise TypeError(f"blocks asked different questions: {other} and {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What one block knows of its group: its size and number of blocks, the questions answered so far with what the block
+    needs of each answer, and what the pending question wants of it (None: it is not known yet what will be asked)."""
+
+    size: int
+    blocks: int
+    answers: tuple[tuple[Asked, Any], ...] = ()
+    want: Any = None
+    sampling: bool = False
+
+
 class Pause(BaseException):
-    """Ends the run of a method on a block at a question that is not answered yet."""
+    """Ends the run of a method on a block at a question that is not answered yet.
+
+    of_tensor: asked of the block's tensor rather than of the group. asked: None where a sample has nothing to say.
+    """
+
+    def __init__(self, of_tensor: bool, asked: Asked | None, part: Any = None) -> None:
+        super().__init__(of_tensor, asked, part)
+        self.of_tensor, self.asked, self.part = of_tensor, asked, part
 
 
 class Log:
@@ -51,26 +92,29 @@ class Log:
         self.answered: list[_Question] = []
         self.pending: _Question | None = None
         self.sampling = False
-        self._lock = threading.Lock()
 
-    def open(self, make: Callable[[], _Question], what: tuple[Any, ...]) -> _Question:
-        with self._lock:
-            if self.pending is None:
-                self.pending = make()
-            _check_same(self.pending.what, what)
-            return self.pending
+    def state(self, place: Place) -> State:
+        """What the block at this place needs to know."""
+        answers = tuple((q.asked, q.reply(place)) for q in self.answered)
+        want = None if self.pending is None else self.pending.want
+        return State(self.size, self.blocks, answers, want, self.sampling)
 
-    def add(self, question: _Question, place: Place, part: Any) -> None:
-        with self._lock:
-            question.merge(place, part)
-            question.contributions += 1
+    def add(self, place: Place, asked: Asked, part: Any) -> None:
+        """Take a block's part of the pending question, or a sample's."""
+        if self.pending is None:
+            self.pending = _KINDS[asked.kind](asked, self.size)
+        asked.check_same(self.pending.asked)
+        if self.sampling:
+            self.pending.add_sample(part)
+        else:
+            self.pending.merge(place, part)
+            self.pending.contributions += 1
 
     def end_of_samples(self) -> None:
-        """Let the pending question make what it can of the samples; none of them counts as a block."""
+        """Let the pending question make what it can of the samples."""
         self.sampling = False
         if self.pending is not None:
             self.pending.end_of_samples()
-            self.pending.contributions = 0
 
     def end_of_pass(self) -> None:
         """Make the pending question's answer if every block contributed and no further pass is needed."""
@@ -85,17 +129,6 @@ class Log:
         question.contributions = 0
 
 
-def _check_same(asked: tuple[Any, ...], what: tuple[Any, ...]) -> None:
-    """All blocks ask the same. UsageError where parameters that differ between tensors ask the group for another k."""
-    if asked == what:
-        return
-    if asked[:2] == what[:2]:
-        ks = f"{list(asked[2])} and {list(what[2])}"
-        raise UsageError(f"tensors of one group ask it for different k ({ks}): parameters that differ between tensors need "
-                         "over='tensor' (in a recipe, over: tensor)")  # fmt: skip
-    raise TypeError(f"blocks asked different questions: {asked} and {what}")
-
-
 class Group:
     """The answers for one block. All answers are Python floats and ints, the same for every block size and backend.
 
@@ -105,67 +138,62 @@ class Group:
     tensor: the same questions about this block's tensor alone, when the group is larger.
     """
 
-    def __init__(self, log: Log, place: Place, tensor: Group | None = None) -> None:
-        self._log, self._place, self._asked = log, place, 0
-        self._tensor = tensor
+    def __init__(self, state: State, place: Place, tensor: State | None = None, *, of_tensor: bool = False) -> None:
+        self._state, self._place, self._of_tensor, self._asked = state, place, of_tensor, 0
+        self._tensor = None if tensor is None else Group(tensor, place, of_tensor=True)
 
     @property
     def size(self) -> int:
-        return self._log.size
+        return self._state.size
 
     @property
     def tensor(self) -> Group:
         return self._tensor or self
 
-    def _ask(self, kind: type[_Question], xs: Sequence[Any], k: tuple[int, ...] = (), alone: bool = True) -> Any:
-        log, place = self._log, self._place
-        what = (kind.__name__, len(xs), k)
+    def _ask(self, asked: Asked, xs: Sequence[Any], alone: bool = True) -> Any:
+        answers = self._answers(asked, xs)
+        return answers[0] if alone and len(xs) == 1 else answers
 
-        def make() -> _Question:
-            return kind(len(xs), k, log.size)
-
-        if log.blocks == 1 and log.sampling:  # a stretch of a tensor that is one block knows nothing of the whole
-            raise Pause
-        if log.blocks == 1:  # the block is the whole group
-            question = make()
-            answer = question.at_once(xs, place)
-            return answer[0] if alone and len(xs) == 1 else answer
+    def _answers(self, asked: Asked, xs: Sequence[Any]) -> Any:
+        state, place, kind = self._state, self._place, _KINDS[asked.kind]
+        if state.blocks == 1 and state.sampling:  # a stretch of a tensor that is one block knows nothing of the whole
+            raise Pause(self._of_tensor, None)
+        if state.blocks == 1:  # the block is the whole group
+            return kind.at_once(asked, place, xs, state.size)
         i, self._asked = self._asked, self._asked + 1
-        if i < len(log.answered):
-            _check_same(log.answered[i].what, what)
-            answer = log.answered[i].answer(place, xs)
-            return answer[0] if alone and len(xs) == 1 else answer
-        question = log.open(make, what)
-        if log.sampling:
-            question.sample(place, xs)
-        else:
-            log.add(question, place, question.part(place, xs))
-        raise Pause
+        if i < len(state.answers):
+            before, reply = state.answers[i]
+            asked.check_same(before)
+            return kind.answer(asked, reply, xs, state.size)
+        if state.sampling:
+            raise Pause(self._of_tensor, asked, kind.sample(xs))
+        want = state.want if state.want is not None else kind.first_want(asked, state.size)
+        raise Pause(self._of_tensor, asked, kind.part(want, place, xs))
 
     def sum(self, *xs: Any) -> Any:
-        """Sum of each array over the group: the correctly rounded sum of leaves of 1024, each a float64 tree."""
-        return self._ask(_Sum, xs)
+        """Sum of each array over the group: the correctly rounded sum of leaves of 1024, each a tree of fixed shape."""
+        return self._ask(Asked("sum", len(xs)), xs)
 
     def max(self, *xs: Any) -> Any:
         """Largest element of each array over the group; NaN if one is NaN, -inf for an empty group."""
-        return self._ask(_Max, xs)
+        return self._ask(Asked("max", len(xs)), xs)
 
     def count(self, *masks: Any) -> Any:
         """How many elements of each boolean array are true."""
-        return self._ask(_Count, masks)
+        return self._ask(Asked("count", len(masks)), masks)
 
     def kth_largest(self, *xs: Any, k: int | Sequence[int]) -> Any:
         """The k-th largest element (k from 1) of each array over the group, exactly; NaN counts as the largest."""
         ks = self._ks(xs, k)
         if not all(1 <= k <= self.size for k in ks):
             raise UsageError(f"kth_largest: k = {ks} of {self.size} elements")
-        return self._ask(_KthLargest, xs, ks, isinstance(k, int))
+        return self._ask(Asked("kth_largest", len(xs), ks), xs, isinstance(k, int))
 
     def top(self, *xs: Any, k: int | Sequence[int]) -> Any:
         """A 0/1 mask of the k largest elements of each array: exactly k ones in the group, ties to the lower index
         (tensors by sorted name, then C order), NaN as the largest."""
         ks = tuple(min(max(k, 0), self.size) for k in self._ks(xs, k))
-        return self._ask(_Top, xs, ks, isinstance(k, int))
+        return self._ask(Asked("top", len(xs), ks), xs, isinstance(k, int))
 
     @staticmethod
     def _ks(xs: Sequence[Any], k: int | Sequence[int]) -> tuple[int, ...]:
@@ -176,25 +204,49 @@ class Group:
 
 
 class _Question:
-    """One question about `n` arrays: parts are taken of blocks, merged in any order, and answered at the end."""
+    """One kind of question. Its static methods are a block's side: a part of the answer, and the answer for the block. An
+    instance is the other side: it merges the parts, in any order, and makes the answer."""
 
-    def __init__(self, n: int, k: tuple[int, ...], size: int) -> None:
-        self.n, self.k, self.size = n, k, size
-        self.what = (type(self).__name__, n, k)
+    wants_samples = False
+    want: Any = ()
+
+    def __init__(self, asked: Asked, size: int) -> None:
+        self.asked, self.size = asked, size
         self.contributions = 0
         self.reset()
 
-    wants_samples = False
+    @staticmethod
+    def first_want(asked: Asked, size: int) -> Any:
+        """What is wanted of a block that is the first to ask this."""
+        return ()
 
-    def reset(self) -> None: ...
+    @staticmethod
+    def sample(xs: Sequence[Any]) -> Any:
+        """What a small part of the group, that will come again in a block, has to say."""
+        return None
 
-    def sample(self, place: Place, xs: Sequence[Any]) -> None:
-        """Look at a small part of the group that will come again in a block."""
+    @staticmethod
+    def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def answer(asked: Asked, reply: Any, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
+        return reply
+
+    @classmethod
+    def at_once(cls, asked: Asked, place: Place, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
+        """The answer where the block is the whole group."""
+        question = cls(asked, size)
+        question.merge(place, cls.part(question.want, place, xs))
+        question.end_of_pass()
+        return cls.answer(asked, question.reply(place), xs, size)
+
+    def reset(self) -> None:
+        """Forget the parts of an unfinished pass."""
+
+    def add_sample(self, part: Any) -> None: ...
 
     def end_of_samples(self) -> None: ...
-
-    def part(self, place: Place, xs: Sequence[Any]) -> Any:
-        raise NotImplementedError
 
     def merge(self, place: Place, part: Any) -> None:
         raise NotImplementedError
@@ -203,33 +255,30 @@ class _Question:
         """True when the answer is there; False asks for one more pass."""
         return True
 
-    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
+    def reply(self, place: Place) -> Any:
+        """What the block at this place needs of the answer."""
         raise NotImplementedError
-
-    def at_once(self, xs: Sequence[Any], place: Place) -> tuple[Any, ...]:
-        while True:
-            self.merge(place, self.part(place, xs))
-            if self.end_of_pass():
-                return self.answer(place, xs)
 
 
 class _Sum(_Question):
     def reset(self) -> None:
-        self._parts: list[list[float]] = [[] for _ in range(self.n)]
+        self._parts: list[list[float]] = [[] for _ in range(self.asked.n)]
         # A stretch that borders of blocks cut: (array, tensor, stretch) -> its pieces by offset, until it is whole.
         self._cut: dict[tuple[int, str, int], dict[int, np.ndarray]] = {}
 
-    def part(self, place: Place, xs: Sequence[Any]) -> Any:
-        parts, cut = [], []
-        for i, x in enumerate(xs):
-            x = flat(x)
-            stop = place.start + x.shape[0]
-            first = min(-place.start % STRETCH, x.shape[0])
-            last = x.shape[0] if stop >= place.size else max(first, x.shape[0] - stop % STRETCH)
-            parts.append(expansion(host(leaf_sums(x[first:last])).tolist()))
-            for a, b in ((0, first), (last, x.shape[0])):
-                if a < b:
-                    cut.append(((i, place.tensor, (place.start + a) // STRETCH), place.start + a, np.array(host(x[a:b]))))
+    @staticmethod
+    def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
+        xs = [flat(x) for x in xs]
+        size = place.stop - place.start
+        first = min(-place.start % STRETCH, size)
+        last = size if place.stop >= place.size else max(first, size - place.stop % STRETCH)
+        parts = [expansion(sums.tolist()) for sums in leaf_sums(*(x[first:last] for x in xs))]
+        cut = [
+            ((i, place.tensor, (place.start + a) // STRETCH), place.start + a, np.array(host(x[a:b])))
+            for i, x in enumerate(xs)
+            for a, b in ((0, first), (last, size))
+            if a < b
+        ]
         return parts, cut
 
     def merge(self, place: Place, part: Any) -> None:
@@ -242,7 +291,7 @@ class _Sum(_Question):
             i, _, stretch = key
             if sum(p.size for p in pieces.values()) == min(STRETCH, place.size - stretch * STRETCH):
                 whole = np.concatenate([pieces[at] for at in sorted(pieces)])
-                self._add(i, expansion(leaf_sums(whole).tolist()))
+                self._add(i, expansion(leaf_sums(whole)[0].tolist()))
                 del self._cut[key]
 
     def _add(self, i: int, parts: list[float]) -> None:
@@ -254,22 +303,23 @@ class _Sum(_Question):
         self._answer = tuple(exact_sum(p) for p in self._parts)
         return True
 
-    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[float, ...]:
+    def reply(self, place: Place) -> tuple[float, ...]:
         return self._answer
 
 
 class _Max(_Question):
     def reset(self) -> None:
-        self._max = [-math.inf] * self.n
+        self._max = [-math.inf] * self.asked.n
 
-    def part(self, place: Place, xs: Sequence[Any]) -> Any:
+    @staticmethod
+    def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
         return [float(array_namespace(x).max(x)) if x.size else -math.inf for x in map(_with_size, xs)]
 
     def merge(self, place: Place, part: Any) -> None:
         # + 0.0: of two zeros, neither library nor order shall choose the sign
         self._max = [b + 0.0 if math.isnan(b) or b > a else a for a, b in zip(self._max, part)]
 
-    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[float, ...]:
+    def reply(self, place: Place) -> tuple[float, ...]:
         return tuple(self._max)
 
 
@@ -279,15 +329,16 @@ def _with_size(x: Any) -> Any:
 
 class _Count(_Question):
     def reset(self) -> None:
-        self._count = [0] * self.n
+        self._count = [0] * self.asked.n
 
-    def part(self, place: Place, xs: Sequence[Any]) -> Any:
+    @staticmethod
+    def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
         return [int(np.count_nonzero(x) if is_numpy_array(x) else array_namespace(x).count_nonzero(x)) for x in xs]
 
     def merge(self, place: Place, part: Any) -> None:
         self._count = [a + b for a, b in zip(self._count, part)]
 
-    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[int, ...]:
+    def reply(self, place: Place) -> tuple[int, ...]:
         return tuple(self._count)
 
 
@@ -295,20 +346,34 @@ class _KthLargest(_Question):
     """Exact selection of the k-th largest; see Selection."""
 
     wants_samples = True
+    ties = False
 
     def reset(self) -> None:
-        self._states = [Selection(k, self.size) for k in self.k]
+        self._states = [Selection(k, self.size, self.ties) for k in self.asked.k]
 
-    def sample(self, place: Place, xs: Sequence[Any]) -> None:
-        for s, x in zip(self._states, xs):
-            s.sample(place, flat(x))
+    @property
+    def want(self) -> Any:  # type: ignore[override]
+        return [s.want for s in self._states]
+
+    @classmethod
+    def first_want(cls, asked: Asked, size: int) -> Any:  # type: ignore[override]
+        return [first_want(k, size, cls.ties) for k in asked.k]
+
+    @staticmethod
+    def sample(xs: Sequence[Any]) -> Any:
+        return [keys_of(host(flat(x))) for x in xs]
+
+    @staticmethod
+    def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
+        return [w.part(host(flat(x))) for w, x in zip(want, xs)]
+
+    def add_sample(self, part: Any) -> None:
+        for s, sample in zip(self._states, part):
+            s.add_sample(sample)
 
     def end_of_samples(self) -> None:
         for s in self._states:
             s.end_of_samples()
-
-    def part(self, place: Place, xs: Sequence[Any]) -> Any:
-        return [s.part(flat(x)) for s, x in zip(self._states, xs)]
 
     def merge(self, place: Place, part: Any) -> None:
         for s, p in zip(self._states, part):
@@ -318,31 +383,41 @@ class _KthLargest(_Question):
         ended = [s.end_of_pass() for s in self._states]  # each of them, not only up to the first that has to go on
         return all(ended)
 
-    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
+    def reply(self, place: Place) -> tuple[Any, ...]:
         return tuple(s.value for s in self._states)
 
-    def at_once(self, xs: Sequence[Any], place: Place) -> tuple[Any, ...]:
-        return tuple(kth_largest(host(flat(x)), k) for x, k in zip(xs, self.k))
+    @classmethod
+    def at_once(cls, asked: Asked, place: Place, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
+        return tuple(kth_largest(host(flat(x)), k) for x, k in zip(xs, asked.k))
 
 
 class _Top(_KthLargest):
     """The k-th largest, and how many of the elements equal to it each block may keep."""
 
-    def reset(self) -> None:
-        self._states = [Selection(k, self.size, ties=True) for k in self.k]
+    ties = True
 
-    def answer(self, place: Place, xs: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(top_mask(x, s.k, s.size, s.value, *s.ties_of(place)) for s, x in zip(self._states, xs))
+    def reply(self, place: Place) -> tuple[Any, ...]:
+        return tuple((s.value, *s.ties_of(place)) for s in self._states)
 
-    def at_once(self, xs: Sequence[Any], place: Place) -> tuple[Any, ...]:
-        masks = []
-        for x, k in zip(xs, self.k):
+    @staticmethod
+    def answer(asked: Asked, reply: Any, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
+        return tuple(top_mask(x, k, size, *r) for x, k, r in zip(xs, asked.k, reply))
+
+    @classmethod
+    def at_once(cls, asked: Asked, place: Place, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
+        replies = []
+        for x, k in zip(xs, asked.k):
             kth, kept, tied = math.nan, 0, 0
-            if 0 < k < self.size:
+            if 0 < k < size:
                 values = host(flat(x))
                 kth = kth_largest(values, k)
                 tied = count_equal(values, kth)
                 above = 0 if math.isnan(kth) else values.size - int(np.count_nonzero(values <= kth))
                 kept = k - above
-            masks.append(top_mask(x, k, self.size, kth, kept, tied))
-        return tuple(masks)
+            replies.append((kth, kept, tied))
+        return cls.answer(asked, replies, xs, size)
+
+
+_KINDS: dict[str, type[_Question]] = {
+    "sum": _Sum, "max": _Max, "count": _Count, "kth_largest": _KthLargest, "top": _Top,
+}  # fmt: skip

@@ -26,6 +26,7 @@ __all__ = [
 LEAF = 1024  # elements of one leaf of a sum
 LANES = 64  # leaves side by side in one stretch of a tensor: adding halves of a stretch is adding long rows
 STRETCH = LEAF * LANES
+NARROW = 128  # rows of a stretch from which on a tree is summed in float64
 
 
 def total(xs: Iterable[Any]) -> Any:
@@ -103,11 +104,11 @@ def like(values: np.ndarray, x: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- sums
 
 
-def _halve(x: Any, axis: int) -> Any:
-    """Sum along an axis of 2^k entries by halving: x[:512] + x[512:], and so on down to one."""
+def _halve(x: Any, axis: int, to: int = 1) -> Any:
+    """Sum along an axis of 2^k entries by halving: x[:512] + x[512:], and so on down to `to` entries."""
     width = x.shape[axis]
     index: list[Any] = [slice(None)] * x.ndim
-    while width > 1:
+    while width > to:
         width //= 2
         low, high = index.copy(), index.copy()
         low[axis], high[axis] = slice(0, width), slice(width, 2 * width)
@@ -115,24 +116,50 @@ def _halve(x: Any, axis: int) -> Any:
     return x
 
 
-def leaf_sums(x: Any) -> Any:
-    """Sums of the leaves of a 1-d array that begins at a stretch: float64, 64 for each stretch of 65536 elements.
+def _leaves(rows: Sequence[Any]) -> Any:
+    """(n, stretches, LANES) sums of the columns of n arrays (stretches, height, LANES), each a tree over the height.
+
+    Rows are halved in the arrays' own dtype down to NARROW, where what is left is an eighth, and from there in float64.
+    """
+    xp = array_namespace(rows[0])
+    narrow = [_halve(x, 1, to=NARROW) for x in rows]
+    return _halve(xp.astype(xp.stack(narrow), xp.float64), 2)
+
+
+def leaf_sums(*xs: Any) -> list[np.ndarray]:
+    """Sums of the leaves of 1-d arrays of one length that begin at a stretch: for each array, in host memory, 64 of float64
+    for each stretch of 65536 elements.
 
     A stretch, filled up with zeros, is 1024 rows of 64 elements, and each of its columns is a leaf, summed by halving.
     """
-    xp = array_namespace(x)
-    whole = x.shape[0] // STRETCH * STRETCH
+    if not xs:
+        return []
+    xs = [_at_least_float32(x) for x in xs]
+    xp, size = array_namespace(xs[0]), xs[0].shape[0]
+    whole = size // STRETCH * STRETCH
     leaves = []
     if whole:
-        rows = xp.astype(xp.reshape(x[:whole], (-1, LEAF, LANES)), xp.float64)
-        leaves.append(xp.reshape(_halve(rows, 1), (-1,)))
-    if x.shape[0] > whole:
-        used = -(-(x.shape[0] - whole) // LANES)
+        leaves.append(_leaves([xp.reshape(x[:whole], (-1, LEAF, LANES)) for x in xs]))
+    if size > whole:
+        used = -(-(size - whole) // LANES)
         height = 1 << (used - 1).bit_length()  # rows of zeros above it add nothing
-        rest = xp.zeros((height * LANES,), dtype=xp.float64, device=device(x))
-        rest[: x.shape[0] - whole] = xp.astype(x[whole:], xp.float64)
-        leaves.append(xp.reshape(_halve(xp.reshape(rest, (height, LANES)), 0), (-1,)))
-    return leaves[0] if len(leaves) == 1 else xp.concat(leaves) if leaves else xp.zeros((0,), dtype=xp.float64)
+        padded = []
+        for x in xs:
+            rest = xp.zeros((height * LANES,), dtype=x.dtype, device=device(x))
+            rest[: size - whole] = x[whole:]
+            padded.append(xp.reshape(rest, (1, height, LANES)))
+        leaves.append(_leaves(padded))
+    if not leaves:
+        return [np.zeros(0) for _ in xs]
+    joined = host(leaves[0] if len(leaves) == 1 else xp.concat(leaves, axis=1))
+    return [x.reshape(-1) for x in joined]
+
+
+def _at_least_float32(x: Any) -> Any:
+    if isinstance(x, Rounded):
+        return x.values
+    xp = array_namespace(x)
+    return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
 
 
 def tree_sum(x: Any, axis: int | None = None) -> Any:
@@ -142,7 +169,7 @@ def tree_sum(x: Any, axis: int | None = None) -> Any:
     """
     xp = array_namespace(x)
     if axis is None:
-        return exact_sum(host(leaf_sums(xp.reshape(x, (-1,)))).tolist())
+        return exact_sum(leaf_sums(xp.reshape(x, (-1,)))[0].tolist())
     axis %= x.ndim
     n = x.shape[axis]
     shape = [s for i, s in enumerate(x.shape) if i != axis]

@@ -14,12 +14,17 @@ import numpy as np
 from array_api_compat import is_numpy_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, same_or_inside
-from refmerge.engine import Ran, Tensor, Work, run
+from refmerge.engine import Ran, block_elements, run
+from refmerge.executors import can_fork
 from refmerge.errors import UsageError
 from refmerge.method import Method, Over
-from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
+from refmerge.sources import ArraySink, ArraySource, DiskSink, DiskSource, HostSink, Source, StagedSink
+from refmerge.work import Tensor, Work
 
 __all__ = ["Plan"]
+
+ARRAYS_BLOCK_BYTES = 1 << 18  # of arrays in memory, where no backend says more
+THREADED_BLOCK_BYTES = 1 << 20  # below this, threads of one interpreter wait for each other more than they compute
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 _CONFIG_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -33,7 +38,8 @@ class Plan:
     or one that not all models have, is copied from. specs: name -> (safetensors dtype, shape) of the result.
     backend: where blocks of checkpoints are computed; None where the inputs are arrays that stay in their library.
     example: an array of that library. checkpoints: the inputs on disk; donor: the one whose config and tokenizer files the
-    result gets. out_dtype: the dtype that was asked for. elements: of a block.
+    result gets. out_dtype: the dtype that was asked for. max_memory: what the blocks may take, in bytes. elements: of
+    a block; None leaves it to what computes.
     """
 
     work: Work
@@ -41,7 +47,8 @@ class Plan:
     copied: dict[str, Source]
     backend: Any
     threads: int
-    elements: int
+    max_memory: int | None = None
+    elements: int | None = None
     example: Any = None
     checkpoints: tuple[Checkpoint, ...] = ()
     donor: Checkpoint | None = None
@@ -109,8 +116,27 @@ class Plan:
         changed = {k: word for k in ("dtype", "torch_dtype") if config and word and k in config and config[k] != word}
         return {"config.json": (json.dumps({**config, **changed}, indent=2) + "\n").encode()} if config and changed else None
 
+    @property
+    def _on_files(self) -> bool:
+        """Whether all that is read is files, and NumPy computes: then processes can."""
+        stats = [s for s in self.work.stats or () if s.names()]
+        sources = [*self.work.read, *stats]
+        numpy = self.backend is not None and self.backend.name == "numpy"
+        return numpy and all(isinstance(s, DiskSource) for s in sources)
+
+    def _block_elements(self, processes: bool) -> int:
+        if self.elements is not None:
+            return self.elements
+        block_bytes = ARRAYS_BLOCK_BYTES if self.backend is None else self.backend.block_bytes
+        if self.threads > 1 and not processes:
+            block_bytes = max(block_bytes, THREADED_BLOCK_BYTES)
+        return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
+
     def _fill(self, sinks: Mapping[str, Any]) -> None:
-        self.ran = run(self.work, sinks, elements=self.elements, threads=self.threads)
+        processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
+        self.ran = run(
+            self.work, sinks, elements=self._block_elements(processes), threads=self.threads, processes=processes
+        )
         for name, source in self.copied.items():
             if "" in sinks:
                 sinks[""].copy(name, source)
@@ -119,10 +145,11 @@ class Plan:
         """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
         arrays. Bytes are those of the tensors; peak_memory is that of the blocks, the interpreter not counted."""
         tensors, work = self.work.tensors, self.work
+        elements = self._block_elements(self._on_files and can_fork())
         ran = self.ran
         if ran is None or estimate:
             passes = _passes(work.method, tensors[0], len(work.models), work.over) if tensors else 0
-            one_block = [work.over == "tensor" and t.size <= self.elements * 3 // 2 for t in tensors]
+            one_block = [work.over == "tensor" and t.size <= elements * 3 // 2 for t in tensors]
             read = (work.bytes_of(t, t.size) * (1 if one else passes) for t, one in zip(tensors, one_block))
             ran = Ran(1 if all(one_block) else passes, sum(read))
         copied = sum(_nbytes(spec) for n, spec in self.specs.items() if n in self.copied)
@@ -135,7 +162,7 @@ class Plan:
             "passes": ran.passes,
             "bytes_read": ran.bytes_read + copied,
             "bytes_written": sum(_nbytes(s) for o in work.method.outputs or ("",) for s in self._specs_of(o).values()),
-            "peak_memory": _peak_memory(work, self.elements, self.threads),
+            "peak_memory": _peak_memory(work, elements, self.threads),
             "threads": self.threads,
             "backend": "arrays" if self.backend is None else self.backend.name,
         }

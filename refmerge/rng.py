@@ -1,9 +1,9 @@
 """Random draws that are a function of (seed, tensor, model, element): the same in every block, thread and library.
 
-Threefry-2x32-20 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the first eight bytes
-of SHA-256(seed as 8 bytes, model as 4 bytes, little endian, then the tensor's name in UTF-8). Each element has a string of
-16-bit digits d_0 d_1 d_2 ... behind the binary point of a number in [0, 1): digit j of element e is 16 bits of the block
-with counter (e // 4, j): x0 low, x0 high, x1 low, x1 high for e % 4 = 0, 1, 2, 3.
+Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as NumPy has it. The key is the
+first sixteen bytes of SHA-256(seed as 8 bytes, model as 4 bytes, little endian, then the tensor's name in UTF-8). Each
+element has a string of 16-bit digits d_0 d_1 d_2 ... behind the binary point of a number in [0, 1): digit j of element e is
+one sixteenth of the block with counter (e // 16, j, 0, 0), whose four words are read as sixteen digits, lowest bits first.
 """
 
 from __future__ import annotations
@@ -16,73 +16,89 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_array, is_torch_array
 
 from refmerge.errors import InputError, UsageError
-from refmerge.numeric import like
+from refmerge.numeric import host, like
 
-ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
-PARITY = 0x1BD11BDA
-MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)  # what the key grows by from round to round
+ROUNDS = 10
+LOW = 0xFFFFFFFF
+WORD = (1 << 64) - 1
+PER_BLOCK = 16  # digits in the 256 bits of one counter
 DIGITS = 5  # 80 bits: every float p >= 2**-27 is compared exactly
 
 
-def threefry(key: tuple[int, int], x0: Any, x1: Any) -> tuple[Any, Any]:
-    """Twenty rounds on counters in int64 lanes with 32 significant bits (torch has no unsigned arithmetic)."""
-    keys = (*key, key[0] ^ key[1] ^ PARITY)
-    x0, x1 = (x0 + keys[0]) & MASK, (x1 + keys[1]) & MASK
-    for i in range(5):
-        for r in ROTATIONS[4 * (i % 2) : 4 * (i % 2) + 4]:
-            x0 = (x0 + x1) & MASK
-            x1 = (((x1 << r) & MASK) | (x1 >> (32 - r))) ^ x0
-        x0 = (x0 + keys[(i + 1) % 3]) & MASK
-        x1 = (x1 + (keys[(i + 2) % 3] + i + 1 & MASK)) & MASK
-    return x0, x1
-
-
-def _threefry_numpy(key: tuple[int, int], x0: np.ndarray, x1: np.ndarray) -> None:
-    """The same in place on uint32, which wraps by itself: five times as fast."""
-    keys = np.array((*key, key[0] ^ key[1] ^ PARITY), dtype=np.uint32)
-    spare = np.empty_like(x0)
-    np.add(x0, keys[0], out=x0)
-    np.add(x1, keys[1], out=x1)
-    for i in range(5):
-        for r in ROTATIONS[4 * (i % 2) : 4 * (i % 2) + 4]:
-            np.add(x0, x1, out=x0)
-            np.left_shift(x1, np.uint32(r), out=spare)
-            np.right_shift(x1, np.uint32(32 - r), out=x1)
-            np.bitwise_or(x1, spare, out=x1)
-            np.bitwise_xor(x1, x0, out=x1)
-        np.add(x0, keys[(i + 1) % 3], out=x0)
-        np.add(x1, np.uint32((int(keys[(i + 2) % 3]) + i + 1) & MASK), out=x1)
+def philox(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The block of one counter (its two high words are 0), in Python integers."""
+    x = [*counter, 0, 0]
+    for r in range(ROUNDS):
+        a, b = MULTIPLIERS[0] * x[0], MULTIPLIERS[1] * x[2]
+        k = [(key[i] + r * WEYL[i]) & WORD for i in (0, 1)]
+        x = [b >> 64 ^ x[1] ^ k[0], b & WORD, a >> 64 ^ x[3] ^ k[1], a & WORD]
+    return x[0], x[1], x[2], x[3]
 
 
 def key_for(seed: int, name: str, model: int) -> tuple[int, int]:
     """The two key words for one tensor of one model."""
     digest = hashlib.sha256(seed.to_bytes(8, "little") + model.to_bytes(4, "little") + name.encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
-
-
-STRIP = 1 << 14  # counters at a time: two words and a spare stay in the first cache levels
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def digits_numpy(key: tuple[int, int], start: int, stop: int, j: int) -> np.ndarray:
-    """Digit j of the elements [start, stop), uint16."""
-    first, last = start // 4, -(-stop // 4)
-    words = np.empty((last - first, 2), dtype="<u4")
-    for at in range(first, last, STRIP):
-        x0 = np.arange(at, min(at + STRIP, last), dtype=np.int64).astype(np.uint32)
-        x1 = np.full_like(x0, j)
-        _threefry_numpy(key, x0, x1)
-        words[at - first : at - first + len(x0), 0] = x0
-        words[at - first : at - first + len(x0), 1] = x1
-    return words.reshape(-1).view("<u2")[start - 4 * first : stop - 4 * first]
+    """Digit j of the elements [start, stop), uint16, by NumPy's own generator."""
+    first, last = start // PER_BLOCK, -(-stop // PER_BLOCK)
+    before = ((j << 64) + first - 1) % (1 << 256)  # the generator counts up before it draws
+    words = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=_words(before)).random_raw(4 * (last - first))
+    return words.astype("<u8", copy=False).view("<u2")[start - PER_BLOCK * first : stop - PER_BLOCK * first]
+
+
+def _words(number: int) -> np.ndarray:
+    return np.array([number >> 64 * i & WORD for i in range(4)], dtype=np.uint64)
+
+
+def _digit_of(key: tuple[int, int], element: int, j: int) -> int:
+    """Digit j of a single element."""
+    words = philox(key, (element // PER_BLOCK, j))
+    return words[element % PER_BLOCK // 4] >> 16 * (element % 4) & 0xFFFF
+
+
+def _times(m: int, high: Any, low: Any) -> tuple[Any, Any, Any, Any]:
+    """m times a 64-bit word, as four 32-bit words from the highest. All are int64 lanes of 32 significant bits, since torch
+    has no unsigned arithmetic; products are of 16 by 32 bits, which cannot overflow."""
+    limbs = [m >> 16 * i & 0xFFFF for i in range(4)]
+
+    def by(word: Any) -> tuple[Any, Any, Any]:
+        """m times a 32-bit word: its three 32-bit words from the lowest."""
+        a, b, c, d = (word * limb for limb in limbs)
+        t = a + ((b & 0xFFFF) << 16)
+        u = (t >> 32) + (b >> 16) + c + ((d & 0xFFFF) << 16)
+        return t & LOW, u & LOW, (u >> 32) + (d >> 16)
+
+    l0, l1, l2 = by(low)
+    h0, h1, h2 = by(high)
+    t = l1 + h0
+    u = (t >> 32) + l2 + h1
+    return (u >> 32) + h2, u & LOW, t & LOW, l0
 
 
 def digits(key: tuple[int, int], start: int, stop: int, j: int, xp: Any, where: Any) -> Any:
     """Digit j of the elements [start, stop) in int64, in any array library."""
-    first, last = start // 4, -(-stop // 4)
-    x0 = xp.arange(first, last, dtype=xp.int64, device=where) & MASK
-    x0, x1 = threefry(key, x0, xp.full((last - first,), j, dtype=xp.int64, device=where))
-    lanes = xp.stack([x0 & 0xFFFF, x0 >> 16, x1 & 0xFFFF, x1 >> 16], axis=1)
-    return xp.reshape(lanes, (-1,))[start - 4 * first : stop - 4 * first]
+    first, last = start // PER_BLOCK, -(-stop // PER_BLOCK)
+    counter = xp.arange(first, last, dtype=xp.int64, device=where)
+    zero = xp.zeros_like(counter)
+    # Each word as (high, low) half.
+    x = [(counter >> 32, counter & LOW), (zero, zero + j), (zero, zero), (zero, zero)]
+    for r in range(ROUNDS):
+        k = [(key[i] + r * WEYL[i]) & WORD for i in (0, 1)]
+        a, b = _times(MULTIPLIERS[0], *x[0]), _times(MULTIPLIERS[1], *x[2])
+        x = [
+            (b[0] ^ x[1][0] ^ (k[0] >> 32), b[1] ^ x[1][1] ^ (k[0] & LOW)),
+            (b[2], b[3]),
+            (a[0] ^ x[3][0] ^ (k[1] >> 32), a[1] ^ x[3][1] ^ (k[1] & LOW)),
+            (a[2], a[3]),
+        ]
+    halves = [half for high, low in x for half in (low, high)]
+    lanes = xp.stack([part for half in halves for part in (half & 0xFFFF, half >> 16)], axis=1)
+    return xp.reshape(lanes, (-1,))[start - PER_BLOCK * first : stop - PER_BLOCK * first]
 
 
 class Memo:
@@ -144,9 +160,7 @@ class Rng:
             return self._recorded[model]
         key = key_for(self._seed, self._name, model)
         if self._on_numpy():
-            mask = self._remembered(
-                key, p if isinstance(p, float | int) else np.asarray(p, dtype=np.float64).reshape(-1)
-            )
+            mask = self._remembered(key, p if isinstance(p, float | int) else host(p).reshape(-1))
             return like(mask.reshape(tuple(self._like.shape)), self._like)
         xp, where = array_namespace(self._like), device(self._like)
         start, stop = self._span()
@@ -183,19 +197,19 @@ class Rng:
         start, stop = self._span()
         d = digits_numpy(key, start, stop, 0)
         rest = p * 65536.0
-        # A Python integer compares with uint16 as uint16; a float would widen every digit to float64 first.
-        limit: Any = int(rest) if np.ndim(rest) == 0 else np.floor(rest)
-        rest = rest - limit
+        # Integers: a float would widen every digit to float64 before it is compared.
+        limit: Any = int(rest) if np.ndim(rest) == 0 else rest.astype(np.int32)
         mask = d < limit
         tied = np.flatnonzero(d == limit)
+        at_ties = (lambda x: x) if np.ndim(p) == 0 else (lambda x: x[tied].astype(np.float64))
+        rest = at_ties(rest) - at_ties(limit)
         for j in range(1, DIGITS):
-            rest = (rest if np.ndim(p) == 0 else rest[tied] if j == 1 else rest) * 65536.0
             if tied.size == 0 or not np.any(rest):
                 break
+            rest = rest * 65536.0
             limit = np.floor(rest)
             rest = rest - limit
-            at = tied + start
-            d = _digits_at(key, at, j)
+            d = np.array([_digit_of(key, start + int(e), j) for e in tied], dtype=np.uint16)
             mask[tied] = d < limit
             still = d == limit
             tied = tied[still]
@@ -218,12 +232,3 @@ class Rng:
             u = d[0] * 2.0**-16 + floor(d[1] * 2.0**-8) * 2.0**-24
         u = u.reshape(tuple(self._like.shape)) if self._on_numpy() else xp.reshape(u, tuple(self._like.shape))
         return like(u, self._like) if self._on_numpy() else xp.astype(u, self._like.dtype)
-
-
-def _digits_at(key: tuple[int, int], elements: np.ndarray, j: int) -> np.ndarray:
-    """Digit j of single elements, uint16."""
-    x0 = (elements // 4).astype(np.uint32)
-    x1 = np.full_like(x0, j)
-    _threefry_numpy(key, x0, x1)
-    words = np.where(elements % 4 < 2, x0, x1)
-    return np.where(elements % 2 == 0, words & np.uint32(0xFFFF), words >> np.uint32(16)).astype(np.uint16)

@@ -8,6 +8,7 @@ narrow it down until few enough candidates are left to hold.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from refmerge.numeric import array_namespace, host, indicator, like
 if TYPE_CHECKING:
     from refmerge.group import Place
 
-CANDIDATES = 1 << 22  # so many values are held and sorted; where more are left, histograms divide them further
-SAMPLE = 1 << 22  # so many sampled values of an array are worth sorting
+CANDIDATES = 1 << 22  # so many values are held; where more are left, histograms divide them further
+FEW = 1 << 17  # a group of so few elements is held whole, without a sample
+SORTED = 1 << 12  # so few keys are sorted; of more, a histogram first tells which
 
 
 def flat(x: Any) -> Any:
@@ -40,17 +42,38 @@ def keys_of(x: np.ndarray) -> np.ndarray:
     return bits
 
 
-def value_of(key: int, dtype: np.dtype) -> float:
-    """The float of a key."""
-    width = np.uint32 if dtype == np.float32 else np.uint64
-    top = 1 << (8 * np.dtype(width).itemsize - 1)
+def value_of(key: int, width: int) -> float:
+    """The float of a key of so many bits."""
+    top = 1 << (width - 1)
     bits = key - top if key >= top else ~key & (2 * top - 1)
-    return float(np.array(bits, dtype=width).view(dtype)[()])
+    return float(np.array(bits, dtype=f"u{width // 8}").view(f"f{width // 8}")[()])
+
+
+def kth_largest_key(keys: np.ndarray, k: int) -> int:
+    """The k-th largest (k from 1) of unsigned integers. NumPy's partition alone is six times slower on processors that
+    are slow at storing the chosen lanes of a vector."""
+    while keys.size > SORTED:
+        low, high = int(keys.min()), int(keys.max())
+        if low == high:
+            return low
+        shift = keys.dtype.type(max(0, (high - low).bit_length() - 16))
+        bins = (keys - keys.dtype.type(low)) >> shift
+        counts = np.bincount(bins.astype(np.intp))
+        chosen, above = _bin_of_rank(counts, k)
+        keys, k = keys[bins == chosen], k - above
+    return int(np.partition(keys, keys.size - k)[keys.size - k])
+
+
+def _bin_of_rank(counts: np.ndarray, rank: int) -> tuple[int, int]:
+    """(bin that holds the element of this rank from the top, elements in the bins above it)."""
+    from_top = np.cumsum(counts[::-1])
+    i = int(np.searchsorted(from_top, rank))
+    chosen = len(counts) - 1 - i
+    return chosen, int(from_top[i] - counts[chosen])
 
 
 def kth_largest(x: np.ndarray, k: int) -> float:
-    x = x + 0.0
-    return float(np.partition(x, x.size - k)[x.size - k])  # a partition puts NaN last
+    return value_of(kth_largest_key(keys_of(x), k), 8 * x.itemsize)
 
 
 def count_equal(x: np.ndarray, value: float) -> int:
@@ -76,132 +99,173 @@ def top_mask(x: Any, k: int, size: int, kth: float, kept: int, tied: int) -> Any
     return xp.reshape(like(chosen.astype(np.float32), x), tuple(x.shape))
 
 
-class Selection:
-    """State of one exact selection, and what the current pass collects.
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a selection asks of every block in one pass.
 
-    A sample gives a bracket: one pass then counts what lies above it and holds what lies inside. Without a bracket, or
-    where it missed, histograms of 16 bits a pass narrow the answer's key until few enough candidates are left to hold.
+    "hold": all keys, or those with a prefix; "bracket": the keys of what lies inside, with its ends only counted, and how
+    many lie above; "histogram": counts of the next 16 bits of the keys with a prefix; "ties": how many equal a value;
+    "done": nothing.
     """
+
+    phase: str
+    low: int = 0  # keys of the bracket's ends
+    high: int = 0
+    prefix: int = 0
+    known: int = 0  # leading bits of the key that are known
+    value: float = math.nan
+
+    def part(self, values: np.ndarray) -> Any:
+        """This block's part of the answer."""
+        if self.phase == "done":
+            return None
+        if self.phase == "ties":
+            return count_equal(values, self.value)
+        if self.phase == "bracket":
+            low, high = (values.dtype.type(value_of(key, 8 * values.itemsize)) for key in (self.low, self.high))
+            at_most = values <= high  # no for NaN, which is above
+            above = values.size - int(np.count_nonzero(at_most))
+            np.logical_and(at_most, values >= low, out=at_most)
+            keys = keys_of(values[at_most])
+            at_high = int(np.count_nonzero(keys == self.high))
+            inside = keys[(keys > self.low) & (keys < self.high)]
+            return above, at_high, inside, keys.size - at_high - inside.size
+        keys = keys_of(values)
+        width = 8 * keys.itemsize
+        if self.known:
+            keys = keys[keys >> keys.dtype.type(width - self.known) == self.prefix]
+        if self.phase == "hold":
+            return keys
+        shift = keys.dtype.type(width - self.known - 16)
+        return width, np.bincount((keys >> shift & keys.dtype.type(0xFFFF)).astype(np.intp), minlength=1 << 16)
+
+
+def first_want(k: int, size: int, ties: bool) -> Want:
+    """What a selection asks before anything is known."""
+    return Want("done" if ties and not 0 < k < size else "hold" if size <= FEW else "histogram")
+
+
+
+
+class Selection:
+    """State of one exact selection: what it wants of the blocks in the current pass, and what it has of them."""
 
     def __init__(self, k: int, size: int, ties: bool = False) -> None:
         self.k, self.size, self.ties = k, size, ties
         self.value = math.nan
-        self._phase = "done" if ties and not 0 < k < size else "hold" if size <= CANDIDATES // 4 else "histogram"
-        self._samples: dict[tuple[str, int], np.ndarray] = {}
-        self._low, self._high = -math.inf, math.inf
-        self._prefix, self._known = 0, 0  # the leading `known` bits of the answer's key
+        self.want = first_want(k, size, ties)
+        self._samples: list[np.ndarray] = []
         self._rank = k  # rank of the answer among the candidates that are left
-        self._dtype: np.dtype | None = None
+        self._width = 32  # bits of a key
         self._above = 0
+        self._at_low: dict[int, int] = {}  # how many of a block equal an end of the bracket
+        self._at_high: dict[int, int] = {}
         self._histogram: np.ndarray | None = None
         self._held: dict[int, np.ndarray] = {}
         self._held_count = 0
         self._tied: dict[int, int] = {}
         self._kept: dict[int, int] = {}
 
-    def sample(self, place: Place, x: Any) -> None:
-        if self._phase == "histogram":
-            self._samples[place.tensor, place.start] = np.array(host(x))
+    def add_sample(self, keys: np.ndarray) -> None:
+        if self.want.phase == "histogram":
+            self._samples.append(keys)
 
     def end_of_samples(self) -> None:
-        samples, self._samples = self._samples, {}
-        if self._phase != "histogram" or not samples:
+        samples, self._samples = self._samples, []
+        if self.want.phase != "histogram" or not samples:
             return
-        values = np.concatenate([samples[place] for place in sorted(samples)])
-        values = values[:: max(1, values.size // SAMPLE)]
-        m = values.size
+        keys = np.concatenate(samples)
+        m = keys.size
         # Where the answer's rank falls in the sample, give or take eight deviations: neighbours in a tensor are alike.
         centre = self.k / self.size * m
         margin = 8 * math.sqrt(centre * (1 - self.k / self.size)) + 8
-        if 2 * margin / m * self.size > CANDIDATES * 3 // 4 or np.isnan(values).any():
+        if 2 * margin / m * self.size > CANDIDATES * 3 // 4:
             return
-        first, last = m - math.ceil(centre + margin), m - math.floor(centre - margin)
-        inside = [i for i in (first, last) if 0 <= i < m]
-        ordered = np.partition(values, inside) if inside else values
-        self._low = float(ordered[first]) if first >= 0 else -math.inf
-        self._high = float(ordered[last]) if last < m else math.inf
-        self._phase = "bracket"
-
-    def part(self, x: Any) -> Any:
-        if self._phase == "done":
-            return None
-        values = host(x)
-        self._dtype = values.dtype
-        if self._phase == "ties":
-            return count_equal(values, self.value)
-        if self._phase == "bracket":
-            at_most = values <= self._high  # no for NaN, which is above
-            return values.size - int(np.count_nonzero(at_most)), keys_of(values[at_most & (values >= self._low)])
-        keys = keys_of(values)
-        width = 8 * keys.itemsize
-        if self._known:
-            keys = keys[keys >> keys.dtype.type(width - self._known) == self._prefix]
-        if self._phase == "hold":
-            return keys
-        shift = keys.dtype.type(width - self._known - 16)
-        return np.bincount((keys >> shift & keys.dtype.type(0xFFFF)).astype(np.intp), minlength=1 << 16)
+        first, last = math.floor(centre - margin), math.ceil(centre + margin)
+        finite = keys_of(np.array([-np.inf, np.inf], dtype=f"f{keys.itemsize}")).tolist()
+        low = kth_largest_key(keys, last) if last <= m else finite[0]
+        high = kth_largest_key(keys, first) if first >= 1 else finite[1]
+        if high <= finite[1]:  # a sampled NaN is above everything
+            self.want = Want("bracket", low, high)
 
     def merge(self, place: Place, part: Any) -> None:
-        if self._phase == "bracket":
-            above, keys = part
+        phase = self.want.phase
+        if phase == "bracket":
+            above, at_high, keys, at_low = part
             self._above += above
+            self._at_high[place.ordinal], self._at_low[place.ordinal] = at_high, at_low
             self._held_count += keys.size
             if self._held_count <= CANDIDATES:
-                self._held[place.ordinal] = keys
+                self._hold(place, keys)
             else:
                 self._held = {}
-        elif self._phase == "hold":
-            self._held[place.ordinal] = part
-        elif self._phase == "ties":
+        elif phase == "hold":
+            self._hold(place, part)
+        elif phase == "ties":
             self._tied[place.ordinal] = part
-        elif self._phase == "histogram":
-            self._histogram = part if self._histogram is None else self._histogram + part
+        elif phase == "histogram":
+            width, counts = part
+            self._width = width
+            self._histogram = counts if self._histogram is None else self._histogram + counts
+
+    def _hold(self, place: Place, keys: np.ndarray) -> None:
+        self._width = 8 * keys.itemsize
+        self._held[place.ordinal] = keys
 
     def end_of_pass(self) -> bool:
-        if self._phase == "bracket":
+        phase = self.want.phase
+        if phase == "bracket":
             self._end_bracket()
-        elif self._phase == "histogram":
+        elif phase == "histogram":
             self._end_histogram()
-        elif self._phase == "hold":
+        elif phase == "hold":
             self._end_hold()
-        elif self._phase == "ties":
+        elif phase == "ties":
             self._share()
-        return self._phase == "done"
+        return self.want.phase == "done"
 
     def _end_bracket(self) -> None:
-        if self._above < self.k <= self._above + self._held_count and self._held_count <= CANDIDATES:
-            self._rank = self.k - self._above
+        rank = self.k - self._above  # from the bracket's upper end
+        at_high, at_low = sum(self._at_high.values()), sum(self._at_low.values())
+        if 0 < rank <= at_high:
+            self._end_at(self.want.high, rank, self._at_high)
+        elif 0 < rank - at_high <= self._held_count <= CANDIDATES:
+            self._rank = rank - at_high
             self._end_hold()
+        elif 0 < rank - at_high - self._held_count <= at_low:
+            self._end_at(self.want.low, rank - at_high - self._held_count, self._at_low)
         else:
-            self._phase, self._held = "histogram", {}
+            self.want, self._held = Want("histogram"), {}
+
+    def _end_at(self, key: int, rank: int, tied: dict[int, int]) -> None:
+        """The answer is an end of the bracket, of which each block has counted its own."""
+        self._rank, self._tied, self._held = rank, tied, {}
+        self._found(key, above=0)
+        self._share()
 
     def _end_hold(self) -> None:
         keys = np.concatenate(list(self._held.values()))
-        key = int(np.partition(keys, keys.size - self._rank)[keys.size - self._rank])
+        key = kth_largest_key(keys, self._rank)
         self._found(key, above=int(np.count_nonzero(keys > key)))
         self._tied = {i: int(np.count_nonzero(held == key)) for i, held in self._held.items()}
         self._held = {}
         self._share()
 
     def _end_histogram(self) -> None:
-        assert self._histogram is not None and self._dtype is not None
-        from_top = np.cumsum(self._histogram[::-1])
-        i = int(np.searchsorted(from_top, self._rank))
-        bin_ = len(self._histogram) - 1 - i
-        count = int(self._histogram[bin_])
-        self._rank -= int(from_top[i]) - count
-        self._prefix = self._prefix << 16 | bin_
-        self._known += 16
+        assert self._histogram is not None
+        chosen, above = _bin_of_rank(self._histogram, self._rank)
+        count = int(self._histogram[chosen])
+        self._rank -= above
         self._histogram = None
-        if self._known == 8 * self._dtype.itemsize:
-            self._found(self._prefix, above=0)
-            self._phase = "ties" if self.ties else "done"
-        elif count <= CANDIDATES:
-            self._phase = "hold"
+        prefix, known = self.want.prefix << 16 | chosen, self.want.known + 16
+        if known == self._width:
+            self._found(prefix, above=0)
+            self.want = Want("ties" if self.ties else "done", value=self.value)
+        else:
+            self.want = Want("hold" if count <= CANDIDATES else "histogram", prefix=prefix, known=known)
 
     def _found(self, key: int, above: int) -> None:
-        assert self._dtype is not None
-        self.value = value_of(key, self._dtype)
+        self.value = value_of(key, self._width)
         self._rank -= above  # how many of those equal to the answer are kept
 
     def _share(self) -> None:
@@ -210,7 +274,7 @@ class Selection:
         for ordinal in sorted(self._tied):
             self._kept[ordinal] = min(left, self._tied[ordinal])
             left -= self._kept[ordinal]
-        self._phase = "done"
+        self.want = Want("done")
 
     def ties_of(self, place: Place) -> tuple[int, int]:
         """(kept, all) elements of a block that equal the answer."""

@@ -11,6 +11,7 @@ from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, itemsize
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
+from refmerge.checkpoint.dtypes import finite as finite_bytes
 from refmerge.errors import InputError
 from refmerge.native import Rounded
 from refmerge.numeric import host
@@ -29,6 +30,22 @@ def dtype_name(x: Any, name: str) -> str:
     if word not in _NAMES:
         raise InputError(f"tensor {name!r} is of dtype {x.dtype}, which cannot be merged (known: {', '.join(_NAMES)})")
     return _NAMES[word]
+
+
+def all_finite(x: Any) -> bool:
+    """Whether no element of an array of any library is infinite or NaN."""
+    if isinstance(x, np.ndarray) and x.flags.c_contiguous:
+        return finite_bytes(x.reshape(-1).view(np.uint8), dtype_name(x, ""))
+    xp = array_namespace(x)
+    if math.prod(x.shape) == 0:
+        return True
+    # A sum tells at a tenth of the price, unless it overflows.
+    with np.errstate(all="ignore"):
+        return math.isfinite(float(xp.sum(x))) or bool(xp.all(xp.isfinite(x)))
+
+
+class NotFinite(Exception):
+    """A value that is infinite or NaN where none may be; whoever catches it says where."""
 
 
 class Scratch:
@@ -69,7 +86,14 @@ class Source(Protocol):
         """The dtype as it is kept; `dtype` is the one as which it is read."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any: ...
+    def load(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
+    ) -> Any:
+        """Elements [start, stop). NotFinite if `finite` is asked for and one is not."""
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        """These elements will be asked for next."""
+
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         """Whether both hold the same values of this tensor (in `other` under the name `as_name`), to the bit."""
 
@@ -95,17 +119,24 @@ class ArraySource:
     def array(self, name: str) -> Any:
         return self._arrays[name]
 
-    def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any:
+    def load(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
+    ) -> Any:
         if name not in self._flat:  # once a tensor: reshaping a transposed array copies it
             x = self._arrays[name]
             x = x.detach() if is_torch_array(x) else x
             self._flat[name] = array_namespace(x).reshape(x, (-1,))
         flat = self._flat[name][start:stop]
+        if finite and not all_finite(flat):
+            raise NotFinite
         if is_numpy_array(flat):
             flat.flags.writeable = False  # a method that computes in place fails before it changes its caller's array
             return _numpy_block(flat, work)
         xp = array_namespace(flat)
         return xp.astype(flat, getattr(xp, work), copy=False)
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        pass
 
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ArraySource)
@@ -125,7 +156,9 @@ class ByteSource:
         stored = self.stored(name)
         return self._cast if self._cast and stored in FLOATS else stored
 
-    def load(self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch) -> Any:
+    def load(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
+    ) -> Any:
         stored, count = self.stored(name), stop - start
         raw = scratch.raw(slot, count * itemsize(stored))
         self.read(name, start, stop, raw)
@@ -142,11 +175,16 @@ class ByteSource:
             raw = scratch.raw((slot, "cast"), count * itemsize(to))
             encode(wide, to, raw)
             stored = to
+        if finite and not finite_bytes(raw, stored):
+            raise NotFinite
         if self._backend.name != "numpy":
             return self._backend.put(raw, stored, (count,), work)
         at_least = work if work in WORK else "float32"
         out = scratch.work(slot, count, at_least)
         return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        pass
 
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ByteSource)
@@ -192,6 +230,9 @@ class DiskSource(ByteSource):
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         self.checkpoint.read(name, start, stop, out)
 
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        self.checkpoint.ahead(name, start, stop)
+
 
 class HostSource(ByteSource):
     """NumPy arrays that are to be merged by another backend."""
@@ -214,7 +255,14 @@ class HostSource(ByteSource):
 
 
 class Sink(Protocol):
-    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None: ...
+    """Where results go. `write` may be called anywhere, in another process even; what has been written is then recorded
+    where the merge is kept account of."""
+
+    def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
+        """Keep a block, rounded to the result's dtype. NotFinite, and nothing kept, if `finite` is asked for and a value
+        is not finite in that dtype."""
+
+    def record(self, name: str, start: int, count: int) -> None: ...
     def copy(self, name: str, source: Source) -> None: ...
 
 
@@ -232,20 +280,28 @@ class ArraySink:
             place = {} if self._numpy else {"device": self._device}
             self.arrays[name] = self._xp.empty((math.prod(shape),), dtype=kind, **place)
 
-    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:
+    def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
         xp, out = self._xp, self.arrays[name]
         flat = xp.reshape(block, (-1,))
         stop = start + flat.shape[0]
         if self._numpy:
             view = out[start:stop].view(np.uint8)
             encode(np.ascontiguousarray(flat), self._specs[name][0], view)
-        elif is_torch_array(flat) and flat.dtype == xp.float64 and out.dtype.itemsize <= 2:
+            if finite and not finite_bytes(view, self._specs[name][0]):
+                raise NotFinite
+            return
+        if is_torch_array(flat) and flat.dtype == xp.float64 and out.dtype.itemsize <= 2:
             # torch would round twice, to float32 on the way
             raw = np.empty(flat.shape[0] * out.dtype.itemsize, dtype=np.uint8)
             encode(host(flat), self._specs[name][0], raw)
             out.view(xp.uint8)[start * out.dtype.itemsize : stop * out.dtype.itemsize] = xp.asarray(raw, device=self._device)
         else:
             out[start:stop] = xp.astype(flat, out.dtype, copy=False)
+        if finite and not all_finite(out[start:stop]):
+            raise NotFinite
+
+    def record(self, name: str, start: int, count: int) -> None:
+        pass
 
     def copy(self, name: str, source: Source) -> None:
         assert isinstance(source, ArraySource)
@@ -263,10 +319,16 @@ class HostSink:
         self._specs, self._backend = specs, backend
         self.arrays = {n: np.empty(math.prod(s) * itemsize(d), dtype=np.uint8) for n, (d, s) in specs.items()}
 
-    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:
+    def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
         dtype, width = self._specs[name][0], itemsize(self._specs[name][0])
         count = math.prod(block.shape)
-        self._backend.take(block, dtype, self.arrays[name][start * width : (start + count) * width])
+        raw = self.arrays[name][start * width : (start + count) * width]
+        self._backend.take(block, dtype, raw)
+        if finite and not finite_bytes(raw, dtype):
+            raise NotFinite
+
+    def record(self, name: str, start: int, count: int) -> None:
+        pass
 
     def copy(self, name: str, source: Source) -> None:
         assert isinstance(source, ByteSource)
@@ -282,11 +344,16 @@ class DiskSink:
     def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
         self._writer, self._specs, self._backend = writer, specs, backend
 
-    def write(self, name: str, start: int, block: Any, scratch: Scratch) -> None:
+    def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
         dtype = self._specs[name][0]
         raw = scratch.raw("out", math.prod(block.shape) * itemsize(dtype))
         self._backend.take(block, dtype, raw)
-        self._writer.write(name, start, raw)
+        if finite and not finite_bytes(raw, dtype):
+            raise NotFinite
+        self._writer.put(name, start, raw)
+
+    def record(self, name: str, start: int, count: int) -> None:
+        self._writer.record(name, start, count)
 
     def copy(self, name: str, source: Source) -> None:
         assert isinstance(source, ByteSource)
@@ -313,10 +380,13 @@ class StagedSink:
         x = x.get() if hasattr(x, "get") else np.asarray(x)
         return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
-    def write(self, name: str, start: int, block: Any, scratch: Any) -> None:
+    def write(self, name: str, start: int, block: Any, scratch: Any, *, finite: bool = False) -> None:
         sink = ArraySink({name: (self._specs[name][0], (math.prod(block.shape),))}, self._example)
-        sink.write(name, 0, block, scratch)
-        self._writer.write(name, start, self._bytes(sink.arrays[name]))
+        sink.write(name, 0, block, scratch, finite=finite)
+        self._writer.put(name, start, self._bytes(sink.arrays[name]))
+
+    def record(self, name: str, start: int, count: int) -> None:
+        self._writer.record(name, start, count)
 
     def copy(self, name: str, source: Any) -> None:
         raw = self._bytes(source.array(name))

@@ -115,6 +115,26 @@ def encode(x: np.ndarray, dtype: str, out: np.ndarray) -> None:
                 np.copyto(stored[i : i + _CHUNK], _odd_float32(part) if dtype == "BF16" else part, casting="unsafe")
 
 
+def finite(raw: np.ndarray, dtype: str) -> bool:
+    """Whether stored floats hold no infinity and no NaN; raw: uint8, 1-D, contiguous.
+
+    Read as integers, such values of either sign are the largest: a maximum of bits is cheaper than any test of floats.
+    """
+    if not raw.size:
+        return True
+    signed, positive, unsigned, negative = _least_nonfinite(dtype)
+    return bool(raw.view(signed).max() < positive and raw.view(unsigned).max() < negative)
+
+
+@functools.cache
+def _least_nonfinite(dtype: str) -> tuple[np.dtype, int, np.dtype, int]:
+    """The integer type and the least integer of an infinite or NaN value that is positive, and of one that is negative."""
+    width = 8 * itemsize(dtype)
+    special = np.array(np.nan if dtype == "F8_E4M3" else np.inf).astype(DTYPES[dtype])
+    bits = int(special.view(f"u{width // 8}")) & (1 << width - 1) - 1
+    return np.dtype(f"i{width // 8}"), bits, np.dtype(f"u{width // 8}"), bits | 1 << width - 1
+
+
 def _check(raw: np.ndarray, dtype: str, x: np.ndarray) -> None:
     if dtype not in FLOATS:
         raise ValueError(f"{dtype} is not a float type")

@@ -109,6 +109,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if tensor.dtype == "BOOL" and out.max() > 1:
             raise InputError(f"{shown(tensor.file)}: tensor {shown(name)} is BOOL but holds bytes other than 0 and 1")
 
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        """Say that elements [start, stop) will be read next, so that the system can fetch them meanwhile."""
+        tensor = self.tensors[name]
+        size = itemsize(tensor.dtype)
+        self._file(tensor.file).will_read(tensor.offset + start * size, (min(stop, tensor.size) - start) * size)
+
     def __getitem__(self, name: str) -> np.ndarray:
         """The whole tensor in its own dtype and shape."""
         tensor = self.tensors[name]

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -103,13 +103,28 @@ class CheckpointWriter:
         Each byte is written once: ValueError for bytes outside the tensor, for more than it has, or after the end.
         KeyError for an unknown name; ResourceError where the disk is full, after which the writer can only be aborted.
         """
+        nbytes = raw.nbytes if isinstance(raw, np.ndarray) else memoryview(raw).nbytes
+        self._take_note(name, nbytes, lambda: self.put(name, start, raw))
+
+    def put(self, name: str, start: int, raw: np.ndarray | memoryview | bytes) -> None:
+        """As `write`, from any process that was forked from the writer's; it is for the writer's own to `record` it."""
         if self._done:
             raise ValueError("the writer has been committed or aborted")
         shard = self._home[name]
         data = raw.data if isinstance(raw, np.ndarray) else memoryview(raw)
         if data.nbytes:
             with _disk(self.target):
-                shard.write(name, start, data.cast("B"))
+                shard.put(name, start, data.cast("B"))
+
+    def record(self, name: str, start: int, count: int) -> None:
+        """Take note of `count` elements from `start` on that have been put; commit() wants all of them, once."""
+        self._take_note(name, count * itemsize(self._home[name].tensors[name].dtype), lambda: None)
+
+    def _take_note(self, name: str, nbytes: int, put: Callable[[], None]) -> None:
+        if self._done:
+            raise ValueError("the writer has been committed or aborted")
+        if nbytes:
+            self._home[name].record(name, nbytes, put)
 
     def commit(self) -> None:
         """Put the complete checkpoint in its place; on any failure nothing is left and the target is as it was.
@@ -196,6 +211,8 @@ class CheckpointWriter:
     def _finish(self) -> None:
         for shard in self._shards:
             shard.check_complete()
+        for shard in self._shards:
+            shard.sync()
         if not self._single:
             self._check_names()
             for path in self._sidecars:
@@ -232,7 +249,7 @@ class CheckpointWriter:
 
 
 class _Shard:
-    """One file: preallocated, opened when first written to, synced and closed as soon as its last byte is there."""
+    """One file: preallocated, opened when first written to, and closed as soon as its last byte is there."""
 
     def __init__(
         self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
@@ -256,12 +273,11 @@ class _Shard:
         try:
             file.preallocate(self.file_size)
             file.write_at(memoryview(self._header), 0)
-            if not self._missing:
-                file.sync()
         finally:
             file.close()
 
-    def write(self, name: str, start: int, data: memoryview) -> None:
+    def put(self, name: str, start: int, data: memoryview) -> None:
+        """Write elements from `start` on where they belong, and let the system begin to bring them to the disk."""
         tensor = self.tensors[name]
         size = itemsize(tensor.dtype)
         if len(data) % size or not 0 <= start * size <= tensor.nbytes - len(data):
@@ -270,21 +286,32 @@ class _Shard:
             )
         if tensor.dtype == "BOOL" and np.frombuffer(data, np.uint8).max() > 1:
             raise ValueError(f"{shown(name)} is BOOL; its bytes must be 0 or 1")
-        # Claimed before and counted after the write: when nothing is missing, no other thread is still writing here.
         with self._lock:
-            if self._claimed[name] + len(data) > tensor.nbytes:
-                raise ValueError(f"{shown(name)}: bytes are written twice")
             if self._file is None:
                 self._file = open_for_writing(self.path)
-            self._claimed[name] += len(data)
             file = self._file
         file.write_at(data, tensor.offset + start * size)
+
+    def record(self, name: str, nbytes: int, put: Callable[[], None]) -> None:
+        """Count bytes of a tensor that `put` writes, or that have been put already."""
+        # Claimed before and counted after the write: when nothing is missing, no other thread is still writing here.
         with self._lock:
-            self._missing -= len(data)
+            if self._claimed[name] + nbytes > self.tensors[name].nbytes:
+                raise ValueError(f"{shown(name)}: bytes are written twice")
+            self._claimed[name] += nbytes
+        put()
+        with self._lock:
+            self._missing -= nbytes
             complete = not self._missing
         if complete:
-            file.sync()
             self.close()
+
+    def sync(self) -> None:
+        file = open_for_writing(self.path)
+        try:
+            file.sync()
+        finally:
+            file.close()
 
     def check_complete(self) -> None:
         short = [name for name, claimed in sorted(self._claimed.items()) if claimed != self.tensors[name].nbytes]

@@ -1,0 +1,155 @@
+"""Where tasks are computed: in this thread, in threads, or in processes. All run the same code on the same tasks.
+
+NumPy lets go of the interpreter's lock during each operation and takes it again after it; with blocks that fit a core's own
+cache an operation is so short that two threads spend half their time on waking each other. Processes do not, so checkpoints
+are merged by processes where the system can fork, and by threads with larger blocks elsewhere.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from refmerge.engine import Context, Scheduler
+from refmerge.errors import RefmergeError, ResourceError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["can_fork", "processes", "serial", "threads"]
+
+AHEAD = 2  # tasks a process has in hand, so that it need not wait for the next
+
+
+def serial(scheduler: Scheduler) -> None:
+    """Compute everything here and now."""
+    context = Context(scheduler.work, scheduler.sinks)
+    while not scheduler.done:
+        task = scheduler.take(0)
+        assert task is not None
+        scheduler.give(task, context.compute(task))
+
+
+def threads(scheduler: Scheduler, count: int) -> None:
+    """Compute in threads of this process, this one among them."""
+    changed = threading.Condition()
+    errors: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        with changed:
+            errors.append(error)
+            changed.notify_all()
+
+    def work(worker: int) -> None:
+        context = Context(scheduler.work, scheduler.sinks)
+        try:
+            while True:
+                with changed:
+                    while not errors and not scheduler.done and (task := scheduler.take(worker)) is None:
+                        changed.wait()
+                    if errors or scheduler.done:
+                        return
+                outcome = context.compute(task)
+                with changed:
+                    scheduler.give(task, outcome)
+                    changed.notify_all()
+        except BaseException as error:  # whatever ends this thread, the others must not wait for its task
+            fail(error)
+
+    others = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(1, count)]
+    for thread in others:
+        thread.start()
+    try:
+        work(0)
+    except BaseException as error:  # an interrupt between two lines of the worker's own handling
+        fail(error)
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def can_fork() -> bool:
+    """Whether workers can be forked from this process: on Linux, and with no other thread of Python's that might hold a lock
+    at that moment."""
+    return sys.platform == "linux" and threading.active_count() == 1
+
+
+def processes(scheduler: Scheduler, count: int) -> None:
+    """Compute in processes forked from this one, which hands out tasks and merges the parts of answers."""
+    from multiprocessing import get_context
+    from multiprocessing.connection import wait
+
+    fork = get_context("fork")
+    workers: dict[Any, tuple[int, Any]] = {}
+    in_hand: dict[int, list[Any]] = {i: [] for i in range(count)}
+    try:
+        for i in range(count):
+            ours, theirs = fork.Pipe()
+            process = fork.Process(target=_serve, args=(theirs, [*workers, ours], scheduler), daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = (i, process)
+        while not scheduler.done:
+            for pipe, (i, _) in workers.items():
+                while len(in_hand[i]) < AHEAD and (task := scheduler.take(i)) is not None:
+                    in_hand[i].append(task)
+                    pipe.send(task)
+            for pipe in wait(list(workers)):
+                i, process = workers[pipe]
+                scheduler.give(in_hand[i].pop(0), _received(pipe, process))
+    finally:
+        for pipe, (_, process) in workers.items():
+            if in_hand[workers[pipe][0]]:
+                process.terminate()
+            pipe.close()
+        for _, process in workers.values():
+            process.join()
+
+
+def _received(pipe: Connection, process: Any) -> Any:
+    try:
+        outcome = pipe.recv()
+    except (EOFError, ConnectionError):
+        process.join()
+        raise ResourceError(
+            f"a worker process ended by itself (status {process.exitcode}); if the system killed it for want of memory, "
+            "fewer threads (--threads) or --max-memory need less"
+        ) from None
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+def _serve(pipe: Connection, inherited: list[Connection], scheduler: Scheduler) -> None:
+    """A worker's life: compute what comes until the pipe is closed, and report errors instead of raising them."""
+    for end in inherited:  # the parent's: while a copy is open here, no worker would see that the parent is gone
+        end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which ends its workers
+    context = Context(scheduler.work, scheduler.sinks)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            outcome: Any = context.compute(task)
+        except BaseException as error:
+            pipe.send(_portable(error))
+            return
+        pipe.send(outcome)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error as it can be sent to another process; with a note of where it was raised, unless it is one of our own, which
+    say all by themselves."""
+    if not isinstance(error, RefmergeError):
+        error.add_note("".join(traceback.format_exception(error)))
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}")

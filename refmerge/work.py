@@ -1,0 +1,78 @@
+"""What is merged: the tensors, the method with its parameters, and where values come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from refmerge.checkpoint import itemsize
+from refmerge.method import Method, Over
+from refmerge.sources import Source
+
+__all__ = ["Tensor", "Work", "stat_name"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One floating-point tensor to merge: its work dtype, its bound parameters (they may differ between tensors), and the
+    safetensors dtype of the result."""
+
+    name: str
+    shape: tuple[int, ...]
+    work: str
+    params: Mapping[str, Any]
+    out: str = "F64"
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(rows, row length) in view "rows": the last axis whole, more than two dimensions as shape[0] rows."""
+        if len(self.shape) <= 1:
+            return 1, self.size
+        length = self.size // self.shape[0] if self.shape[0] else 0
+        return self.shape[0], length
+
+
+@dataclass
+class Work:
+    """A merge, ready to run. `stats`: per model the statistics file or mapping as a Source, or None."""
+
+    method: Method
+    models: Sequence[Source]
+    base: Source | None
+    tensors: Sequence[Tensor]
+    over: Over
+    seed: int = 0
+    stats: Sequence[Source] | None = None
+    nonfinite: str = "error"
+    progress: Callable[[int], None] | None = None
+    recorded: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        draws = [key for key, kind in self.method.stats.items() if kind == "draw"]
+        self.recorded = bool(self.stats) and any(
+            stat_name(t.name, key) in s.names() for s in self.stats or () for t in self.tensors for key in draws
+        )
+
+    @property
+    def read(self) -> list[Source]:
+        """The sources that the method reads weights of: the models, and the base where it asks for one."""
+        return [*self.models, *([self.base] if self.base is not None and self.method.needs_base else [])]
+
+    def view(self, tensor: Tensor) -> str:
+        """What of this tensor must stay whole."""
+        return self.method.view_for(tensor.params, len(tensor.shape))
+
+    def bytes_of(self, tensor: Tensor, count: int) -> int:
+        """Bytes that reading `count` elements of a tensor takes, of all models and the base."""
+        return sum(count * itemsize(s.dtype(tensor.name)) for s in self.read)
+
+
+def stat_name(tensor: str, key: str) -> str:
+    """The name under which a statistics file holds `key` of a tensor; the empty key is the tensor's own name."""
+    return f"{tensor}.{key}" if key else tensor
