@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from refmerge.group import Place
 
 CANDIDATES = 1 << 22  # so many values are held; where more are left, histograms divide them further
-FEW = 1 << 17  # a group of so few elements is held whole, without a sample
 SORTED = 1 << 12  # so few keys are sorted; of more, a histogram first tells which
 
 
@@ -142,7 +141,7 @@ class Want:
 
 def first_want(k: int, size: int, ties: bool) -> Want:
     """What a selection asks before anything is known."""
-    return Want("done" if ties and not 0 < k < size else "hold" if size <= FEW else "histogram")
+    return Want("done" if ties and not 0 < k < size else "hold" if size <= CANDIDATES // 32 else "histogram")
 
 
 

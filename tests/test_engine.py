@@ -7,6 +7,7 @@ rounded sum of the leaves); selections are compared with a full sort.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from fractions import Fraction
 from itertools import product
@@ -178,17 +179,19 @@ def one(answers):
 
 
 def leaves(x):
-    """Sums of the leaves by the definition, in plain loops: 64 columns of 1024 in each stretch of 65536 entries."""
-    x = np.asarray(x).reshape(-1).astype(np.float64)
+    """Sums of the leaves by the definition, in plain loops: 64 columns of 1024 in each stretch of 65536 entries, halved in
+    their own dtype down to 128 and in float64 from there."""
+    x = np.asarray(x).reshape(-1)
     sums = []
     for start in range(0, x.size, 65536):
         stretch = x[start : start + 65536]
         for lane in range(64):
-            leaf = np.zeros(1024)
+            leaf = np.zeros(1024, x.dtype)
             part = stretch[lane::64]
             leaf[: part.size] = part
             with np.errstate(all="ignore"):
                 while leaf.size > 1:
+                    leaf = leaf.astype(np.float64) if leaf.size == 128 else leaf
                     leaf = leaf[: leaf.size // 2] + leaf[leaf.size // 2 :]
             sums.append(float(leaf[0]))
     return sums
@@ -1051,7 +1054,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("where", ["first", "late", "worker"])
 def test_a_failure_leaves_nothing(error, threads, where, tmp_path):
     """Whoever meets it, the main thread or another: it ends the merge, reaches the caller, and no output is there."""
-    main, done = threading.get_ident(), []
+    main, done = (os.getpid(), threading.get_ident()), []
     if where == "worker" and threads == 1:
         where = "late"
     worker_ran = threading.Event()
@@ -1059,7 +1062,7 @@ def test_a_failure_leaves_nothing(error, threads, where, tmp_path):
     @method("failing", paper="none")
     def failing(models):
         done.append(1)
-        in_worker = threading.get_ident() != main
+        in_worker = (os.getpid(), threading.get_ident()) != main
         if where == "worker" and not in_worker:
             worker_ran.wait(20)
         if where == "first" or (where == "late" and len(done) > 20) or (where == "worker" and in_worker):

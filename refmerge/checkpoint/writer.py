@@ -123,8 +123,9 @@ class CheckpointWriter:
     def _take_note(self, name: str, nbytes: int, put: Callable[[], None]) -> None:
         if self._done:
             raise ValueError("the writer has been committed or aborted")
+        shard = self._home[name]
         if nbytes:
-            self._home[name].record(name, nbytes, put)
+            shard.record(name, nbytes, put)
 
     def commit(self) -> None:
         """Put the complete checkpoint in its place; on any failure nothing is left and the target is as it was.
