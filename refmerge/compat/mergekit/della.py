@@ -63,4 +63,4 @@ def probabilities(density, epsilon, d):
         return np.asarray([density])
     rank = like(np.arange(1, w + 1), d)
     span = array_namespace(d).full_like(rank, at_precision(w, d) - 1)
-    return host((density - epsilon) + 2 * epsilon * ((rank - 1) / span))
+    return host(at_precision(density - epsilon, d) + 2 * epsilon * ((rank - 1) / span))
