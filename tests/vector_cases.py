@@ -63,7 +63,7 @@ CODE = {
     "official:task_arithmetic": "mlfoundations/task_vectors@826a64c src/task_vectors.py:TaskVector",
     "official:ties": "prateeky2806/ties-merging@44e7891 src/utils/merge_utils.py:merge_methods",
     "official:dare": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.mask_merging",
-    "official:della": "declare-lab/della@8067515 mergekit/mergekit/merge_methods/generalized_task_arithmetic.py:GTATask.execute",
+    "official:della": "declare-lab/della@8067515 mergekit/mergekit/sparsify.py:rank_magnitude",
     "official:breadcrumbs": "rezazzr/breadcrumbs@f89fc66 src/task_vectors.py:TaskVectorMiddleKeep",
     "official:uniform_soup": "mlfoundations/model-soups@d5398f1 main.py",
     "official:wise_ft": "mlfoundations/wise-ft@58b7a4b src/wise_ft.py:_merge",
