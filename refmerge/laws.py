@@ -364,7 +364,9 @@ def _map_inputs(t: Trial, factor: float) -> None:
 def zero_lambda_is_base(t: Trial) -> None:
     """lambda 0 gives the base."""
     models, base = t.inputs()
-    t.same(t.merge(models, base, t.params(len(models), lambda_=0.0)), base)
+    got = t.merge(models, base, t.params(len(models), lambda_=0.0))
+    if not isinstance(got, UsageError):
+        t.same(got, base)
 
 
 @law(ulps=4)
@@ -374,7 +376,9 @@ def lambda_linear(t: Trial) -> None:
     assert base is not None
     params = t.params(len(models), lambda_=t.choose(0.25, 0.3, 1.0, -0.5))
     near, far = (t.merge(models, base, params | {"lambda_": k * params["lambda_"]}) for k in (1, 2))
-    t.same(far, each(lambda x, b: b + 2 * (x - b), near, base), near, base)
+    refused = isinstance(near, UsageError)
+    expected = near if refused else each(lambda x, b: b + 2 * (x - b), near, base)
+    t.same(far, expected, None if refused else near, base)
 
 
 @law()

@@ -19,8 +19,8 @@ from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_ar
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator", "leaf_sums",
-    "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
+    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator",
+    "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -236,15 +236,63 @@ def _order_key(x: Any) -> Any:
     return x + 0.0
 
 
+RANKED = 1 << 16  # entries of as many rows as are ranked at a time: what is made of them stays in cache
+PACKED = 768  # columns up to which sorting keys with their places is faster than sorting digits
+
+
 def ranks(x: Any, axis: int = -1) -> np.ndarray:
     """Ascending ranks 0..n-1 along an axis on the host (int64), stable: ties in index order, NaN last."""
-    order = np.argsort(_order_key(host(x)), axis=axis, kind="stable")
-    result = np.empty_like(order)
-    n = order.shape[axis]
-    shape = [1] * order.ndim
-    shape[axis] = n
-    np.put_along_axis(result, order, np.broadcast_to(np.arange(n).reshape(shape), order.shape), axis=axis)
-    return result
+    x = host(x)
+    return _at_ranks(np.arange(x.shape[axis]), x, axis)
+
+
+def at_ranks(values: np.ndarray, x: Any, axis: int = -1) -> Any:
+    """values[r] at each entry of x that has rank r along the axis, as an array like x."""
+    return like(_at_ranks(like(values, host(x)), host(x), axis), x)
+
+
+def _at_ranks(values: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:
+    if x.size == 0:
+        return np.empty(x.shape, values.dtype)
+    across = np.moveaxis(x, axis, -1)
+    rows = np.ascontiguousarray(across).reshape(-1, x.shape[axis])
+    result = np.empty(rows.shape, values.dtype)
+    step = max(1, RANKED // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        strip = rows[start : start + step]
+        result[start : start + step].reshape(-1)[_ascending(strip)] = np.tile(values, len(strip))
+    return np.moveaxis(result.reshape(across.shape), -1, axis)
+
+
+def _ascending(rows: np.ndarray) -> np.ndarray:
+    """The places in a matrix (C order) of the entries of its first row in ascending order, then of its second, ..."""
+    n = rows.shape[1]
+    starts = np.arange(0, rows.size, n)[:, None]
+    if rows.dtype != np.float32 or rows.size >= 1 << 32:
+        return (np.argsort(_order_key(rows) if rows.dtype.kind == "f" else rows, axis=1, kind="stable") + starts).reshape(-1)
+    key = _integer_key(rows)
+    if n <= PACKED:
+        packed = key.astype(np.uint64)
+        packed <<= np.uint64(32)
+        packed |= np.arange(rows.size, dtype=np.uint64).reshape(rows.shape)
+        packed.sort(axis=1)
+        packed &= np.uint64(0xFFFFFFFF)
+        return packed.view(np.int64).reshape(-1)
+    # NumPy sorts 16-bit integers digit by digit: by the lower halves, then, stably, by the upper ones.
+    order = np.argsort(key.astype(np.uint16), axis=1, kind="stable")
+    order += starts
+    key >>= np.uint32(16)
+    again = np.argsort(key.astype(np.uint16).take(order), axis=1, kind="stable")
+    again += starts
+    return order.take(again).reshape(-1)
+
+
+def _integer_key(x: np.ndarray) -> np.ndarray:
+    """uint32 in the order of the float32 numbers: equal for both zeros, and the largest for every NaN."""
+    bits = _order_key(x).view(np.uint32)
+    bits ^= (bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31)  # negative: all bits turned, else the sign
+    bits -= np.uint32(0x007FFFFF)  # -inf is 0, inf 0xff000001, and NaN of both signs above
+    return np.minimum(bits, np.uint32(0xFF000002), out=bits)
 
 
 def top_along(x: Any, k: int, axis: int = -1) -> Any:

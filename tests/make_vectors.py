@@ -49,6 +49,10 @@ FLAGS = {
     "dare_ties-mergekit-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
     "dare_ties-mergekit-04": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
     "dare_ties-mergekit-bf16-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
+    "della-official-00": ["DellaWindow"],
+    "della-mergekit-01": ["DellaRescaleL1", "DellaWeightsElect"],
+    "della-mergekit-04": ["DellaDensityZero", "DellaRescaleL1", "DellaWeightsElect"],
+    "della-mergekit-bf16-01": ["DellaRescaleL1", "DellaWeightsElect"],
     "breadcrumbs-official-00": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
     "breadcrumbs-official-03": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
     "breadcrumbs-official-06": ["BreadcrumbsPerRow", "BreadcrumbsTies"],
@@ -108,6 +112,10 @@ PAPER = {
     "dare-MergeLM-03": Paper(
         {"density": 0.7, "weight": [1 / 3] * 3, "rescale": False}, drop_masks=True, comment="keep masks; no rescaling"
     ),
+    "della-official-00": Paper(
+        {"density": 0.7, "epsilon": 0.07, "lambda_": 1.1}, comment="weights of 1 are none; no sum is exactly zero"
+    ),
+    "della-official-06": Paper({"density": 1.0, "lambda_": 1.0}, comment="nothing is dropped"),
     "breadcrumbs-official-00": Paper(
         {"density": 0.2, "gamma": 0.1, "lambda_": 0.4}, names=("ln_w",), comment="a vector is its own single row"
     ),

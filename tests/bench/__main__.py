@@ -32,6 +32,7 @@ PER_MODEL = {
     "ties": "{weight: 0.3, density: 0.5}",
     "dare_linear": "{weight: 0.3, density: 0.5}",
     "dare_ties": "{weight: 0.3, density: 0.5}",
+    "della": "{weight: 0.3, density: 0.5, epsilon: 0.1}",
     "breadcrumbs": "{weight: 0.3, density: 0.9, gamma: 0.01}",
     "model_stock": "{}",
 }
