@@ -3,8 +3,9 @@
 Why NumPy's bits are expected for methods made of exact operations: operations are one kernel each, so a product is rounded
 before it is added, and divisions are IEEE's (CuPy passes neither fast-math nor -prec-div=false). With one exception: CuPy
 compiles all its kernels with -ftz=true, so operations on float32 take subnormals (below 1.2e-38) for zero and give zero in
-their place (cupy#8382). `put` and `take` keep them: they convert by integers and by instructions that do not flush. Of a
-result, an element may differ from NumPy's only where a subnormal went in, came out or lay between. float64 has no flush.
+their place (cupy#8382). `put` and `take` keep them: they convert by integers and by instructions that do not flush. So a
+result may differ from NumPy's where a subnormal goes in, comes out or lies between, the products of tiny numbers that
+`group.sum` adds among them. float64 has no flush: `dtype="float64"` avoids it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,12 @@ def into(out: Any, flag: Any, models: Any, *, weight: Any, normalize: bool) -> b
 
 @cache
 def _triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether there is a Triton whose kernels take tuples."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 linear.ulps = 0
