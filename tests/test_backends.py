@@ -54,10 +54,14 @@ def inputs(case, **options):
     return m, models, tensors(0, shapes, **options) if m.needs_base else None, given
 
 
-def run(models, m, elements, base, given, **options):
-    plan = prepare(models, m, base=base, threads=1, seed=5, params=given, **options)
+def cut(plan, elements):
+    """The plan with blocks of so many elements."""
     plan.elements = elements
-    return plan.run()
+    return plan
+
+
+def run(models, m, elements, base, given, **options):
+    return cut(prepare(models, m, base=base, threads=1, seed=5, params=given, **options), elements).run()
 
 
 def across(library, model):
@@ -438,9 +442,8 @@ def test_many_blocks_and_threads_on_a_device(case, backend, dtype, tmp_path):
     for spec, elements, threads in (("numpy", 1 << 18, 1), (backend.spec, 4096, 8), (backend.spec, 1 << 20, 2)):
         base = paths[-1] if m.needs_base else None
         plan = prepare(paths[:count], m, base=base, backend=spec, threads=threads, seed=5, params=given)
-        plan.elements = elements
         out = tmp_path / f"out{len(found)}.safetensors"
-        plan.run(out)
+        cut(plan, elements).run(out)
         found[spec, threads] = dict(refmerge.open_checkpoint(out))
     expected, *others = found.values()
     for got in others:
@@ -463,8 +466,7 @@ def test_buffers_are_not_overwritten_while_they_are_copied(backend, tmp_path):
         for kind in ("disk", "host"):
             models = made if kind == "host" else [tmp_path / f"{k}.safetensors" for k in range(2)]
             plan = prepare(models, first, backend=backend.spec, threads=threads, nonfinite="propagate")
-            plan.elements = elements
-            got = plan.run(*([] if kind == "host" else [tmp_path / f"{elements}.safetensors"]))
+            got = cut(plan, elements).run(*([] if kind == "host" else [tmp_path / f"{elements}.safetensors"]))
             assert np.array_equal(np.asarray(got["x"]), made[0]["x"]), (elements, kind)
 
 

@@ -199,7 +199,7 @@ def merged(paths: list[Path], base: Path, method: str, backend: str, out: Path, 
     paths = paths[: m.models[1] or len(paths)]
     options = {"base": base} if m.needs_base else {}
     plan = prepare(paths, m, backend=backend, threads=threads, seed=7, params=CHECKED[method], **options)
-    plan.elements = elements
+    plan.elements = elements  # smaller than usual, so that there are several
     return plan.run(out, overwrite=True)
 
 
