@@ -2,6 +2,12 @@
 
 A backend is a module with `open(device: str | None) -> Backend`, registered in the entry-point group
 `refmerge.backends`. `open` raises `refmerge.errors.UsageError` where its library or device is not there.
+
+A backend of a device may have three more members, which whoever runs blocks looks for (backends/device.py):
+
+host(nbytes) -> uint8 array: host memory that the device copies from and to by itself (pinned), for buffers.
+lane() -> context manager: what a worker thread holds while it runs blocks, such as a stream of its own.
+threads: how many worker threads keep the device busy, where the caller does not say.
 """
 
 from __future__ import annotations
@@ -30,8 +36,12 @@ class Backend(Protocol):
     def put(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...], work: str, out: np.ndarray | None = None) -> Any:
         """Bytes of a tensor (uint8, 1-d; safetensors dtype name) as an array of the work dtype, exactly.
 
-        `out` is host memory of the work dtype that the backend may decode into; the array may then share it.
+        `raw` may be overwritten as soon as `put` returns. `out` is host memory of the work dtype that the backend may decode
+        into; the array may then share it.
         """
 
     def take(self, array: Any, dtype: str, out: np.ndarray) -> None:
-        """The array's values as bytes of `dtype` into `out` (uint8, 1-d), rounded once to nearest even."""
+        """The array's values as bytes of `dtype` into `out` (uint8, 1-d), rounded once to nearest even.
+
+        The bytes are there when `take` returns.
+        """

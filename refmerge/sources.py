@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,13 +50,33 @@ class NotFinite(Exception):
 
 
 class Scratch:
-    """One thread's buffers, reused from block to block: fresh pages cost as much as the arithmetic."""
+    """One thread's buffers, reused from block to block: fresh pages cost as much as the arithmetic.
 
-    def __init__(self) -> None:
+    `with Scratch(backend)` around a thread's blocks gives it the backend's lane, and raw buffers of the backend's own host
+    memory, where it has these (backends/device.py).
+    """
+
+    def __init__(self, backend: Any = None) -> None:
+        self._host = getattr(backend, "host", None)
+        self._lane = getattr(backend, "lane", nullcontext)
         self._buffers: dict[Any, np.ndarray] = {}
 
+    def __enter__(self) -> Scratch:
+        self._entered = self._lane()
+        self._entered.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.__exit__(*error)
+
     def raw(self, slot: Any, nbytes: int) -> np.ndarray:
-        return self._get(("raw", slot), nbytes, np.uint8)
+        if self._host is None or not nbytes:
+            return self._get(("raw", slot), nbytes, np.uint8)
+        buffer = self._buffers.get(("raw", slot))
+        if buffer is None or buffer.size < nbytes:  # pinning is slow: by doublings, so that it is soon over
+            self._buffers.pop(("raw", slot), None)
+            buffer = self._buffers["raw", slot] = self._host(1 << (nbytes - 1).bit_length())
+        return buffer[:nbytes]
 
     def work(self, slot: Any, count: int, dtype: str) -> np.ndarray:
         return self._get(("work", slot, dtype), count, dtype)

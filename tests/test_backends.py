@@ -1,20 +1,29 @@
 """Every method gives on every array library what it gives on NumPy, to the bit unless a tolerance is stated here.
 
-Tests of torch:cuda:0 and cupy are marked `gpu`.
+Tests of torch:cuda:0 and cupy are marked `gpu`. CuPy takes float32 subnormals for zero; inputs here hold none but where
+a test says so.
 """
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
 
 import ml_dtypes
 import numpy as np
 import pytest
+from refmerge.backends import cupy as cupy_backend
+from refmerge.backends import device
 
 import refmerge
 from refmerge import merge, numeric, registry
 from refmerge.api import prepare
 from refmerge.checkpoint import DTYPES, save
+from refmerge.errors import UsageError
+from refmerge.sources import Scratch
 from refmerge.testing import assert_same
 
 # How far from NumPy's result a method may be, in ulps, by its name; all others are equal to the bit.
@@ -45,10 +54,14 @@ def inputs(case, **options):
     return m, models, tensors(0, shapes, **options) if m.needs_base else None, given
 
 
-def run(models, m, elements, base, given, **options):
-    plan = prepare(models, m, base=base, threads=1, seed=5, params=given, **options)
+def cut(plan, elements):
+    """The plan with blocks of so many elements."""
     plan.elements = elements
-    return plan.run()
+    return plan
+
+
+def run(models, m, elements, base, given, **options):
+    return cut(prepare(models, m, base=base, threads=1, seed=5, params=given, **options), elements).run()
 
 
 def across(library, model):
@@ -232,13 +245,292 @@ def test_take_of_any_strides(backend, dtype):
         assert_same(out.view(DTYPES[dtype]), expected.reshape(-1))
 
 
+DEVICE = ("host", "lane", "threads")
+
+
 def test_a_backend_has_six_members(backend):
     opened = registry.open_backend(backend.spec)
     public = {name for name in dir(opened) if not name.startswith("_")}
-    assert public == {"name", "xp", "put", "take", "block_bytes", "kernels"}
+    on_device = backend.name in ("torch:cuda:0", "cupy")
+    assert public == {"name", "xp", "put", "take", "block_bytes", "kernels", *(DEVICE if on_device else ())}
     assert opened.name.partition(":")[0] == backend.name.partition(":")[0]
     assert opened.block_bytes % 4096 == 0
     assert registry.open_backend(opened.name).name == opened.name  # a user may write what it is called
+
+
+# --- Devices: buffers, streams, sizes ------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A backend of the host that notes its lanes and buffers, and is NumPy's otherwise."""
+
+    threads = 3
+
+    def __init__(self):
+        self._numpy = registry.open_backend("numpy")
+        self.name, self.xp, self.block_bytes, self.kernels = "counting", self._numpy.xp, 1 << 20, {}
+        self.given, self.lanes = [], []
+
+    def host(self, nbytes):
+        self.given.append(np.full(nbytes, 0xAA, np.uint8))
+        return self.given[-1]
+
+    @contextmanager
+    def lane(self):
+        self.lanes.append("in")
+        yield
+        self.lanes.append("out")
+
+    def put(self, raw, dtype, shape, work, out=None):
+        return self._numpy.put(raw, dtype, shape, work)
+
+    def take(self, array, dtype, out):
+        self._numpy.take(array, dtype, out)
+
+
+def test_buffers_of_a_device_are_its_own():
+    """Raw buffers come from `host`, by doublings; others and those of other backends are plain."""
+    counting = Counting()
+    scratch = Scratch(counting)
+    a = scratch.raw("a", 1000)
+    assert (a.size, len(counting.given), counting.given[0].size) == (1000, 1, 1024)
+    assert np.shares_memory(a, counting.given[0])
+    assert np.shares_memory(scratch.raw("a", 10), a)
+    assert np.shares_memory(scratch.raw("a", 1024), a)
+    assert not np.shares_memory(scratch.raw("b", 10), a)
+    assert [g.size for g in counting.given] == [1024, 16]
+    assert scratch.raw("a", 1025).size == 1025
+    assert counting.given[-1].size == 2048
+    assert scratch.raw("c", 0).size == 0
+    scratch.work("w", 5, "float32")
+    assert len(counting.given) == 3
+    for other in (None, registry.open_backend("numpy")):
+        assert Scratch(other).raw("a", 1000).size == 1000
+
+
+def test_a_thread_holds_the_lane_while_it_runs_blocks():
+    counting = Counting()
+    with Scratch(counting) as scratch:
+        assert counting.lanes == ["in"]
+        assert scratch.raw(0, 8).size == 8
+    assert counting.lanes == ["in", "out"]
+    with Scratch() as scratch, Scratch(registry.open_backend("numpy")):
+        assert scratch.raw(0, 8).size == 8
+
+
+def test_a_lane_is_left_on_an_error():
+    streams = device.Streams(object)
+    with pytest.raises(ZeroDivisionError), streams.borrow():
+        raise ZeroDivisionError
+    with streams.borrow() as again:
+        pass
+    with streams.borrow() as first, streams.borrow() as second:
+        assert first is again
+        assert second is not first
+
+
+def test_streams_are_not_shared_and_come_back():
+    made = []
+    streams = device.Streams(lambda: made.append(object()) or made[-1])
+    together = threading.Barrier(4)
+    held = []
+
+    def thread():
+        with streams.borrow() as stream:
+            held.append(stream)
+            together.wait(10)
+
+    for _ in range(3):
+        threads = [threading.Thread(target=thread) for _ in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert len(set(map(id, held[-4:]))) == 4
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("free", "threads", "mib"),
+    [
+        (80 << 30, 6, 64),
+        (6 << 30, 6, 64),
+        (4 << 30, 6, 42.5),
+        (2 << 30, 6, 21),
+        (1 << 30, 6, 16),
+        (0, 6, 16),
+        (3 << 30, 4, 48),
+    ],
+)
+def test_blocks_are_sized_to_the_card(free, threads, mib):
+    size = device.block_bytes(free, threads)
+    assert size == mib * 2**20
+    assert size % (8 * numeric.STRETCH) == 0
+    assert size * device.ARRAYS * threads <= free or size == device.LEAST
+
+
+def test_threads_of_a_device():
+    assert 2 <= device.threads() <= 6
+
+
+@pytest.mark.parametrize("name", ["torch", "cupy"])
+@pytest.mark.parametrize("spec", ["{}:cuda:99", "{}:cuda:-1", "{}:nonsense", "{}:cuda:x"])
+def test_a_missing_device_is_an_error(name, spec):
+    """A UsageError that names the backend, whether library and driver are there or not."""
+    with pytest.raises(UsageError, match=f"backend {name}"):
+        registry.open_backend(spec.format(name))
+
+
+def test_bfloat16_by_integers():
+    """What CuPy, which knows no bfloat16, does on the device: all codes, and halves between them and around."""
+    codes = np.arange(1 << 16).astype(np.uint16)
+    wide = cupy_backend.widened(codes, np)
+    assert np.array_equal(wide.view(np.uint32), codes.view(ml_dtypes.bfloat16).astype(np.float32).view(np.uint32))
+    low = codes.astype(np.uint32) << 16
+    bits = np.concatenate([low, *(low + d for d in (1, 0x7FFF, 0x8000, 0x8001, 0xFFFF))])
+    with np.errstate(all="ignore"):
+        expected = bits.view(np.float32).astype(ml_dtypes.bfloat16)
+    got = cupy_backend.narrowed(bits, np).view(ml_dtypes.bfloat16)
+    assert_same(got, expected)
+
+
+def test_one_pass_of_linear(monkeypatch):
+    """The text of torch's kernel, run by Triton's interpreter, to the bit (it rounds no bfloat16 as a device does)."""
+    pytest.importorskip("triton")
+    code = """
+import numpy as np, torch
+from refmerge.backends.torch.kernels._fused import scaled_sum
+for stored in (torch.float32, torch.float16, torch.bfloat16):
+    for count in (1, 2, 5):
+        xs = [(torch.randn(5000, generator=torch.Generator().manual_seed(k)) * 0.02).to(stored) for k in range(count)]
+        if stored == torch.float32:
+            xs[0][:3] = torch.tensor([1e-45, -1e-40, 3e-39])
+        cs = [float(np.float32((k + 1) / 7)) for k in range(count)]
+        expected = cs[0] * xs[0].float()
+        for c, x in zip(cs[1:], xs[1:]):
+            expected = expected + c * x.float()
+        kept = torch.float32 if stored == torch.bfloat16 else stored
+        out, flag = torch.empty(5000, dtype=kept), torch.zeros(1, dtype=torch.int32)
+        scaled_sum(xs, cs, out, flag)
+        assert torch.equal(out.view(torch.uint8), expected.to(kept).view(torch.uint8)) and flag.item() == 0, (stored, count)
+        xs[-1][4999] = float("nan")
+        scaled_sum(xs, cs, out, flag)
+        assert flag.item() == 1
+"""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+on_cuda = pytest.mark.parametrize(
+    "backend", [pytest.param(n, marks=pytest.mark.gpu) for n in ("torch:cuda:0", "cupy")], indirect=True
+)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_many_blocks_and_threads_on_a_device(case, backend, dtype, tmp_path):
+    """From disk to disk, in blocks that cut leaves, on more threads than buffers would forgive: NumPy's bytes."""
+    m, count, given = case.arguments()
+    shapes = {"a": (257, 1031), "b": (70001,), "c": (3, 5, 7)}
+    everything = [tensors(k, shapes, np.dtype(dtype)) for k in range(count + m.needs_base)]
+    paths = []
+    for k, t in enumerate(everything):
+        paths.append(tmp_path / f"{k}.safetensors")
+        save(t, paths[-1])
+    found = {}
+    for spec, elements, threads in (("numpy", 1 << 18, 1), (backend.spec, 4096, 8), (backend.spec, 1 << 20, 2)):
+        base = paths[-1] if m.needs_base else None
+        plan = prepare(paths[:count], m, base=base, backend=spec, threads=threads, seed=5, params=given)
+        out = tmp_path / f"out{len(found)}.safetensors"
+        cut(plan, elements).run(out)
+        found[spec, threads] = dict(refmerge.open_checkpoint(out))
+    expected, *others = found.values()
+    for got in others:
+        assert_same(got, expected, ulps=ULPS.get(case.name, 0))
+
+
+@on_cuda
+def test_buffers_are_not_overwritten_while_they_are_copied(backend, tmp_path):
+    """Thousands of blocks of a method that changes nothing, on many threads: a buffer filled too early would show."""
+
+    @refmerge.method("first", paper="none", models=(2, 2))
+    def first(models):
+        return models[0]
+
+    draw = np.random.default_rng(0)
+    made = [{"x": draw.integers(0, 1 << 24, (1 << 23) + 5).astype(np.float32)} for _ in range(2)]
+    for k, t in enumerate(made):
+        save(t, tmp_path / f"{k}.safetensors")
+    for elements, threads in ((4096, 16), (1 << 18, 16), (1 << 21, 6)):
+        for kind in ("disk", "host"):
+            models = made if kind == "host" else [tmp_path / f"{k}.safetensors" for k in range(2)]
+            plan = prepare(models, first, backend=backend.spec, threads=threads, nonfinite="propagate")
+            got = cut(plan, elements).run(*([] if kind == "host" else [tmp_path / f"{elements}.safetensors"]))
+            assert np.array_equal(np.asarray(got["x"]), made[0]["x"]), (elements, kind)
+
+
+@on_cuda
+def test_a_lane_gives_a_stream_and_takes_it_back(backend):
+    """Each thread computes on a stream of its own, and the caller's is as it was."""
+    opened = registry.open_backend(backend.spec)
+    if backend.name == "cupy":
+        current = lambda: backend.module.cuda.get_current_stream().ptr  # noqa: E731
+    else:
+        current = lambda: backend.module.cuda.current_stream().cuda_stream  # noqa: E731
+    before = current()
+    with opened.lane():
+        one = current()
+        seen = []
+
+        def other():
+            with opened.lane():
+                seen.append(current())
+
+        t = threading.Thread(target=other)
+        t.start()
+        t.join()
+    assert current() == before
+    assert len({before, one, *seen}) == 3
+
+
+@on_cuda
+def test_host_memory_of_a_device_is_pinned(backend):
+    buffer = registry.open_backend(backend.spec).host(1000)
+    assert (buffer.dtype, buffer.shape, buffer.flags.writeable) == (np.uint8, (1000,), True)
+    if backend.name == "cupy":
+        assert backend.module.cuda.runtime.pointerGetAttributes(buffer.ctypes.data).type == 1
+    else:
+        assert backend.module.from_numpy(buffer).is_pinned()
+
+
+@on_cuda
+def test_block_size_follows_the_card(backend):
+    opened = registry.open_backend(backend.spec)
+    assert device.LEAST <= opened.block_bytes <= device.MOST
+    assert opened.block_bytes % device.STRIDE == 0
+    assert opened.threads >= 2
+
+
+@on_cuda
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_linear_in_one_pass_on_a_device(backend, stored):
+    """The kernel's `into` gives the method's bits and flags what is not finite; subnormals are kept, by CuPy's as well."""
+    if backend.name == "cupy" and stored == "bfloat16":
+        pytest.skip("CuPy has no arrays of bfloat16")
+    into = registry.open_backend(backend.spec).kernels["linear"].into
+    options = {"weight": (0.3, 0.5, -0.1), "normalize": True}
+    models = [{"x": np.random.default_rng(k).standard_normal(100_003).astype(np.dtype(stored))} for k in range(3)]
+    models[0]["x"][:2] = [1e-40, -3e-39]
+    expected = merge(models, "linear", **options)["x"]
+    xs = [backend.array(m["x"]) for m in models]
+    out, flag = backend.array(np.zeros(100_003, np.dtype(stored))), backend.array(np.zeros(1, np.int32))
+    assert into(out, flag, xs, **options)
+    assert_same(backend.host(out), expected)
+    assert int(flag[0]) == 0
+    xs[1][77] = math.inf
+    assert into(out, flag, xs, **options)
+    assert int(flag[0]) == 1
 
 
 # --- Exact primitives --------------------------------------------------------------------------------------------------

@@ -1,6 +1,12 @@
-"""Fast twins of methods on this backend: name -> function. None is needed so far."""
+"""Fast twins of methods on this backend: name -> function, called as its method is.
+
+`kernel.ulps`: how far it may be. `kernel.into(out, flag, models, **parameters) -> bool`, if there is one: the same of whole
+arrays that are on the device already, in the dtypes they have, written where the result belongs.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-KERNELS: dict[str, Callable[..., Any]] = {}
+from refmerge.backends.cupy.kernels.linear import linear
+
+KERNELS: dict[str, Callable[..., Any]] = {"linear": linear}
