@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_numpy_array, is_torch_array
+from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, UsageError
 from refmerge.method import Method, Over
-from refmerge.plan import Plan
+from refmerge.plan import ARRAYS_BLOCK_BYTES, Plan
 from refmerge.registry import get, open_backend
 from refmerge.sources import ArraySource, DiskSource, HostSource, Source
 from refmerge.work import Tensor, Work, stat_name
@@ -189,13 +189,18 @@ def prepare(
     specs = {n: (out_name or stored[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
 
-    workers = default_threads() if threads is None else threads
+    # Arrays on a device are merged by the caller's thread, on the caller's stream: nothing else is in order with them.
+    beside = _beside(example) if used is None else None
+    usual = 1 if beside else getattr(used, "threads", None) or default_threads()
+    workers = usual if threads is None else threads
     if type(workers) is not int or workers < 1:
         raise UsageError(f"threads = {threads!r} is no whole number above 0")
     limit = None if max_memory is None else parse_size(max_memory)
     stat_sources = _stat_sources(stats, used, example)
     _check_stats(m, floats, stat_sources)
-    work = Work(m, sources[: len(models)], base_source, tensors, over, seed, stat_sources, nonfinite)
+    work = Work(m, sources[: len(models)], base_source, tensors, over, seed, stat_sources, nonfinite, backend=used)
+    if beside is not None:
+        work.kernels, workers = beside.kernels, 1
     check_memory(work, limit, workers)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
@@ -208,6 +213,7 @@ def prepare(
         backend=used,
         threads=workers,
         max_memory=limit,
+        block_bytes=(used or beside).block_bytes if used or beside else ARRAYS_BLOCK_BYTES,
         example=example,
         checkpoints=tuple(opened),
         donor=given_by,
@@ -310,6 +316,15 @@ def _backend_for(backend: str, example: Any) -> Any:
     library = type(example).__module__.partition(".")[0]
     if backend.partition(":")[0] != library:
         raise UsageError(f"the models are {library} arrays, backend {backend!r} would compute elsewhere: convert them first")
+    return None
+
+
+def _beside(example: Any) -> Any:
+    """The backend of the device that arrays in memory are on already; None where they are in host memory."""
+    if example is not None and is_torch_array(example) and example.is_cuda:
+        return open_backend(f"torch:{example.device}")
+    if example is not None and is_cupy_array(example):
+        return open_backend(f"cupy:{example.device.id}")
     return None
 
 

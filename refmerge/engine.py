@@ -15,23 +15,23 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from refmerge.block import run_block, run_model
 from refmerge.errors import ResourceError
 from refmerge.group import Log, Pause, Place, State
 from refmerge.method import Method
-from refmerge.numeric import LEAF, STRETCH
+from refmerge.numeric import LEAF, STRETCH, host
 from refmerge.rng import Memo
-from refmerge.sources import Scratch, Sink
+from refmerge.sources import ArraySink, ArraySource, Scratch, Sink
 from refmerge.work import Tensor, Work
 
 __all__ = ["Ran", "Scheduler", "block_elements", "blocks_of", "run"]
 
 
-MASKS = 48 << 20  # bytes of drawn masks that one thread or process keeps from pass to pass
+MASKS = 32 << 20  # bytes of drawn masks that one thread or process keeps of a group from pass to pass
 WORTH_A_SAMPLE = 1 << 17  # elements of a group; what a selection holds of a smaller one costs less than a sample
 SAMPLES = (1 << 15, 1 << 20)  # elements that give a bracket of a few per cent, and of less than one
 RUN = 1 << 20  # elements of one task: enough that handing it out costs nothing, few enough that all finish together
@@ -81,14 +81,22 @@ Outcome = list[Pause | None]  # for each block of a task where it stopped, or No
 
 
 class Context:
-    """What one thread or process needs to compute tasks: the work, the sinks, and buffers of its own."""
+    """What one thread or process needs to compute tasks: the work, the sinks, buffers of its own, and, within a `with`, its
+    own stream where the backend has such."""
 
     def __init__(self, work: Work, sinks: Mapping[str, Sink]) -> None:
         self._work, self._sinks = work, sinks
         self._tensors = {t.name: t for t in work.tensors}
-        self._scratch = Scratch()
+        self._scratch = Scratch(work.backend)
         self._masks: dict[int, Memo] = {}
         self._remembers = "group" in work.method.asks and "rng" in work.method.asks
+
+    def __enter__(self) -> Context:
+        self._scratch.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._scratch.__exit__(*error)
 
     def compute(self, task: Task) -> Outcome:
         """Run the method on the blocks of a task."""
@@ -96,7 +104,7 @@ class Context:
         if self._remembers and task.states[0].blocks > 1:
             if task.group not in self._masks:
                 self._masks = dict(list(self._masks.items())[-1:])  # the next group is begun before this one is done
-                self._masks[task.group] = Memo(MASKS // 2)
+                self._masks[task.group] = Memo(MASKS)
             masks = self._masks[task.group]
         name, stop = task.places[0].tensor, task.places[-1].stop
         if not task.sampling:
@@ -261,7 +269,7 @@ class Scheduler:
     work: Work
     sinks: Mapping[str, Sink]
     elements: int
-    ran: Ran = field(init=False, default_factory=Ran)
+    ran: Ran
 
     def __post_init__(self) -> None:
         self._tensors = {t.name: t for t in self.work.tensors}
@@ -326,10 +334,13 @@ def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, p
     if work.tensors and work.view(work.tensors[0]) == "model":
         run_model(work, sinks)
         return Ran(1, sum(work.bytes_of(t, t.size) for t in work.tensors))
+    moved = sum(work.bytes_of(t, t.size) for t in work.tensors)
+    work = replace(work, tensors=_run_whole(work, sinks))
+    moved -= sum(work.bytes_of(t, t.size) for t in work.tensors)
     size = sum(t.size for t in work.tensors)
     if size > 1 << 24:
         _keep_freed_pages()
-    scheduler = Scheduler(work, sinks, elements)
+    scheduler = Scheduler(work, sinks, elements, Ran(1 if moved else 0, moved))
     if threads == 1 or size < 1 << 18:
         executors.serial(scheduler)
     elif processes:
@@ -337,6 +348,28 @@ def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, p
     else:
         executors.threads(scheduler, threads)
     return scheduler.ran
+
+
+def _run_whole(work: Work, sinks: Mapping[str, Sink]) -> list[Tensor]:
+    """Merge what a kernel of the arrays' own device merges in one pass, whole tensors in the dtypes they have; return the
+    tensors that are left: those it does not take, and those in which something is not finite, for their error."""
+    into = getattr(work.kernels.get(work.method.name), "into", None)
+    sink = sinks.get("")
+    if into is None or set(work.method.asks) != {"models"} or not isinstance(sink, ArraySink):
+        return list(work.tensors)
+    sources = cast(Sequence[ArraySource], work.models)
+    flags = sink.zeros(len(work.tensors), "int32")
+    left = []
+    for i, t in enumerate(work.tensors):
+        flat = [s.flat(t.name) for s in sources]
+        if t.work != "float32" or not into(sink.arrays[t.name], flags[i : i + 1], flat, **t.params):
+            left.append(t)
+        elif work.progress:
+            work.progress(work.bytes_of(t, t.size))
+    if work.nonfinite == "error":
+        raised = host(flags)  # once: the device works on while the host asks for the next tensor
+        left += [t for t, flag in zip(work.tensors, raised) if flag]
+    return left
 
 
 @cache

@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from refmerge.engine import Context, Scheduler
@@ -27,11 +29,11 @@ AHEAD = 2  # tasks a process has in hand, so that it need not wait for the next
 
 def serial(scheduler: Scheduler) -> None:
     """Compute everything here and now."""
-    context = Context(scheduler.work, scheduler.sinks)
-    while not scheduler.done:
-        task = scheduler.take(0)
-        assert task is not None
-        scheduler.give(task, context.compute(task))
+    with Context(scheduler.work, scheduler.sinks) as context:
+        while not scheduler.done:
+            task = scheduler.take(0)
+            assert task is not None
+            scheduler.give(task, context.compute(task))
 
 
 def threads(scheduler: Scheduler, count: int) -> None:
@@ -45,18 +47,18 @@ def threads(scheduler: Scheduler, count: int) -> None:
             changed.notify_all()
 
     def work(worker: int) -> None:
-        context = Context(scheduler.work, scheduler.sinks)
         try:
-            while True:
-                with changed:
-                    while not errors and not scheduler.done and (task := scheduler.take(worker)) is None:
-                        changed.wait()
-                    if errors or scheduler.done:
-                        return
-                outcome = context.compute(task)
-                with changed:
-                    scheduler.give(task, outcome)
-                    changed.notify_all()
+            with Context(scheduler.work, scheduler.sinks) as context:
+                while True:
+                    with changed:
+                        while not errors and not scheduler.done and (task := scheduler.take(worker)) is None:
+                            changed.wait()
+                        if errors or scheduler.done:
+                            return
+                    outcome = context.compute(task)
+                    with changed:
+                        scheduler.give(task, outcome)
+                        changed.notify_all()
         except BaseException as error:  # whatever ends this thread, the others must not wait for its task
             fail(error)
 
@@ -88,12 +90,13 @@ def processes(scheduler: Scheduler, count: int) -> None:
     workers: dict[Any, tuple[int, Any]] = {}
     in_hand: dict[int, list[Any]] = {i: [] for i in range(count)}
     try:
-        for i in range(count):
-            ours, theirs = fork.Pipe()
-            process = fork.Process(target=_serve, args=(theirs, [*workers, ours], scheduler), daemon=True)
-            process.start()
-            theirs.close()
-            workers[ours] = (i, process)
+        with _no_signals():
+            for i in range(count):
+                ours, theirs = fork.Pipe()
+                process = fork.Process(target=_serve, args=(theirs, [*workers, ours], scheduler), daemon=True)
+                process.start()
+                theirs.close()
+                workers[ours] = (i, process)
         while not scheduler.done:
             for pipe, (i, _) in workers.items():
                 while len(in_hand[i]) < AHEAD and (task := scheduler.take(i)) is not None:
@@ -103,12 +106,22 @@ def processes(scheduler: Scheduler, count: int) -> None:
                 i, process = workers[pipe]
                 scheduler.give(in_hand[i].pop(0), _received(pipe, process))
     finally:
-        for pipe, (_, process) in workers.items():
-            if in_hand[workers[pipe][0]]:
-                process.terminate()
+        for pipe, (i, process) in workers.items():
+            if in_hand[i]:  # it is computing what nobody will take
+                process.kill()
             pipe.close()
         for _, process in workers.values():
             process.join()
+
+
+@contextmanager
+def _no_signals() -> Iterator[None]:
+    """Hold back what would interrupt this thread: an exception raised in the middle of a fork is lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _received(pipe: Connection, process: Any) -> Any:
@@ -127,21 +140,19 @@ def _received(pipe: Connection, process: Any) -> Any:
 
 def _serve(pipe: Connection, inherited: list[Connection], scheduler: Scheduler) -> None:
     """A worker's life: compute what comes until the pipe is closed, and report errors instead of raising them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     for end in inherited:  # the parent's: while a copy is open here, no worker would see that the parent is gone
         end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which ends its workers
-    context = Context(scheduler.work, scheduler.sinks)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError), Context(scheduler.work, scheduler.sinks) as context:
+        while True:
             task = pipe.recv()
-        except EOFError:
-            return
-        try:
-            outcome: Any = context.compute(task)
-        except BaseException as error:
-            pipe.send(_portable(error))
-            return
-        pipe.send(outcome)
+            try:
+                outcome: Any = context.compute(task)
+            except BaseException as error:
+                outcome = _portable(error)
+            pipe.send(outcome)
 
 
 def _portable(error: BaseException) -> BaseException:

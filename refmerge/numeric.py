@@ -1,7 +1,7 @@
 """The exact primitives that methods share. Array libraries are told apart here and nowhere else.
 
-Rules (spec/README.md, "Numbers"): models are summed by an explicit left fold; sums over elements are float64 trees of a
-fixed shape, so that no block size, thread count or library changes a bit; transcendental functions and square roots are
+Rules (spec/README.md, "Numbers"): models are summed by an explicit left fold; sums over elements are trees of a fixed
+shape, so that no block size, thread count or library changes a bit; transcendental functions and square roots are
 taken of host numbers.
 """
 

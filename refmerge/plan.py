@@ -38,8 +38,9 @@ class Plan:
     or one that not all models have, is copied from. specs: name -> (safetensors dtype, shape) of the result.
     backend: where blocks of checkpoints are computed; None where the inputs are arrays that stay in their library.
     example: an array of that library. checkpoints: the inputs on disk; donor: the one whose config and tokenizer files the
-    result gets. out_dtype: the dtype that was asked for. max_memory: what the blocks may take, in bytes. elements: of
-    a block; None leaves it to what computes.
+    result gets. out_dtype: the dtype that was asked for. block_bytes: of a block in the
+    work dtype, as the backend has it. max_memory: what all blocks may take, in bytes. elements: of a block; None leaves it
+    to what computes.
     """
 
     work: Work
@@ -47,6 +48,7 @@ class Plan:
     copied: dict[str, Source]
     backend: Any
     threads: int
+    block_bytes: int = ARRAYS_BLOCK_BYTES
     max_memory: int | None = None
     elements: int | None = None
     example: Any = None
@@ -127,7 +129,7 @@ class Plan:
     def _block_elements(self, processes: bool) -> int:
         if self.elements is not None:
             return self.elements
-        block_bytes = ARRAYS_BLOCK_BYTES if self.backend is None else self.backend.block_bytes
+        block_bytes = self.block_bytes
         if self.threads > 1 and not processes:
             block_bytes = max(block_bytes, THREADED_BLOCK_BYTES)
         return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)

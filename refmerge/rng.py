@@ -150,7 +150,8 @@ class Rng:
         return is_numpy_array(x) or (is_torch_array(x) and x.device.type == "cpu")
 
     def keep(self, p: Any, model: int) -> Any:
-        """0/1 in the block's shape, 1 with probability p: a number, or an array of the block's shape.
+        """0/1 in the block's shape, 1 with probability p: a number, an array of the block's shape, or a function that makes
+        one and is called only where the mask is to be drawn, being neither recorded nor remembered.
 
         An element is 1 exactly if its digits d_0 d_1 ... as a binary fraction are less than p.
         """
@@ -160,10 +161,11 @@ class Rng:
             return self._recorded[model]
         key = key_for(self._seed, self._name, model)
         if self._on_numpy():
-            mask = self._remembered(key, p if isinstance(p, float | int) else host(p).reshape(-1))
+            mask = self._remembered(key, p)
             return like(mask.reshape(tuple(self._like.shape)), self._like)
         xp, where = array_namespace(self._like), device(self._like)
         start, stop = self._span()
+        p = p() if callable(p) else p
         if isinstance(p, float | int):
             rest = xp.full((stop - start,), float(p), dtype=xp.float64, device=where)
         else:
@@ -195,6 +197,8 @@ class Rng:
 
     def _keep_numpy(self, key: tuple[int, int], p: Any) -> np.ndarray:
         start, stop = self._span()
+        p = p() if callable(p) else p
+        p = p if isinstance(p, float | int) else host(p).reshape(-1)
         d = digits_numpy(key, start, stop, 0)
         rest = p * 65536.0
         # Integers: a float would widen every digit to float64 before it is compared.

@@ -140,14 +140,17 @@ class ArraySource:
     def array(self, name: str) -> Any:
         return self._arrays[name]
 
-    def load(
-        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
-    ) -> Any:
+    def flat(self, name: str) -> Any:
         if name not in self._flat:  # once a tensor: reshaping a transposed array copies it
             x = self._arrays[name]
             x = x.detach() if is_torch_array(x) else x
             self._flat[name] = array_namespace(x).reshape(x, (-1,))
-        flat = self._flat[name][start:stop]
+        return self._flat[name]
+
+    def load(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
+    ) -> Any:
+        flat = self.flat(name)[start:stop]
         if finite and not all_finite(flat):
             raise NotFinite
         if is_numpy_array(flat):
@@ -196,10 +199,14 @@ class ByteSource:
             raw = scratch.raw((slot, "cast"), count * itemsize(to))
             encode(wide, to, raw)
             stored = to
-        if finite and not finite_bytes(raw, stored):
+        on_device = hasattr(self._backend, "lane")  # then looking there is cheaper than one more pass over host memory
+        if finite and not on_device and not finite_bytes(raw, stored):
             raise NotFinite
         if self._backend.name != "numpy":
-            return self._backend.put(raw, stored, (count,), work)
+            x = self._backend.put(raw, stored, (count,), work)
+            if finite and on_device and not all_finite(x):
+                raise NotFinite
+            return x
         at_least = work if work in WORK else "float32"
         out = scratch.work(slot, count, at_least)
         return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
@@ -300,6 +307,10 @@ class ArraySink:
             kind = DTYPES[dtype] if self._numpy else getattr(self._xp, _WORDS[dtype])
             place = {} if self._numpy else {"device": self._device}
             self.arrays[name] = self._xp.empty((math.prod(shape),), dtype=kind, **place)
+
+    def zeros(self, count: int, dtype: str) -> Any:
+        """Zeros where the results are."""
+        return self._xp.zeros((count,), dtype=getattr(self._xp, dtype), device=self._device)
 
     def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
         xp, out = self._xp, self.arrays[name]

@@ -40,7 +40,8 @@ class Tensor:
 
 @dataclass
 class Work:
-    """A merge, ready to run. `stats`: per model the statistics file or mapping as a Source, or None."""
+    """A merge, ready to run. stats: per model the statistics file or mapping as a Source, or None. backend: where blocks of
+    files are computed; None for arrays, which stay where they are. kernels: fast twins of methods for arrays on a device."""
 
     method: Method
     models: Sequence[Source]
@@ -51,6 +52,8 @@ class Work:
     stats: Sequence[Source] | None = None
     nonfinite: str = "error"
     progress: Callable[[int], None] | None = None
+    backend: Any = None
+    kernels: Mapping[str, Any] = field(default_factory=dict)
     recorded: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

@@ -300,7 +300,12 @@ class _Shard:
             if self._claimed[name] + nbytes > self.tensors[name].nbytes:
                 raise ValueError(f"{shown(name)}: bytes are written twice")
             self._claimed[name] += nbytes
-        put()
+        try:
+            put()
+        except ValueError:  # refused, and nothing written
+            with self._lock:
+                self._claimed[name] -= nbytes
+            raise
         with self._lock:
             self._missing -= nbytes
             complete = not self._missing

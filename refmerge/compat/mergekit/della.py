@@ -51,7 +51,10 @@ def magprune(delta, density, epsilon, rng):
         else:
             if not (0 < rho - eps <= 1 and 0 <= rho + eps < 1):
                 raise UsageError(f"mergekit:della: density {rho:g} +- epsilon {eps:g} must lie inside (0, 1)")
-            p = at_ranks(probabilities(rho, eps, d), xp.abs(d), axis=1)
+
+            def p(d=d, rho=rho, eps=eps):
+                return at_ranks(probabilities(rho, eps, d), xp.abs(d), axis=1)
+
             sparse.append(rng.keep(p, model=n) * d)
     return sparse
 
