@@ -213,7 +213,7 @@ def prepare(
         backend=used,
         threads=workers,
         max_memory=limit,
-        block_bytes=(used or beside).block_bytes if used or beside else ARRAYS_BLOCK_BYTES,
+        block_bytes=getattr(used or beside, "block_bytes", ARRAYS_BLOCK_BYTES),
         example=example,
         checkpoints=tuple(opened),
         donor=given_by,

@@ -15,13 +15,13 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
 from refmerge.block import run_block, run_model
 from refmerge.errors import ResourceError
-from refmerge.group import Log, Pause, Place, State
+from refmerge.group import Log, Pause, Place, State, condense
 from refmerge.method import Method
 from refmerge.numeric import LEAF, STRETCH, host
 from refmerge.rng import Memo
@@ -115,6 +115,8 @@ class Context:
             outcome.append(
                 run_block(work, tensor, place, state, of_tensor, self._sinks, self._scratch, masks, first=task.first)
             )
+        if not task.sampling:
+            condense(task.places, outcome, task.states[0].size)
         return outcome
 
 

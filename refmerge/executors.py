@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from refmerge.engine import Context, Scheduler
 from refmerge.errors import RefmergeError, ResourceError
@@ -50,11 +50,12 @@ def threads(scheduler: Scheduler, count: int) -> None:
         try:
             with Context(scheduler.work, scheduler.sinks) as context:
                 while True:
+                    task = None
                     with changed:
                         while not errors and not scheduler.done and (task := scheduler.take(worker)) is None:
                             changed.wait()
-                        if errors or scheduler.done:
-                            return
+                    if task is None or errors:
+                        return
                     outcome = context.compute(task)
                     with changed:
                         scheduler.give(task, outcome)
@@ -102,7 +103,7 @@ def processes(scheduler: Scheduler, count: int) -> None:
                 while len(in_hand[i]) < AHEAD and (task := scheduler.take(i)) is not None:
                     in_hand[i].append(task)
                     pipe.send(task)
-            for pipe in wait(list(workers)):
+            for pipe in cast("list[Connection]", wait(list(workers))):
                 i, process = workers[pipe]
                 scheduler.give(in_hand[i].pop(0), _received(pipe, process))
     finally:

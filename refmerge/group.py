@@ -1,4 +1,4 @@
-"""What a method may ask about all that it merges: `group.sum`, `max`, `count`, `kth_largest` and `top`.
+"""What a method may ask about all that it merges: `group.sum`, `dot`, `max`, `count`, `kth_largest` and `top`.
 
 A method runs on a block. Where the block is all that `group` ranges over, a question is answered at once. Otherwise the
 first question without an answer makes this block's part of it and ends the block (`Pause`); when all blocks have passed,
@@ -16,7 +16,7 @@ what is inside. The answer is exact: if the bracket misses, or too much lies in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,18 @@ class Pause(BaseException):
     def __init__(self, of_tensor: bool, asked: Asked | None, part: Any = None) -> None:
         super().__init__(of_tensor, asked, part)
         self.of_tensor, self.asked, self.part = of_tensor, asked, part
+
+
+def condense(places: Sequence[Place], pauses: Sequence[Pause | None], size: int) -> None:
+    """Put together the parts of a run of blocks that all stopped at the same question, in place."""
+    stopped = [p for p in pauses if p is not None]
+    questions = {(p.of_tensor, p.asked) for p in stopped}
+    asked = questions.pop()[1] if len(questions) == 1 else None
+    if asked is not None:
+        where = [place for place, p in zip(places, pauses) if p is not None]
+        parts = _KINDS[asked.kind].condense(asked, where, [p.part for p in stopped], size)
+        for p, part in zip(stopped, parts):
+            p.part = part
 
 
 class Log:
@@ -150,50 +162,56 @@ class Group:
     def tensor(self) -> Group:
         return self._tensor or self
 
-    def _ask(self, asked: Asked, xs: Sequence[Any], alone: bool = True) -> Any:
-        answers = self._answers(asked, xs)
-        return answers[0] if alone and len(xs) == 1 else answers
+    def _ask(self, asked: Asked, arrays: Callable[[], Sequence[Any]], alone: bool = True) -> Any:
+        """`arrays` makes the arrays that are asked about; it is not called where the answer is a number that is known."""
+        answers = self._answers(asked, arrays)
+        return answers[0] if alone and asked.n == 1 else answers
 
-    def _answers(self, asked: Asked, xs: Sequence[Any]) -> Any:
+    def _answers(self, asked: Asked, arrays: Callable[[], Sequence[Any]]) -> Any:
         state, place, kind = self._state, self._place, _KINDS[asked.kind]
         if state.blocks == 1 and state.sampling:  # a stretch of a tensor that is one block knows nothing of the whole
             raise Pause(self._of_tensor, None)
         if state.blocks == 1:  # the block is the whole group
-            return kind.at_once(asked, place, xs, state.size)
+            return kind.at_once(asked, place, arrays(), state.size)
         i, self._asked = self._asked, self._asked + 1
         if i < len(state.answers):
             before, reply = state.answers[i]
             asked.check_same(before)
-            return kind.answer(asked, reply, xs, state.size)
+            return kind.answer(asked, reply, arrays, state.size)
         if state.sampling:
-            raise Pause(self._of_tensor, asked, kind.sample(xs))
+            raise Pause(self._of_tensor, asked, kind.sample(arrays()) if kind.wants_samples else None)
         want = state.want if state.want is not None else kind.first_want(asked, state.size)
-        raise Pause(self._of_tensor, asked, kind.part(want, place, xs))
+        raise Pause(self._of_tensor, asked, kind.part(want, place, arrays()))
 
-    def sum(self, *xs: Any) -> Any:
-        """Sum of each array over the group: the correctly rounded sum of leaves of 1024, each a tree of fixed shape."""
-        return self._ask(Asked("sum", len(xs)), xs)
+    def sum(self, *xs: Any, of: Callable[[Any], Any] | None = None) -> Any:
+        """Sum of each array over the group, or of what `of` makes of it (xp.abs, say): the correctly rounded sum of leaves
+        of 1024, each a tree of fixed shape."""
+        return self._ask(Asked("sum", len(xs)), lambda: xs if of is None else [of(x) for x in xs])
+
+    def dot(self, *pairs: tuple[Any, Any]) -> Any:
+        """Inner product of each two arrays over the group: the sum of their products."""
+        return self._ask(Asked("sum", len(pairs)), lambda: [x * y for x, y in pairs])
 
     def max(self, *xs: Any) -> Any:
         """Largest element of each array over the group; NaN if one is NaN, -inf for an empty group."""
-        return self._ask(Asked("max", len(xs)), xs)
+        return self._ask(Asked("max", len(xs)), lambda: xs)
 
     def count(self, *masks: Any) -> Any:
         """How many elements of each boolean array are true."""
-        return self._ask(Asked("count", len(masks)), masks)
+        return self._ask(Asked("count", len(masks)), lambda: masks)
 
     def kth_largest(self, *xs: Any, k: int | Sequence[int]) -> Any:
         """The k-th largest element (k from 1) of each array over the group, exactly; NaN counts as the largest."""
         ks = self._ks(xs, k)
         if not all(1 <= k <= self.size for k in ks):
             raise UsageError(f"kth_largest: k = {ks} of {self.size} elements")
-        return self._ask(Asked("kth_largest", len(xs), ks), xs, isinstance(k, int))
+        return self._ask(Asked("kth_largest", len(xs), ks), lambda: xs, isinstance(k, int))
 
     def top(self, *xs: Any, k: int | Sequence[int]) -> Any:
         """A 0/1 mask of the k largest elements of each array: exactly k ones in the group, ties to the lower index
         (tensors by sorted name, then C order), NaN as the largest."""
         ks = tuple(min(max(k, 0), self.size) for k in self._ks(xs, k))
-        return self._ask(Asked("top", len(xs), ks), xs, isinstance(k, int))
+        return self._ask(Asked("top", len(xs), ks), lambda: xs, isinstance(k, int))
 
     @staticmethod
     def _ks(xs: Sequence[Any], k: int | Sequence[int]) -> tuple[int, ...]:
@@ -229,8 +247,14 @@ class _Question:
     def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
         raise NotImplementedError
 
+    @classmethod
+    def condense(cls, asked: Asked, places: Sequence[Place], parts: Sequence[Any], size: int) -> Sequence[Any]:
+        """The parts of neighbouring blocks, as little as possible of them: what can be put together already is."""
+        return parts
+
     @staticmethod
-    def answer(asked: Asked, reply: Any, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
+    def answer(asked: Asked, reply: Any, arrays: Callable[[], Sequence[Any]], size: int) -> tuple[Any, ...]:
+        """The answer for a block: most are numbers, and need no array."""
         return reply
 
     @classmethod
@@ -239,7 +263,7 @@ class _Question:
         question = cls(asked, size)
         question.merge(place, cls.part(question.want, place, xs))
         question.end_of_pass()
-        return cls.answer(asked, question.reply(place), xs, size)
+        return cls.answer(asked, question.reply(place), lambda: xs, size)
 
     def reset(self) -> None:
         """Forget the parts of an unfinished pass."""
@@ -263,8 +287,8 @@ class _Question:
 class _Sum(_Question):
     def reset(self) -> None:
         self._parts: list[list[float]] = [[] for _ in range(self.asked.n)]
-        # A stretch that borders of blocks cut: (array, tensor, stretch) -> its pieces by offset, until it is whole.
-        self._cut: dict[tuple[int, str, int], dict[int, np.ndarray]] = {}
+        # A stretch that borders of blocks cut: (tensor, stretch) -> its pieces of all arrays by offset, until it is whole.
+        self._cut: dict[tuple[str, int], dict[int, list[np.ndarray]]] = {}
 
     @staticmethod
     def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
@@ -274,24 +298,32 @@ class _Sum(_Question):
         last = size if place.stop >= place.size else max(first, size - place.stop % STRETCH)
         parts = [expansion(sums.tolist()) for sums in leaf_sums(*(x[first:last] for x in xs))]
         cut = [
-            ((i, place.tensor, (place.start + a) // STRETCH), place.start + a, np.array(host(x[a:b])))
-            for i, x in enumerate(xs)
+            ((place.tensor, (place.start + a) // STRETCH), place.start + a, [np.array(host(x[a:b])) for x in xs])
             for a, b in ((0, first), (last, size))
             if a < b
         ]
         return parts, cut
 
+    @classmethod
+    def condense(cls, asked: Asked, places: Sequence[Place], parts: Sequence[Any], size: int) -> Sequence[Any]:
+        all_ = cls(asked, size)
+        for place, part in zip(places, parts):
+            all_.merge(place, part)
+        cut = [(key, at, arrays) for key, pieces in all_._cut.items() for at, arrays in pieces.items()]
+        nothing: tuple[list[list[float]], list[Any]] = ([[] for _ in range(asked.n)], [])
+        return [([expansion(p) for p in all_._parts], cut), *[nothing] * (len(parts) - 1)]
+
     def merge(self, place: Place, part: Any) -> None:
         parts, cut = part
         for i, new in enumerate(parts):
             self._add(i, new)
-        for key, offset, piece in cut:
+        for key, offset, arrays in cut:
             pieces = self._cut.setdefault(key, {})
-            pieces[offset] = piece
-            i, _, stretch = key
-            if sum(p.size for p in pieces.values()) == min(STRETCH, place.size - stretch * STRETCH):
-                whole = np.concatenate([pieces[at] for at in sorted(pieces)])
-                self._add(i, expansion(leaf_sums(whole)[0].tolist()))
+            pieces[offset] = arrays
+            if sum(p[0].size for p in pieces.values()) == min(STRETCH, place.size - key[1] * STRETCH):
+                whole = [np.concatenate(x) for x in zip(*(pieces[at] for at in sorted(pieces)))]
+                for i, sums in enumerate(leaf_sums(*whole)):
+                    self._add(i, expansion(sums.tolist()))
                 del self._cut[key]
 
     def _add(self, i: int, parts: list[float]) -> None:
@@ -400,8 +432,8 @@ class _Top(_KthLargest):
         return tuple((s.value, *s.ties_of(place)) for s in self._states)
 
     @staticmethod
-    def answer(asked: Asked, reply: Any, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
-        return tuple(top_mask(x, k, size, *r) for x, k, r in zip(xs, asked.k, reply))
+    def answer(asked: Asked, reply: Any, arrays: Callable[[], Sequence[Any]], size: int) -> tuple[Any, ...]:
+        return tuple(top_mask(x, k, size, *r) for x, k, r in zip(arrays(), asked.k, reply))
 
     @classmethod
     def at_once(cls, asked: Asked, place: Place, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
@@ -415,7 +447,7 @@ class _Top(_KthLargest):
                 above = 0 if math.isnan(kth) else values.size - int(np.count_nonzero(values <= kth))
                 kept = k - above
             replies.append((kth, kept, tied))
-        return cls.answer(asked, replies, xs, size)
+        return cls.answer(asked, replies, lambda: xs, size)
 
 
 _KINDS: dict[str, type[_Question]] = {

@@ -15,16 +15,18 @@ from array_api_compat import is_numpy_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, same_or_inside
 from refmerge.engine import Ran, block_elements, run
-from refmerge.executors import can_fork
 from refmerge.errors import UsageError
+from refmerge.executors import can_fork
 from refmerge.method import Method, Over
 from refmerge.sources import ArraySink, ArraySource, DiskSink, DiskSource, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work
 
 __all__ = ["Plan"]
 
-ARRAYS_BLOCK_BYTES = 1 << 18  # of arrays in memory, where no backend says more
-THREADED_BLOCK_BYTES = 1 << 20  # below this, threads of one interpreter wait for each other more than they compute
+ARRAYS_BLOCK_BYTES = 1 << 19  # of arrays in memory, where no backend says more
+# Threads of one interpreter wait for each other more than they compute in smaller ones; and whole rows end where they do,
+# so that each border of blocks cuts a stretch of a sum.
+LARGER_BLOCK_BYTES = 1 << 20
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 _CONFIG_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -130,8 +132,9 @@ class Plan:
         if self.elements is not None:
             return self.elements
         block_bytes = self.block_bytes
-        if self.threads > 1 and not processes:
-            block_bytes = max(block_bytes, THREADED_BLOCK_BYTES)
+        rows = any(self.work.view(t) == "rows" for t in self.work.tensors)
+        if rows or (self.threads > 1 and not processes):
+            block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
 
     def _fill(self, sinks: Mapping[str, Any]) -> None:

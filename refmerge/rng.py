@@ -101,6 +101,10 @@ def digits(key: tuple[int, int], start: int, stop: int, j: int, xp: Any, where: 
     return xp.reshape(lanes, (-1,))[start - PER_BLOCK * first : stop - PER_BLOCK * first]
 
 
+def _below(x: np.ndarray, limit: int) -> bool:
+    return bool(x.size and x.min() >= 0 and x.max() < limit)
+
+
 class Memo:
     """Masks drawn in one pass, a bit an element, for the next pass over the same blocks; as many as `budget` bytes hold."""
 
@@ -201,8 +205,8 @@ class Rng:
         p = p if isinstance(p, float | int) else host(p).reshape(-1)
         d = digits_numpy(key, start, stop, 0)
         rest = p * 65536.0
-        # Integers: a float would widen every digit to float64 before it is compared.
-        limit: Any = int(rest) if np.ndim(rest) == 0 else rest.astype(np.int32)
+        # Integers, and 16-bit ones where they fit: a float would widen every digit to float64 before it is compared.
+        limit: Any = int(rest) if np.ndim(rest) == 0 else rest.astype(np.uint16 if _below(rest, 65536) else np.int32)
         mask = d < limit
         tied = np.flatnonzero(d == limit)
         at_ties = (lambda x: x) if np.ndim(p) == 0 else (lambda x: x[tied].astype(np.float64))

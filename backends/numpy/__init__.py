@@ -11,7 +11,7 @@ from refmerge.checkpoint.dtypes import decode, encode
 class NumpyBackend:
     name = "numpy"
     xp = xp
-    block_bytes = 1 << 18  # what is read, decoded and computed of four models stays in or near a core's own cache
+    block_bytes = 1 << 19  # what is read, decoded and computed of four models stays in or near a core's own cache
 
     def __init__(self) -> None:
         from refmerge.backends.numpy.kernels import KERNELS

@@ -38,6 +38,7 @@ from refmerge.errors import ResourceError, UsageError
 __all__ = ["CheckpointWriter", "parse_size", "same_or_inside", "save"]
 
 _COPY_CHUNK = 1 << 22
+_WRITEBACK = 1 << 23  # bytes of a file that are sent to the disk together
 
 
 class CheckpointWriter:
@@ -291,7 +292,12 @@ class _Shard:
             if self._file is None:
                 self._file = open_for_writing(self.path)
             file = self._file
-        file.write_at(data, tensor.offset + start * size)
+        at = tensor.offset + start * size
+        file.write_at(data, at)
+        # Bytes mostly come in order: with the end of a piece, all of it is there.
+        begun, reached = at // _WRITEBACK * _WRITEBACK, (at + len(data)) // _WRITEBACK * _WRITEBACK
+        if reached > begun:
+            file.begin_writing(begun, reached - begun)
 
     def record(self, name: str, nbytes: int, put: Callable[[], None]) -> None:
         """Count bytes of a tensor that `put` writes, or that have been put already."""

@@ -30,8 +30,7 @@ def bernoulli(delta, density, rng):
 
 def rescaled(sparse, delta, density, group):
     """Multiply each sparse task vector so that the sum of magnitudes is what it was before: one factor for a tensor."""
-    xp = array_namespace(*delta)
-    sums = group.sum(*map(xp.abs, delta), *map(xp.abs, sparse))
+    sums = group.sum(*delta, *sparse, of=array_namespace(*delta).abs)
     before, after = sums[: len(delta)], sums[len(delta) :]
     guard = [rho >= 1 or s0 < 1e-7 or s1 < 1e-7 for rho, s0, s1 in zip(density, before, after)]
     ratio = [1.0 if g else at_precision(s0, r) / at_precision(s1, r) for r, g, s0, s1 in zip(sparse, guard, before, after)]
@@ -58,5 +57,5 @@ def weighted_sum(delta, weight, normalize):
     if not normalize:
         return mixed
     xp = array_namespace(mixed)
-    divisor = stacked_sum(w * xp.ones_like(mixed) for w in weight)
+    divisor = stacked_sum(w * xp.ones_like(mixed[:1, ...]) for w in weight)
     return mixed / xp.where(xp.abs(divisor) < 1e-8, xp.ones_like(divisor), divisor)

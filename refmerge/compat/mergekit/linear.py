@@ -10,5 +10,5 @@ def linear(models, *, weight: PerModel[float], normalize: bool = True):
     # 2. normalise
     if not normalize:
         return mixed
-    ones = array_namespace(mixed).ones_like(mixed)
-    return mixed / total(w * ones for w in weight)
+    one = array_namespace(mixed).ones_like(mixed[:1])
+    return mixed / total(w * one for w in weight)

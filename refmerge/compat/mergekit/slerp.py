@@ -9,7 +9,7 @@ def slerp(models, base, group, *, t: float):
     """From the base (t = 0) to the other model (t = 1); a straight line where the cosine exceeds 0.9995 either way."""
     v_0, (v_1,) = base, models
     # 1. cosine of the whole tensor; a norm up to 1e-8 does not divide
-    aa, bb, ab = group.sum(v_0 * v_0, v_1 * v_1, v_0 * v_1)
+    aa, bb, ab = group.dot((v_0, v_0), (v_1, v_1), (v_0, v_1))
     norm_0, norm_1 = math.sqrt(aa), math.sqrt(bb)
     c = clamp(ab / ((norm_0 if norm_0 > 1e-8 else 1.0) * (norm_1 if norm_1 > 1e-8 else 1.0)), -1.0, 1.0)
     # 2. nearly parallel, or nearly opposite

@@ -13,7 +13,7 @@ def slerp(models, group, *, t: float = 0.5, eps: float = 1e-3):
     """
     a, b = models
     # 1. angle
-    aa, bb, ab = group.sum(a * a, b * b, a * b)
+    aa, bb, ab = group.dot((a, a), (b, b), (a, b))
     norms = math.sqrt(aa) * math.sqrt(bb)
     omega = math.acos(clamp(ab / norms, -1.0, 1.0)) if norms != 0 else 0.0
     # 2. no arc to follow

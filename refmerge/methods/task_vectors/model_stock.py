@@ -33,11 +33,11 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
 
 def inner_products(tau, pairs, group, filter_wise):
     """(<tau_n, tau_n>, <tau_i, tau_j>): over the tensor as host numbers, or for each row as host arrays."""
-    products = [x * x for x in tau] + [tau[i] * tau[j] for i, j in pairs]
+    products = [(x, x) for x in tau] + [(tau[i], tau[j]) for i, j in pairs]
     if filter_wise:
-        found = [host(tree_sum(x, axis=-1)) for x in products]
+        found = [host(tree_sum(x * y, axis=-1)) for x, y in products]
     else:
-        found = [np.float64(x) for x in group.sum(*products)]
+        found = [np.float64(x) for x in group.dot(*products)]
     return found[: len(tau)], found[len(tau) :]
 
 
