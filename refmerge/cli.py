@@ -144,17 +144,22 @@ def merge(
 @click.argument("recipe", type=click.Path())
 @_options(*_RUN)
 @click.option("--tensor", metavar="GLOB", help="list the tensors whose names match, with their parameters")
+@click.option("--time/--no-time", "time_it", default=True, help="say how long it takes here, after small merges of made-up weights")
 @_options("json")
-def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
+def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: Any) -> None:
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
     from fnmatch import fnmatchcase
 
+    from refmerge.cost import estimate
     from refmerge.recipe import describe
     from refmerge.recipe.parameters import recipe_key
     from refmerge.recipe.run import prepare_recipe
 
     resolved, p = prepare_recipe(recipe, **options)
     figures = p.figures(estimate=True)
+    expected = estimate(p) if time_it else None
+    if expected is not None:
+        figures |= {"seconds": expected.seconds, "needs_bytes_per_second": expected.needs_per_second}
     listed: list[dict[str, Any]] = [
         {
             "name": t.name,
@@ -182,7 +187,10 @@ def plan(recipe: str, tensor: str | None, json: bool, **options: Any) -> None:
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
     )
     click.echo(f"writes      {size(figures['bytes_written'])}")
-    click.echo(f"memory      about {size(figures['peak_memory'])} beside the files, {figures['threads']} threads")
+    click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads")
+    if expected is not None:
+        disk = size(round(expected.needs_per_second))
+        click.echo(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
     for note in resolved.notes:
         click.echo(f"note        {note}")
     for t in listed:

@@ -340,7 +340,7 @@ def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, p
     work = replace(work, tensors=_run_whole(work, sinks))
     moved -= sum(work.bytes_of(t, t.size) for t in work.tensors)
     size = sum(t.size for t in work.tensors)
-    if size > 1 << 24:
+    if size > 1 << 20:
         _keep_freed_pages()
     scheduler = Scheduler(work, sinks, elements, Ran(1 if moved else 0, moved))
     if threads == 1 or size < 1 << 18:

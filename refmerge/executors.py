@@ -99,10 +99,11 @@ def processes(scheduler: Scheduler, count: int) -> None:
                 theirs.close()
                 workers[ours] = (i, process)
         while not scheduler.done:
-            for pipe, (i, _) in workers.items():
-                while len(in_hand[i]) < AHEAD and (task := scheduler.take(i)) is not None:
-                    in_hand[i].append(task)
-                    pipe.send(task)
+            for tasks in range(AHEAD):  # nobody gets a second one before all have one
+                for pipe, (i, _) in workers.items():
+                    if len(in_hand[i]) == tasks and (task := scheduler.take(i)) is not None:
+                        in_hand[i].append(task)
+                        pipe.send(task)
             for pipe in cast("list[Connection]", wait(list(workers))):
                 i, process = workers[pipe]
                 scheduler.give(in_hand[i].pop(0), _received(pipe, process))

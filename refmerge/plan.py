@@ -27,6 +27,7 @@ ARRAYS_BLOCK_BYTES = 1 << 19  # of arrays in memory, where no backend says more
 # Threads of one interpreter wait for each other more than they compute in smaller ones; and whole rows end where they do,
 # so that each border of blocks cuts a stretch of a sum.
 LARGER_BLOCK_BYTES = 1 << 20
+INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 _CONFIG_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -148,7 +149,8 @@ class Plan:
 
     def figures(self, estimate: bool = False) -> dict[str, Any]:
         """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
-        arrays. Bytes are those of the tensors; peak_memory is that of the blocks, the interpreter not counted."""
+        arrays. Bytes are those of the tensors; peak_memory is that of the blocks and of the interpreters, of which
+        each process has one."""
         tensors, work = self.work.tensors, self.work
         elements = self._block_elements(self._on_files and can_fork())
         ran = self.ran
@@ -167,7 +169,8 @@ class Plan:
             "passes": ran.passes,
             "bytes_read": ran.bytes_read + copied,
             "bytes_written": sum(_nbytes(s) for o in work.method.outputs or ("",) for s in self._specs_of(o).values()),
-            "peak_memory": _peak_memory(work, elements, self.threads),
+            "peak_memory": _peak_memory(work, elements, self.threads)
+            + INTERPRETER * (1 + self.threads * (self.threads > 1 and self._on_files and can_fork())),
             "threads": self.threads,
             "backend": "arrays" if self.backend is None else self.backend.name,
         }
@@ -196,7 +199,7 @@ def _peak_memory(work: Work, elements: int, threads: int) -> int:
     arrays = len(work.models) + work.method.needs_base
     peak = 0
     for t in work.tensors:
-        view = work.method.view_for(t.params, len(t.shape))
+        view = work.view(t)
         whole = {"tensor": t.size, "model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
         count = max(whole, min(t.size, elements * 3 // 2))
         peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4))

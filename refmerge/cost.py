@@ -1,0 +1,128 @@
+"""How long a merge will take on this machine, before a weight of it is read.
+
+A merge reads, computes and writes each entry the same way, so its time grows linearly with the number of entries. `estimate`
+merges small files of the same dtypes and row length by the same method, parameters, backend and number of processes, takes
+the time of one more entry, and multiplies. The files are in the system's cache by then: what a disk adds is for
+`needs_per_second` to say.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmerge.api import prepare
+from refmerge.checkpoint import CheckpointWriter, itemsize
+from refmerge.checkpoint.dtypes import FLOATS, encode
+from refmerge.plan import Plan
+from refmerge.sources import DiskSource, Source
+from refmerge.work import Tensor
+
+__all__ = ["Estimate", "estimate"]
+
+START = 0.35  # seconds in which the interpreter starts, imports, and reads a recipe and headers
+FEW, MANY = 1, 3  # tensors for each worker in a small and a larger trial
+LARGEST, SMALLEST, TOGETHER = 1 << 21, 1 << 18, 1 << 23  # entries of one of them, and of a small trial
+BRIEF = 0.15  # seconds of a larger trial that is too small for the processor's caches not to matter
+REPEATS = 3  # others on the machine only ever make a trial slower
+PATIENCE = 2.0  # seconds after which no trial is repeated
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds: of the whole command, with the inputs in memory already. per_entry: nanoseconds of an entry.
+    needs_per_second: bytes a second that the disk has to deliver for it to be no slower than that."""
+
+    seconds: float
+    per_entry: float
+    needs_per_second: float
+
+
+def estimate(plan: Plan) -> Estimate | None:
+    """The time that the plan's merge from files to files takes here; None for other merges, and for what cannot be tried."""
+    work = plan.work
+    sources = work.read
+    if not work.tensors or work.stats or not all(isinstance(s, DiskSource) for s in sources):
+        return None
+    with tempfile.TemporaryDirectory(prefix="refmerge-estimate-") as folder:
+        trial = _Trial(plan, _typical(work.tensors), sources, Path(folder))
+        many = MANY if trial.seconds(MANY * plan.threads) > BRIEF else 4 * MANY
+        best, began = {FEW: math.inf, many: math.inf}, time.perf_counter()
+        for repeat in range(REPEATS):
+            for tensors in best:
+                if not repeat or time.perf_counter() - began < PATIENCE:
+                    best[tensors] = min(best[tensors], trial.seconds(tensors * plan.threads))
+        # The difference of two sizes leaves out what does not grow: the start of processes, say.
+        slope = (best[many] - best[FEW]) / ((many - FEW) * plan.threads * trial.size)
+    entries = sum(t.size for t in work.tensors)
+    seconds = START + max(slope, 0.0) * entries
+    first = sum(work.bytes_of(t, t.size) for t in work.tensors)
+    return Estimate(seconds, slope * 1e9, first / seconds)
+
+
+def _typical(tensors: Any) -> Tensor:
+    """A tensor of the shape's last axes, and the parameters, in which most of the entries are."""
+    sizes: Counter[tuple[Any, ...]] = Counter()
+    first: dict[tuple[Any, ...], Tensor] = {}
+    for t in tensors:
+        kind = (t.rows[1], t.work, t.out, str(sorted(t.params.items(), key=lambda p: p[0])))
+        sizes[kind] += t.size
+        first.setdefault(kind, t)
+    return first[sizes.most_common(1)[0][0]]
+
+
+class _Trial:
+    """Small files like the plan's, and their merge."""
+
+    def __init__(self, plan: Plan, tensor: Tensor, sources: list[Source], folder: Path) -> None:
+        self._plan, self._tensor, self._sources, self._folder = plan, tensor, sources, folder
+        draw = np.random.default_rng(0)
+        self._base = draw.standard_normal(1 << 18).astype(np.float32) * np.float32(0.02)
+        self._tuned = [
+            self._base + draw.standard_normal(1 << 18).astype(np.float32) * np.float32(0.002) for _ in sources
+        ]
+
+        width = max(tensor.rows[1], 1)
+        rows = max(1, max(SMALLEST, min(LARGEST, tensor.size, TOGETHER // plan.threads)) // width)
+        self._shape, self.size = (rows, width), rows * width
+
+    def _files(self, tensors: int) -> list[Path]:
+        paths = []
+        for k, (source, x) in enumerate(zip(self._sources, self._tuned)):
+            stored = source.dtype(self._tensor.name)
+            dtype = stored if stored in FLOATS else "F32"
+            path = self._folder / f"{k}-{tensors}.safetensors"
+            paths.append(path)
+            if path.exists():
+                continue
+            raw = np.empty(x.size * itemsize(dtype), np.uint8)
+            encode(x if dtype != "F64" else x.astype(np.float64), dtype, raw)
+            with CheckpointWriter(path, {f"x{i}": (dtype, self._shape) for i in range(tensors)}) as writer:
+                for i in range(tensors):
+                    for start in range(0, self.size, x.size):
+                        stop = min(start + x.size, self.size)
+                        writer.write(f"x{i}", start, raw[: (stop - start) * itemsize(dtype)])
+        return paths
+
+    def seconds(self, tensors: int) -> float:
+        """The time to merge so many tensors."""
+        work, paths = self._plan.work, self._files(tensors)
+        models = paths[: len(work.models)]
+        plan = prepare(
+            models, work.method, base=paths[-1] if len(paths) > len(models) else None, seed=work.seed, over=work.over,
+            dtype=self._tensor.work if self._tensor.work in ("float32", "float64") else None, backend=self._plan.backend.name,
+            out_dtype=self._tensor.out, threads=self._plan.threads, max_memory=self._plan.max_memory,
+            nonfinite=work.nonfinite, params=self._tensor.params,
+        )  # fmt: skip
+        start = time.perf_counter()
+        plan.run(self._folder / "merged.safetensors", overwrite=True)
+        return time.perf_counter() - start
+
+
