@@ -144,7 +144,7 @@ def merge(
 @click.argument("recipe", type=click.Path())
 @_options(*_RUN)
 @click.option("--tensor", metavar="GLOB", help="list the tensors whose names match, with their parameters")
-@click.option("--time/--no-time", "time_it", default=True, help="say how long it takes here, after small merges of made-up weights")
+@click.option("--time/--no-time", "time_it", default=True, help="try small merges, to say how long this one takes here")
 @_options("json")
 def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: Any) -> None:
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
