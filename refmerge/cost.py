@@ -118,7 +118,8 @@ class _Trial:
         plan = prepare(
             models, work.method, base=paths[-1] if len(paths) > len(models) else None, seed=work.seed, over=work.over,
             dtype=self._tensor.work if self._tensor.work in ("float32", "float64") else None,
-            backend=self._plan.backend.name, out_dtype=self._tensor.out, threads=self._plan.threads, max_memory=self._plan.max_memory,
+            backend=self._plan.backend.name, out_dtype=self._tensor.out, threads=self._plan.threads,
+            max_memory=self._plan.max_memory,
             nonfinite=work.nonfinite, params=self._tensor.params,
         )  # fmt: skip
         start = time.perf_counter()

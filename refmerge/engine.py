@@ -34,6 +34,7 @@ __all__ = ["Ran", "Scheduler", "block_elements", "blocks_of", "run"]
 MASKS = 32 << 20  # bytes of drawn masks that one thread or process keeps of a group from pass to pass
 WORTH_A_SAMPLE = 1 << 17  # elements of a group; what a selection holds of a smaller one costs less than a sample
 SAMPLES = (1 << 15, 1 << 20)  # elements that give a bracket of a few per cent, and of less than one
+HUGE = 1 << 28  # elements of a group of which even that is too much to hold: it is given four times the sample
 RUN = 1 << 20  # elements of one task: enough that handing it out costs nothing, few enough that all finish together
 
 
@@ -203,7 +204,9 @@ class _Group:
 
     def _sample_places(self) -> list[Place]:
         """A short stretch in the middle of each block: a thirty-second of the group in all, within bounds."""
-        count = min(max(self.log.size // 32, SAMPLES[0]), SAMPLES[1], self.log.size // 4)
+        least, most = SAMPLES
+        most = most if self.log.size < HUGE else 4 * most
+        count = min(max(self.log.size // 32, least), most, self.log.size // 4)
         width = max(64, count // len(self.places))
         samples = []
         for p in self.places:

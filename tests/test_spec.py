@@ -19,6 +19,7 @@ import pytest
 
 import refmerge
 from refmerge import pages, registry, testing
+from refmerge.api import prepare
 from refmerge.explain import explain, outline, render
 from refmerge.laws import LAWS
 from refmerge.method import Method
@@ -105,6 +106,22 @@ def test_front_matter(both):
     assert (front["models"][0], None if front["models"][1] == "any" else front["models"][1]) == method.models
     assert isinstance(front["ulps"], int | float)
     assert all(isinstance(front[k], str) and front[k] for k in ("source", "passes"))
+
+
+def test_each_input_byte_is_read_as_often_as_the_page_says(both):
+    """In one block and in many. (Samples come on top, of groups of more than 131072 entries.)"""
+    page, method = both
+    said = [int(n) for n in re.findall(r"\b\d\b", page.front["passes"])]
+    least, most = method.models
+    count = max(least, min(2, most or 2))
+    draw = np.random.default_rng(0)
+    arrays = [{"x": draw.standard_normal((64, 64)).astype(np.float32)} for _ in range(count + 1)]
+    read = 4 * 64 * 64 * (count + method.needs_base)
+    for elements, passes in ((1 << 22, said[0]), (512, said[-1])):
+        plan = prepare(arrays[1:], method, base=arrays[0] if method.needs_base else None, threads=1)
+        plan.elements = elements
+        plan.run()
+        assert (plan.ran.passes, plan.ran.bytes_read, plan.ran.bytes_sampled) == (passes, passes * read, 0)
 
 
 def test_view(both):
