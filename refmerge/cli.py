@@ -425,9 +425,17 @@ class _Progress:
         if self._bar is None:
             return
         figures, bar = self._plan.figures(estimate=True), self._bar
-        self._task = bar.add_task(str(figures["method"]), total=figures["bytes_read"])
-        self._plan.work.progress = lambda nbytes: bar.advance(self._task, nbytes)
+        self._task: Any = bar.add_task(str(figures["method"]), total=figures["bytes_read"])
+        self._shown = time.monotonic()
+        self._plan.work.progress = self._advance
         bar.start()
+
+    def _advance(self, nbytes: int) -> None:
+        assert self._bar is not None
+        self._bar.advance(self._task, nbytes)
+        if time.monotonic() - self._shown > 0.1:
+            self._shown = time.monotonic()
+            self._bar.refresh()
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if self._bar is None:
@@ -438,10 +446,11 @@ class _Progress:
 
 
 def _bar() -> Any:
+    """A bar that does not refresh itself: the thread in which it would keep the merge from forking workers."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True), auto_refresh=False,
     )  # fmt: skip

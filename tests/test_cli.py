@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -297,6 +298,18 @@ def test_signals_leave_nothing_behind(tmp_path: Path, number: int, status: int) 
     assert process.stderr.read().split() in (["refmerge:", "interrupted"], ["refmerge:", "terminated"])
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == ["0.safetensors", "1.safetensors", "2.safetensors", "recipe.yml"]
+
+
+def test_the_progress_bar_has_no_thread() -> None:
+    """Beside another thread the merge would not fork, and threads are slower."""
+    from refmerge.cli import _bar
+
+    before, bar = threading.active_count(), _bar()
+    bar.start()
+    try:
+        assert threading.active_count() == before
+    finally:
+        bar.stop()
 
 
 def test_the_wheel_is_complete(tmp_path: Path) -> None:
