@@ -24,8 +24,8 @@ import numpy as np
 from array_api_compat import is_numpy_array
 
 from refmerge.errors import UsageError
-from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, leaf_sums
-from refmerge.selection import Selection, count_equal, first_want, flat, keys_of, kth_largest, top_mask
+from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, keys_of, leaf_sums
+from refmerge.selection import Selection, count_equal, first_want, flat, kth_largest, top_mask
 
 __all__ = ["Group", "Log", "Pause", "Place", "State"]
 

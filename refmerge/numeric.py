@@ -20,7 +20,8 @@ from refmerge.native import Rounded
 
 __all__ = [
     "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator",
-    "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
+    "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
+    "value_of",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -271,7 +272,7 @@ def _ascending(rows: np.ndarray) -> np.ndarray:
     if rows.dtype != np.float32 or rows.size >= 1 << 32:
         return (np.argsort(_order_key(rows) if rows.dtype.kind == "f" else rows, axis=1, kind="stable") + starts).reshape(-1)
     if n <= PACKED:
-        packed = _integer_key(rows).astype(np.uint64)
+        packed = keys_of(rows).astype(np.uint64)
         packed <<= np.uint64(32)
         packed |= np.arange(rows.size, dtype=np.uint64).reshape(rows.shape)
         packed.sort(axis=1)
@@ -281,7 +282,7 @@ def _ascending(rows: np.ndarray) -> np.ndarray:
     if order is not None:
         return order
     # NumPy sorts 16-bit integers digit by digit: by the lower halves, then, stably, by the upper ones.
-    key = _integer_key(rows)
+    key = keys_of(rows)
     order = np.argsort(key.astype(np.uint16), axis=1, kind="stable")
     order += starts
     key >>= np.uint32(16)
@@ -318,12 +319,30 @@ def _nearly_ascending(rows: np.ndarray, starts: np.ndarray) -> np.ndarray | None
     return None
 
 
-def _integer_key(x: np.ndarray) -> np.ndarray:
-    """uint32 in the order of the float32 numbers: equal for both zeros, and the largest for every NaN."""
-    bits = _order_key(x).view(np.uint32)
-    bits ^= (bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31)  # negative: all bits turned, else the sign
-    bits -= np.uint32(0x007FFFFF)  # -inf is 0, inf 0xff000001, and NaN of both signs above
-    return np.minimum(bits, np.uint32(0xFF000002), out=bits)
+def keys_of(x: np.ndarray) -> np.ndarray:
+    """Unsigned integers in the order of floats of 32 or 64 bits: -0.0 and 0.0 alike, and every NaN alike, above infinity."""
+    bits = _order_key(x).view(f"u{x.itemsize}")
+    first, nan = _key_range(8 * x.itemsize)
+    sign = bits.view(f"i{x.itemsize}") >> (8 * x.itemsize - 1)  # all ones where negative
+    bits ^= sign.view(bits.dtype) | bits.dtype.type(1 << (8 * x.itemsize - 1))  # then all bits are turned, else the sign
+    bits -= bits.dtype.type(first)  # now -inf is 0, and NaN of both signs is above inf
+    return np.minimum(bits, bits.dtype.type(nan), out=bits)
+
+
+def value_of(key: int, width: int) -> float:
+    """The float of a key of so many bits."""
+    first, nan = _key_range(width)
+    if key == nan:
+        return math.nan
+    bits, top = key + first, 1 << (width - 1)
+    bits = bits - top if bits >= top else ~bits & (2 * top - 1)
+    return float(np.array(bits, dtype=f"u{width // 8}").view(f"f{width // 8}")[()])
+
+
+def _key_range(width: int) -> tuple[int, int]:
+    """(what is taken from the turned bits so that -inf becomes 0, the key of NaN, one above that of inf)."""
+    mantissa = (1 << {32: 23, 64: 52}[width]) - 1
+    return mantissa, (1 << width) - 2 * (mantissa + 1) + 2
 
 
 def top_along(x: Any, k: int, axis: int = -1) -> Any:

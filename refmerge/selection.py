@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refmerge.numeric import array_namespace, host, indicator, like
+from refmerge.numeric import array_namespace, host, indicator, keys_of, like, value_of
 
 if TYPE_CHECKING:
     from refmerge.group import Place
@@ -24,28 +24,6 @@ SORTED = 1 << 12  # so few keys are sorted; of more, a histogram first tells whi
 
 def flat(x: Any) -> Any:
     return array_namespace(x).reshape(x, (-1,))
-
-
-def keys_of(x: np.ndarray) -> np.ndarray:
-    """Unsigned integers in the order of the floats: -0.0 and 0.0 alike, every NaN above infinity."""
-    x = x + 0.0
-    bits: Any = x.view(np.uint32 if x.dtype == np.float32 else np.uint64)
-    top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
-    negative = bits >= top
-    if negative.any():
-        bits = np.where(negative & ~np.isnan(x), ~bits, bits | top)
-    else:
-        bits = bits | top
-    infinity = np.array(np.inf, dtype=x.dtype).view(bits.dtype) | top
-    bits[bits > infinity] = ~bits.dtype.type(0)  # all NaN alike, whatever their payload
-    return bits
-
-
-def value_of(key: int, width: int) -> float:
-    """The float of a key of so many bits."""
-    top = 1 << (width - 1)
-    bits = key - top if key >= top else ~key & (2 * top - 1)
-    return float(np.array(bits, dtype=f"u{width // 8}").view(f"f{width // 8}")[()])
 
 
 def kth_largest_key(keys: np.ndarray, k: int) -> int:

@@ -42,7 +42,7 @@ def test_a_trial_merges_what_the_plan_would(name, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
 
     def watched(models, method, **options):
-        tried.append((plan := prepare(models, method, **options)))
+        tried.append(plan := prepare(models, method, **options))
         return plan
 
     monkeypatch.setattr(cost, "prepare", watched)
