@@ -35,6 +35,7 @@ def dtype_name(x: Any, name: str) -> str:
 
 def all_finite(x: Any) -> bool:
     """Whether no element of an array of any library is infinite or NaN."""
+    x = x.values if isinstance(x, Rounded) else x
     if isinstance(x, np.ndarray) and x.flags.c_contiguous:
         return finite_bytes(x.reshape(-1).view(np.uint8), dtype_name(x, ""))
     xp = array_namespace(x)
@@ -151,13 +152,15 @@ class ArraySource:
         self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
     ) -> Any:
         flat = self.flat(name)[start:stop]
-        if finite and not all_finite(flat):
-            raise NotFinite
         if is_numpy_array(flat):
             flat.flags.writeable = False  # a method that computes in place fails before it changes its caller's array
-            return _numpy_block(flat, work)
-        xp = array_namespace(flat)
-        return xp.astype(flat, getattr(xp, work), copy=False)
+            block = _numpy_block(flat, work)
+        else:
+            xp = array_namespace(flat)
+            block = xp.astype(flat, getattr(xp, work), copy=False)
+        if finite and not all_finite(block):
+            raise NotFinite
+        return block
 
     def ahead(self, name: str, start: int, stop: int) -> None:
         pass

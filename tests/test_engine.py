@@ -1018,6 +1018,17 @@ def test_dtypes_that_cannot_be_merged(dtype):
         merge([{"w": np.ones(2, dtype)}], "linear")
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_value_that_is_too_large_for_the_work_dtype(on_disk, tmp_path):
+    """Finite as it is stored, and infinite as it would be computed with."""
+    model = {"w": np.array([1.0, -1e300])}
+    if on_disk:
+        save(model, tmp_path / "m.safetensors")
+        model = tmp_path / "m.safetensors"
+    with pytest.raises(InputError, match=r"'w' has 1 non-finite value, the first -inf at \(1,\)"):
+        merge([model, model], "linear", dtype="float32")
+
+
 def test_what_refuses_a_few_elements():
     x = {"one": np.ones(1)}
     with pytest.raises(UsageError, match="nothing would be dropped"):
