@@ -14,7 +14,7 @@ import numpy as np
 from array_api_compat import is_numpy_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, same_or_inside
-from refmerge.engine import Ran, block_elements, run
+from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import UsageError
 from refmerge.executors import can_fork
 from refmerge.method import Method, Over
@@ -195,7 +195,8 @@ def _passes(method: Method, tensor: Tensor, models: int, over: Over) -> int:
 
 
 def _peak_memory(work: Work, elements: int, threads: int) -> int:
-    """Estimate of the blocks' memory: inputs as they are read and as they are computed with, and temporaries."""
+    """Estimate of the blocks' memory: inputs as they are read and as they are computed with, and temporaries, and masks that are
+    kept."""
     arrays = len(work.models) + work.method.needs_base
     peak = 0
     for t in work.tensors:
@@ -203,4 +204,7 @@ def _peak_memory(work: Work, elements: int, threads: int) -> int:
         whole = {"tensor": t.size, "model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
         count = max(whole, min(t.size, elements * 3 // 2))
         peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4))
-    return peak * (1 if not work.tensors or peak == 0 else min(threads, 8))
+    masks = 0
+    if {"group", "rng"} <= set(work.method.asks):  # a bit for each element that is drawn, from one pass to the next
+        masks = min(MASKS, max((t.size for t in work.tensors), default=0) * len(work.models) // 8)
+    return (peak + masks) * (1 if not work.tensors or peak == 0 else min(threads, 8))
