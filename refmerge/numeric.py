@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import array_api_compat
 import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name)
 import numpy as np
-from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array
+from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
 
 from refmerge.native import Rounded
 
@@ -28,6 +29,14 @@ LEAF = 1024  # elements of one leaf of a sum
 LANES = 64  # leaves side by side in one stretch of a tensor: adding halves of a stretch is adding long rows
 STRETCH = LEAF * LANES
 NARROW = 128  # rows of a stretch from which on a tree is summed in float64
+
+
+def array_namespace(*xs: Any) -> Any:
+    """The array API namespace of arrays: NumPy itself for its own, which is one since 2.1, where array-api-compat's wrapper
+    takes a tenth of a second to import; array-api-compat's for all others. TypeError for a mixture."""
+    if all(type(x) is np.ndarray for x in xs):
+        return np
+    return array_api_compat.array_namespace(*xs)
 
 
 def total(xs: Iterable[Any]) -> Any:

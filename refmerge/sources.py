@@ -8,14 +8,14 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
-from array_api_compat import array_namespace, is_numpy_array, is_torch_array
+from array_api_compat import is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, itemsize
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
 from refmerge.checkpoint.dtypes import finite as finite_bytes
 from refmerge.errors import InputError
 from refmerge.native import Rounded
-from refmerge.numeric import host
+from refmerge.numeric import array_namespace, host
 
 _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array_api_compat.numpy as xp
 import numpy as np
 
 from refmerge.checkpoint.dtypes import decode, encode
@@ -10,7 +9,7 @@ from refmerge.checkpoint.dtypes import decode, encode
 
 class NumpyBackend:
     name = "numpy"
-    xp = xp
+    xp = np
     block_bytes = 1 << 19  # what is read, decoded and computed of four models stays in or near a core's own cache
 
     def __init__(self) -> None:
