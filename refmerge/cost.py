@@ -12,6 +12,7 @@ import math
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, itemsize
 from refmerge.checkpoint.dtypes import FLOATS, encode
+from refmerge.errors import ResourceError
 from refmerge.plan import Plan
 from refmerge.sources import DiskSource, Source
 from refmerge.work import Tensor
@@ -51,7 +53,8 @@ def estimate(plan: Plan) -> Estimate | None:
     sources = work.read
     if not work.tensors or work.stats or not all(isinstance(s, DiskSource) for s in sources):
         return None
-    with tempfile.TemporaryDirectory(prefix="refmerge-estimate-") as folder:
+    # A temporary folder without room for the trials says nothing about the merge.
+    with suppress(ResourceError), tempfile.TemporaryDirectory(prefix="refmerge-estimate-") as folder:
         trial = _Trial(plan, _typical(work.tensors), sources, Path(folder))
         many = MANY if trial.seconds(MANY * plan.threads) > BRIEF else 4 * MANY
         best, began = {FEW: math.inf, many: math.inf}, time.perf_counter()
@@ -60,15 +63,15 @@ def estimate(plan: Plan) -> Estimate | None:
                 if not repeat or time.perf_counter() - began < PATIENCE:
                     best[tensors] = min(best[tensors], trial.seconds(tensors * plan.threads))
         # The difference of two sizes leaves out what does not grow: the start of processes, say.
-        slope = (best[many] - best[FEW]) / ((many - FEW) * plan.threads * trial.size)
-    entries = sum(t.size for t in work.tensors)
-    seconds = START + max(slope, 0.0) * entries
-    first = sum(work.bytes_of(t, t.size) for t in work.tensors)
-    return Estimate(seconds, slope * 1e9, first / seconds)
+        slope = max((best[many] - best[FEW]) / ((many - FEW) * plan.threads * trial.size), 0.0)
+        seconds = START + slope * sum(t.size for t in work.tensors)
+        first = sum(work.bytes_of(t, t.size) for t in work.tensors)
+        return Estimate(seconds, slope * 1e9, first / seconds)
+    return None
 
 
 def _typical(tensors: Any) -> Tensor:
-    """A tensor of the shape's last axes, and the parameters, in which most of the entries are."""
+    """A tensor of the row length, the dtypes and the parameters that most of the entries have."""
     sizes: Counter[tuple[Any, ...]] = Counter()
     first: dict[tuple[Any, ...], Tensor] = {}
     for t in tensors:

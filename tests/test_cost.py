@@ -9,6 +9,7 @@ import pytest
 from refmerge import cost
 from refmerge.api import prepare
 from refmerge.checkpoint import save
+from refmerge.errors import ResourceError
 
 SHAPES = {"embed": (300, 96), "norm": (96,), "down": (96, 40)}
 
@@ -57,6 +58,14 @@ def test_a_trial_merges_what_the_plan_would(name, dtype, tmp_path, monkeypatch):
         assert {(t.out, t.rows[1]) for t in trial.work.tensors} == {(plan.work.tensors[0].out, 96)}  # most are rows of 96
         assert trial.work.bytes_of(trial.work.tensors[0], 1) == plan.work.bytes_of(plan.work.tensors[0], 1)
     assert not list(elsewhere.iterdir())
+
+
+def test_no_estimate_where_there_is_no_room_to_try(tmp_path, monkeypatch):
+    def full(*_):
+        raise ResourceError("no room")
+
+    monkeypatch.setattr(cost._Trial, "seconds", full)
+    assert cost.estimate(plan_of(tmp_path)) is None
 
 
 def test_no_estimate_of_what_is_not_read_from_files():
