@@ -1,6 +1,8 @@
 """The page of a method, spec/<family>/<name>.md: its machine-checked facts, its sections, its worked example, its picture.
 
-A page is TOML between two lines of `+++`, then prose under fixed headings. From the shell:
+A page is TOML between two lines of `+++`, then prose under fixed headings. `kind` says what it is about: a "method" unless
+it says otherwise, a "procedure" (see refmerge.procedure), or a "recipe": a merge that is made of other methods and has
+recipes in spec/recipes instead of code. From the shell:
 
     python -m refmerge.pages draw [NAME ...]     (re)draw the pictures of these pages, or of all
     python -m refmerge.pages flags NAME          the [flags] tables of a page, as the method's vectors have them
@@ -25,7 +27,7 @@ from refmerge.errors import UsageError
 from refmerge.method import Method
 from refmerge.registry import get
 
-__all__ = ["SECTIONS", "Example", "Page", "draw", "example_for", "names", "page"]
+__all__ = ["SECTIONS", "SECTIONS_OF", "Example", "Page", "draw", "example_for", "names", "page"]
 
 SECTIONS = (
     "Purpose",
@@ -40,6 +42,12 @@ SECTIONS = (
     "Exercises",
     "Read before",
 )
+# Procedures have no picture, and recipes no code whose steps or laws could be stated.
+SECTIONS_OF = {
+    "method": SECTIONS,
+    "procedure": tuple(s for s in SECTIONS if s != "Picture"),
+    "recipe": tuple(s for s in SECTIONS if s not in ("Laws", "Cost", "Picture", "Exercises")),
+}
 OPTIONS = ("seed", "over", "stats", "name", "dtype")  # of refmerge.call, beside the method's own parameters
 STEP = re.compile(r"^(\d+)\. \*\*(.+?)\*\*", re.MULTILINE)
 
@@ -57,13 +65,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Page:
-    """A method's page. front: the facts. sections: heading -> text. text: all of it."""
+    """A page. front: the facts. sections: heading -> text. text: all of it. kind: of what."""
 
     name: str
     family: str
     text: str
     front: dict[str, Any]
     sections: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        return self.front.get("kind", "method")
 
     @property
     def steps(self) -> list[tuple[int, str]]:
@@ -94,15 +106,16 @@ def _found() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def names() -> list[str]:
-    """The methods that have a page."""
-    return list(_found())
+def names(kind: str = "method") -> list[str]:
+    """What has a page of that kind, sorted."""
+    return [name for name in _found() if page(name).kind == kind]
 
 
+@cache
 def page(name: str) -> Page:
     """The page of a method. UsageError where there is none or its front matter cannot be read."""
     if name not in _found():
-        raise UsageError(f"no page for {name!r}; there are pages for {', '.join(names())}")
+        raise UsageError(f"no page for {name!r}; there are pages for {', '.join(_found())}")
     family = _found()[name]
     text = (_folder() / family / f"{name}.md").read_text(encoding="utf-8")
     parts = re.split(r"^\+\+\+\n", text, maxsplit=2, flags=re.MULTILINE)
@@ -119,7 +132,7 @@ def page(name: str) -> Page:
 def example_for(method: Method) -> Example:
     """The worked example of a method's page; for another tool's entry that of the paper's method, as far as it fits."""
     tool, _, bare = method.name.rpartition(":")
-    if bare not in _found():
+    if bare not in _found() or page(bare).kind != "method":
         count = max(2, method.models[0]) if method.models[1] is None else method.models[1]
         entries = [[4.0, -3.0, 2.0, -1.0, 0.5, 6.0], [3.0, 5.0, -2.0, -2.0, 0.25, 1.0], [-1.0, 2.0, 4.0, 0.0, 3.0, -5.0]]
         ours = Example([0.0] * 6 if method.needs_base else None, [entries[i % 3] for i in range(count)])

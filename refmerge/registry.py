@@ -1,7 +1,8 @@
 """Name -> method and name -> backend, loaded on first use.
 
 A method's file is its registration: `refmerge/methods/<family>/<name>.py` defines `<name>`, and
-`refmerge/compat/<tool>/<name>.py` the entry `<tool>:<name>`. Others add theirs through the entry-point groups
+`refmerge/compat/<tool>/<name>.py` the entry `<tool>:<name>`; a procedure's is `refmerge/procedures/<family>/<name>.py`.
+Others add theirs through the entry-point groups
 `refmerge.methods` and `refmerge.backends`.
 """
 
@@ -17,20 +18,43 @@ from typing import Any
 
 from refmerge.errors import UsageError
 from refmerge.method import Method
+from refmerge.procedure import Procedure
+
+
+def _modules(root: str) -> dict[tuple[str, str], str]:
+    """(folder, name) -> module, of the files two levels below a package, whose own steps begin with an underscore."""
+    found = {}
+    for folder in pkgutil.iter_modules(importlib.import_module(root).__path__):
+        package = importlib.import_module(f"{root}.{folder.name}")
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                found[folder.name, module.name] = f"{package.__name__}.{module.name}"
+    return found
 
 
 @cache
 def _files() -> dict[str, tuple[str, str]]:
     """Registry name -> (module, attribute) of the methods that come with refmerge."""
-    found = {}
-    for root, is_tool in (("refmerge.methods", False), ("refmerge.compat", True)):
-        for folder in pkgutil.iter_modules(importlib.import_module(root).__path__):
-            package = importlib.import_module(f"{root}.{folder.name}")
-            for module in pkgutil.iter_modules(package.__path__):
-                if not module.name.startswith("_"):
-                    name = f"{folder.name}:{module.name}" if is_tool else module.name
-                    found[name] = (f"{package.__name__}.{module.name}", module.name)
-    return found
+    ours = {name: (module, name) for (_, name), module in _modules("refmerge.methods").items()}
+    return ours | {f"{tool}:{name}": (module, name) for (tool, name), module in _modules("refmerge.compat").items()}
+
+
+@cache
+def _procedures() -> dict[str, str]:
+    """Name -> module of the procedures."""
+    return {name: module for (_, name), module in _modules("refmerge.procedures").items()}
+
+
+def procedures() -> list[str]:
+    """The names of what is no merge block by block, sorted; see refmerge.procedure."""
+    return sorted(_procedures())
+
+
+def procedure(name: str) -> Procedure:
+    """The procedure of that name. UsageError lists what is available where there is none."""
+    if name not in _procedures():
+        raise UsageError(f"no procedure {name!r} (available: {', '.join(procedures())})")
+    return getattr(importlib.import_module(_procedures()[name]), name)
 
 
 @cache

@@ -2,136 +2,32 @@
 
 RESULTS_DIR holds what the authors' code and other tools gave on small inputs, one safetensors file per case
 (`base/<name>`, `model<k>/<name>`, `stat<k>/<name>`, `out/<name>`; header: registry, source, params, notes, tolerance).
-Cases by hand are in vector_cases.py, descriptions of the flags in vector_notes.toml. Nothing here calls refmerge. The
-output is the same bytes for the same input; an id, once published, is never reused.
+Cases by hand, flags and what to make of the results are in vector_cases/. Nothing here calls refmerge. The output is the
+same bytes for the same input; an id, once published, is never reused.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
 import sys
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vector_cases import BY_HAND, CODES, DTYPES, Tensors, Test, origin
+from vector_cases import CODES, DTYPES, Paper, Tensors, Test, origin
 
 OUT = Path(__file__).parent.parent / "spec" / "vectors"
-NOTES = tomllib.loads(Path(__file__).with_name("vector_notes.toml").read_text(encoding="utf-8"))
+CASES = Path(__file__).with_name("vector_cases")
 INLINE = 64  # arrays up to this many values are written into the JSON, where people read them
 
 # --- Results of other code --------------------------------------------------------------------------------------------
 
-# Which flags a result shows, by the id it gets; results without an entry show none.
-FLAGS = {
-    "linear-mergekit-04": ["LinearZeroWeightSum"],
-    "slerp-fusion_bench-03": ["SlerpThreshold"],
-    "task_arithmetic-mergekit-04": ["TaskArithmeticNormalize", "TaskArithmeticZeroWeightSum"],
-    "task_arithmetic-task_vectors-00": ["TaskArithmeticIntegerBuffers"],
-    "wise_ft-official-03": ["WiseFtExtrapolates"],
-    "ties-official-00": ["TiesKeepsOneMore"],
-    "ties-official-09": ["TiesThresholdTies", "TiesZeroSumSign"],
-    "ties-official-12": ["TiesKeepsOneMore", "TiesZeroDensity"],
-    "ties-mergekit-01": ["TiesPerTensorTrim"],
-    "ties-mergekit-04": ["TiesWeightsElect", "TiesZeroSumSign"],
-    "ties-mergekit-bf16-01": ["TiesThresholdTies"],
-    "ties-MergeLM-00": ["TiesKeepsOneMore"],
-    "ties-MergeLLM-00": ["TiesPerTensorTrim", "TiesKeepsOneMore"],
-    "dare-MergeLM-00": ["DareDropMaskPolarity"],
-    "dare-MergeLM-03": ["DareDropMaskPolarity", "DareRescaleOff"],
-    "dare_linear-mergekit-01": ["DareRescaleL1"],
-    "dare_linear-mergekit-04": ["DareRescaleL1", "DareDensityZero"],
-    "dare_linear-mergekit-bf16-01": ["DareRescaleL1"],
-    "dare_ties-mergekit-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
-    "dare_ties-mergekit-04": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
-    "dare_ties-mergekit-bf16-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
-    "della-official-00": ["DellaWindow"],
-    "della-mergekit-01": ["DellaRescaleL1", "DellaWeightsElect"],
-    "della-mergekit-04": ["DellaDensityZero", "DellaRescaleL1", "DellaWeightsElect"],
-    "della-mergekit-bf16-01": ["DellaRescaleL1", "DellaWeightsElect"],
-    "breadcrumbs-official-00": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
-    "breadcrumbs-official-03": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
-    "breadcrumbs-official-06": ["BreadcrumbsPerRow", "BreadcrumbsTies"],
-    "breadcrumbs-mergekit-04": ["BreadcrumbsGammaSlice", "BreadcrumbsDensityOne"],
-    "breadcrumbs-mergekit-bf16-01": ["BreadcrumbsTies"],
-    "model_stock-mergekit-04": ["StockNormClamp", "StockSingular", "StockNegativeRatio"],
-    "model_stock-mergekit-taskvec-03": ["StockMeanOfCosines"],
-    "widen-MergeLLM-00": ["WidenTransposesEmbedding"],
-    "widen-MergeLLM-03": ["WidenTransposesEmbedding"],
-    "widen-MergeLLM-06": ["WidenZeroColumn"],
-}
-# Other tools whose results show a disagreement; the rest of theirs adds nothing that the official ones do not.
-EVIDENCE = {
-    "ties-MergeLM-00", "ties-MergeLLM-00", "slerp-fusion_bench-00", "slerp-fusion_bench-03", "breadcrumbs-MergeLLM-00",
-    "dare-fusion_bench-00", "model_stock-fusion_bench-taskvec-00", "model_stock-fusion_bench-taskvec-03",
-}  # fmt: skip
 EVIDENCE_REASON = "kept as evidence for the flags; an implementation may offer this tool's semantics or not"
-
-
-@dataclass
-class Paper:
-    """A result that the paper's semantics give as well: how to ask for it under the plain name."""
-
-    params: dict[str, Any]
-    names: tuple[str, ...] = ()
-    base_first: bool = False
-    drop_masks: bool = False
-    comment: str = ""
-
-
-STOCK = Paper({}, comment="two models: one angle, and its cosine is every tool's")
-WIDEN_NAMES = (
-    "lm_head.weight",
-    "model.layers.0.input_layernorm.weight",
-    "model.layers.0.mlp.down_proj.weight",
-    "model.layers.0.self_attn.q_proj.bias",
-    "model.layers.0.self_attn.q_proj.weight",
-    "model.norm.weight",
-)
-PAPER = {
-    "uniform_soup-official-00": Paper({}, comment="the uniform soup is linear with equal weights"),
-    "linear-mergekit-01": Paper({"weight": [0.6, 0.4], "normalize": True}),
-    "slerp-mergekit-01": Paper({"t": 0.35}, base_first=True, comment="mergekit's base is the first model"),
-    "slerp-mergekit-04": Paper({"t": 0.0}, base_first=True, comment="mergekit's base is the first model"),
-    "task_arithmetic-task_vectors-00": Paper({"lambda_": 0.8}),
-    "task_arithmetic-task_vectors-03": Paper({"weight": [-1.0, 1.0, 1.0]}, comment="analogy: C + (B - A)"),
-    "task_arithmetic-mergekit-01": Paper({"weight": [0.6, 0.4]}),
-    "wise_ft-official-00": Paper({}),
-    "wise_ft-official-03": Paper({"alpha": 1.5}),
-    "ties-official-00": Paper(
-        {"density": 0.2011}, comment="official K=20 keeps int(0.2 * 926) + 1 = 186 = int(0.2011 * 926)"
-    ),
-    "ties-official-12": Paper({"density": 0.0011}, comment="official K=0 keeps one entry, and int(0.0011 * 926) = 1"),
-    "dare-MergeLM-00": Paper(
-        {"density": [0.5, 0.3, 0.1], "weight": [1 / 3] * 3}, drop_masks=True, comment="keep masks and probabilities"
-    ),
-    "dare-MergeLM-03": Paper(
-        {"density": 0.7, "weight": [1 / 3] * 3, "rescale": False}, drop_masks=True, comment="keep masks; no rescaling"
-    ),
-    "della-official-00": Paper(
-        {"density": 0.7, "epsilon": 0.07, "lambda_": 1.1}, comment="weights of 1 are none; no sum is exactly zero"
-    ),
-    "della-official-06": Paper({"density": 1.0, "lambda_": 1.0}, comment="nothing is dropped"),
-    "breadcrumbs-official-00": Paper(
-        {"density": 0.2, "gamma": 0.1, "lambda_": 0.4}, names=("ln_w",), comment="a vector is its own single row"
-    ),
-    "breadcrumbs-official-03": Paper(
-        {"density": 0.5, "gamma": 0.5, "lambda_": 1.0}, names=("ln_w",), comment="a vector is its own single row"
-    ),
-    "model_stock-mergekit-01": STOCK,
-    "model_stock-mergekit-taskvec-00": STOCK,
-    "model_stock-mergekit-taskvec-06": STOCK,
-    "model_stock-fusion_bench-taskvec-00": STOCK,
-    "model_stock-fusion_bench-taskvec-03": STOCK,
-    "widen-MergeLLM-00": Paper({}, names=WIDEN_NAMES, comment="without the transposed embedding"),
-    "widen-MergeLLM-03": Paper(
-        {"above_average_value_ratio": 0.0}, names=WIDEN_NAMES, comment="without the transposed embedding"
-    ),
-}
 
 
 def read(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -150,14 +46,17 @@ def part(tensors: Tensors, prefix: str) -> Tensors:
     return {name.partition("/")[2]: x for name, x in tensors.items() if name.partition("/")[0] == prefix}
 
 
-def results(folder: Path, stems: str) -> list[Test]:
-    """The results of other code whose file is called `<stem>--...`, for one of the stems."""
+def results(folder: Path, cases: Any) -> list[Test]:
+    """The results of other code that belong to the method of these cases."""
     tests = []
-    for path in sorted(path for stem in stems.split() for path in folder.glob(f"{stem}--*.safetensors")):
+    stems = getattr(cases, "STEMS", (cases.__name__.rpartition(".")[2],))
+    tools = ("official", "mergekit", *getattr(cases, "TOOLS", ()))
+    papers = getattr(cases, "PAPER", {})
+    for path in sorted(path for stem in stems for path in folder.glob(f"{stem}--*.safetensors")):
         tensors, meta = read(path)
         id = path.stem.replace("--", "-")
         tool = meta["registry"].partition(":")[0]
-        if tool not in ("official", "mergekit") and id not in EVIDENCE:
+        if tool not in tools and id not in getattr(cases, "EVIDENCE", ()):
             continue
         params = {("lambda_" if name == "lambda" else name): x for name, x in json.loads(meta["params"]).items()}
         count = len({name.partition("/")[0] for name in tensors if name.startswith("model")})
@@ -173,16 +72,18 @@ def results(folder: Path, stems: str) -> list[Test]:
             expect=part(tensors, "out"),
             comment=meta["notes"].strip(" ;").replace("\n", " ") or "random weights",
             source=origin(meta["source"]),
-            flags=FLAGS.get(id, []),
+            flags=getattr(cases, "FLAGS", {}).get(id, []),
             # Tools round bfloat16 after every operation: one ulp of the largest value, where we round once.
             tolerance=2.0**-7 if "-bf16-" in id else float(meta["tolerance"]),
             result="acceptable" if loose else "valid",
             stats=stats if any(stats) else None,
-            registered=tool in ("official", "mergekit"),
+            registered=tool in tools,
         )
+        if not getattr(cases, "accepts", lambda test: True)(test):
+            continue
         tests.append(test)
-        if id in PAPER:
-            tests.append(paper(test, PAPER[id]))
+        if id in papers:
+            tests.append(paper(test, papers[id]))
     return tests
 
 
@@ -199,7 +100,7 @@ def paper(test: Test, how: Paper) -> Test:
     return replace(
         test,
         id=f"{test.id}-paper",
-        entry={"uniform_soup": "linear", "dare": "dare_linear"}.get(name := test.entry.rpartition(":")[2], name),
+        entry=how.entry or test.entry.rpartition(":")[2],
         params=how.params,
         models=[chosen(x) for x in ([test.base] if how.base_first and test.base else []) + test.models],
         base=chosen(test.base) if test.base and not how.base_first else None,
@@ -212,9 +113,6 @@ def paper(test: Test, how: Paper) -> Test:
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
-
-# Results are filed by what the tool calls its method; where that is another name than ours, it is here.
-FILED_AS = {"linear": "linear uniform_soup", "dare_linear": "dare_linear dare", "dare_ties": "dare_ties dare"}
 
 
 def number(x: Any) -> Any:
@@ -297,28 +195,23 @@ def safetensors(tensors: Tensors) -> bytes:
 
 
 def write(method: str, folder: Path) -> str:
-    tests = BY_HAND[method]().tests
-    for test in results(folder, FILED_AS.get(method, method)):
-        # MergeLM drops, then hands over to another merge: its results belong to the method that does the same.
-        if test.id.startswith("dare-") and (method == "dare_ties") != (
-            test.params.get("mask_apply_method") == "ties_merging"
-        ):
-            continue
-        tests.append(test)
+    cases = importlib.import_module(f"vector_cases.{method}")
+    tests = [*cases.hand().tests, *results(folder, cases)]
+    notes = tomllib.loads((CASES / f"{method}.toml").read_text(encoding="utf-8"))
     writer = Writer()
     document = {
         "method": method,
         "schema": "vectors.schema.json",
         "number_of_tests": len(tests),
-        "notes": dict(sorted(NOTES[method].items())),
+        "notes": dict(sorted(notes.items())),
         "groups": writer.groups(tests),
     }
     (OUT / f"{method}.json").write_text(render(document) + "\n", encoding="utf-8")
     if writer.twin:
         (OUT / f"{method}.safetensors").write_bytes(safetensors(writer.twin))
-    return f"{method}: {len(tests)} tests, {len(NOTES[method])} flags"
+    return f"{method}: {len(tests)} tests, {len(notes)} flags"
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[2:] or BY_HAND:
+    for chosen in sys.argv[2:] or sorted(p.stem for p in CASES.glob("*.toml")):
         print(write(chosen, Path(sys.argv[1])))

@@ -89,7 +89,7 @@ def both(request):
 
 KEYS = {
     "name", "family", "paper", "source", "asks", "view", "over", "models", "ulps", "passes", "laws", "params", "example",
-    "flags", "confidence", "law_ulps",
+    "flags", "confidence", "law_ulps", "cite",
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_front_matter(both):
     page, method = both
     front = page.front
     assert front.keys() <= KEYS, front.keys() - KEYS
-    assert KEYS - front.keys() <= {"params", "flags", "confidence", "law_ulps"}, KEYS - front.keys()
+    assert KEYS - front.keys() <= {"params", "flags", "confidence", "law_ulps", "cite"}, KEYS - front.keys()
     assert front["name"] == method.name
     assert front["family"] == page.family
     assert front["paper"] == method.paper
@@ -178,6 +178,74 @@ def test_laws(both):
     assert set(laws) <= LAWS.keys(), set(laws) - LAWS.keys()
     assert page.front.get("law_ulps", {}).keys() <= {*laws}
     assert [law for law in laws if f"`{law}`" not in page.sections["Laws"]] == []
+
+
+# --- Procedures and recipes -------------------------------------------------------------------------------------------
+
+OTHERS = [(kind, name) for kind in ("procedure", "recipe") for name in pages.names(kind)]
+
+
+def test_every_procedure_has_a_page_in_its_family():
+    assert pages.names("procedure") == registry.procedures()
+    for name in registry.procedures():
+        found = registry.procedure(name)
+        assert found.name == name
+        assert found.run.__module__ == f"refmerge.procedures.{pages.page(name).family}.{name}"
+        assert found.paper == pages.page(name).front["paper"]
+
+
+@pytest.mark.parametrize(("kind", "name"), OTHERS)
+def test_front_matter_of_others(kind, name):
+    page = pages.page(name)
+    needed = {"kind", "name", "family", "paper", "source", "cite"} | ({"example"} if kind == "recipe" else set())
+    assert needed <= page.front.keys() <= needed | {"confidence", "params", "flags"}
+    assert (page.front["name"], page.front["family"]) == (name, page.family)
+    assert tuple(page.sections) == pages.SECTIONS_OF[kind]
+    assert all(page.sections.values())
+    assert ">>> " in page.sections["Worked example"]
+    assert not registry._files().keys() & {name}, f"{name} is a method"
+
+
+@pytest.mark.parametrize("name", pages.names("procedure"))
+def test_parameters_of_procedures(name):
+    """The page says what the signature says."""
+    said = pages.page(name).front.get("params", {})
+    signature = inspect.signature(registry.procedure(name).run).parameters
+    keywords = {k: p.default for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+    assert list(said) == list(keywords)
+    for key, default in keywords.items():
+        assert said[key]["meaning"].endswith("."), key
+        has_default = default is not inspect.Parameter.empty and default is not None
+        assert ("default" in said[key]) == has_default, key
+        if has_default:
+            assert said[key]["default"] == (list(default) if isinstance(default, tuple) else default), key
+
+
+@pytest.mark.parametrize("name", pages.names("recipe"))
+def test_recipes_give_what_the_page_says(name, tmp_path, monkeypatch):
+    """The recipes of a page, run in turn on checkpoints of its numbers, give its result, which was made by hand."""
+    example = pages.page(name).front["example"]
+    monkeypatch.chdir(tmp_path)
+    for path, tensors in example["inputs"].items():
+        _save(tmp_path / path, tensors if isinstance(tensors, dict) else {"x": tensors})
+    for run in example["runs"]:
+        recipe = ROOT / "spec" / "recipes" / run["recipe"]
+        copied = tmp_path / run["recipe"]  # paths in a recipe are beside it
+        copied.write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
+        refmerge.run_recipe(copied, tmp_path / run["out"])
+    merged = refmerge.open_checkpoint(tmp_path / example["runs"][-1]["out"])
+    expected = example["result"] if isinstance(example["result"], dict) else {"x": example["result"]}
+    assert sorted(merged) == sorted(expected)
+    for key, x in expected.items():
+        np.testing.assert_allclose(merged[key], np.asarray(x), rtol=1e-6, atol=1e-7)
+
+
+def _save(folder: Path, tensors: dict[str, list]) -> None:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    save_file({k: np.asarray(x, np.float32) for k, x in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
 # --- The text ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,153 @@
+"""What spec/vectors holds, one module a method: `vector_cases/<method>.py` and, for its flags, `<method>.toml`.
+
+`hand()` gives the cases by hand, with dyadic numbers where that can be: the sum in a comment can be redone on paper. Each
+is one input and what several entries make of it: the plain name is the paper's semantics, `tool:name` what that tool's
+code does. Flags say which way of going wrong a case shows. What a module may say beside, of the results of other code:
+
+CODE: entry -> where its code is, as `owner/name@commit function`.
+STEMS: how result files of this method are called, where that is not its name alone.
+TOOLS: whose results are taken, beside the authors' and mergekit's.
+FLAGS: id of a result -> the flags it shows.
+PAPER: id of a result -> how to ask for it under the plain name (see Paper).
+EVIDENCE: ids of results of tools that have no entry, kept because they show a disagreement.
+accepts: function Test -> whether a result belongs to this method, where the file's name does not tell.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass
+class Test:
+    """One case; consecutive tests that share entry, source, params and options become one group of the file."""
+
+    id: str
+    entry: str
+    params: dict[str, Any]
+    models: list[Tensors]
+    base: Tensors | None
+    expect: Tensors
+    comment: str
+    source: dict[str, str]
+    flags: list[str] = field(default_factory=list)
+    tolerance: float = 0.0
+    result: str = "valid"
+    stats: list[Tensors] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    registered: bool = True
+
+
+def origin(text: str) -> dict[str, str]:
+    """Reads `owner/name@commit function` and `mergekit 0.1.5 (PyPI) function`."""
+    match = re.match(r"(\S+?)(?:@(\S+)| (\d[\d.]*))\s+(?:\(.*?\)\s*)?(.*)", text)
+    assert match, text
+    repository, commit, version, function = match.groups()
+    return {"how": "ran", "repository": repository, "version": commit or version, "function": function}
+
+
+FAMILY = "mergekit 0.1.5 mergekit/merge_methods/generalized_task_arithmetic.py:GeneralizedTaskArithmeticMerge"
+
+
+def arrays(value: Any, dtype: str) -> Tensors:
+    """A tensor `x` from numbers, or several from a mapping; an array keeps the dtype it has."""
+    if not isinstance(value, dict):
+        value = {"x": value}
+    return {name: x if isinstance(x, np.ndarray) else np.array(x, DTYPES[dtype]) for name, x in value.items()}
+
+
+@dataclass
+class Paper:
+    """A result that the paper's semantics give as well: how to ask for it under the plain name.
+
+    names: of the tensors that agree; all, if empty. base_first: the tool's base is the first model. entry: the plain name,
+    where it is not the tool's. drop_masks: recorded masks say what is dropped.
+    """
+
+    params: dict[str, Any]
+    names: tuple[str, ...] = ()
+    base_first: bool = False
+    drop_masks: bool = False
+    comment: str = ""
+    entry: str = ""
+
+
+class Hand:
+    """Collects the cases by hand of one method; code: entry -> where its code is."""
+
+    def __init__(self, method: str, code: dict[str, str]) -> None:
+        self.method, self.code = method, code
+        self.tests: list[Test] = []
+
+    def case(
+        self,
+        id: str,
+        comment: str,
+        models: list[Any],
+        base: Any = None,
+        *answers: tuple[str, dict[str, Any], Any, str],
+        flags: str = "",
+        dtype: str = "F32",
+        tolerance: float = 0.0,
+        masks: list[Any] | None = None,
+        stats: list[Tensors] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """One input and what each entry makes of it: answers of (entry, params, expected, why). masks: of what is kept."""
+        for entry, params, expect, why in answers:
+            tool = entry.partition(":")[0] if ":" in entry else ""
+            source = {"how": "by hand"}
+            if tool:
+                source = origin(self.code.get(entry, FAMILY)) | source
+            given = stats
+            if masks is not None:
+                given = [arrays(mask, "U8") for mask in masks]
+                if entry == "official:dare":
+                    given = [{name: np.array(1 - x, np.float32) for name, x in one.items()} for one in given]
+                else:
+                    given = [{f"{name}.mask": x for name, x in one.items()} for one in given]
+            if (refused := expect is REFUSED) or expect is OPEN:
+                expect = {}
+            self.tests.append(
+                Test(
+                    id=f"{self.method}-{id}" + (f"-{tool}" if tool else ""),
+                    entry=entry,
+                    params=params,
+                    models=[arrays(model, dtype) for model in models],
+                    base=None if base is None else arrays(base, dtype),
+                    expect=arrays(expect, dtype) if expect != {} else {},
+                    comment="; ".join(filter(None, [comment, why])),
+                    source=source,
+                    flags=flags.split(),
+                    tolerance=tolerance,
+                    result="invalid" if refused else ("acceptable" if not expect and expect == {} else "valid"),
+                    stats=given,
+                    options=options or {},
+                )
+            )
+
+
+REFUSED = object()  # the input must be refused
+OPEN = object()  # no value is asserted
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)

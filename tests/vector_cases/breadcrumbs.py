@@ -1,0 +1,157 @@
+"""Vectors of breadcrumbs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vector_cases import REFUSED, Hand, Paper
+
+CODE = {
+    "official:breadcrumbs": "rezazzr/breadcrumbs@f89fc66 src/task_vectors.py:TaskVectorMiddleKeep",
+}
+FLAGS = {
+    "breadcrumbs-official-00": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
+    "breadcrumbs-official-03": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
+    "breadcrumbs-official-06": ["BreadcrumbsPerRow", "BreadcrumbsTies"],
+    "breadcrumbs-mergekit-04": ["BreadcrumbsGammaSlice", "BreadcrumbsDensityOne"],
+    "breadcrumbs-mergekit-bf16-01": ["BreadcrumbsTies"],
+}
+EVIDENCE = {"breadcrumbs-MergeLLM-00"}
+PAPER = {
+    "breadcrumbs-official-00": Paper(
+        {"density": 0.2, "gamma": 0.1, "lambda_": 0.4}, names=("ln_w",), comment="a vector is its own single row"
+    ),
+    "breadcrumbs-official-03": Paper(
+        {"density": 0.5, "gamma": 0.5, "lambda_": 1.0}, names=("ln_w",), comment="a vector is its own single row"
+    ),
+}
+
+
+def hand() -> Hand:
+    h = Hand("breadcrumbs", CODE)
+
+    def plain(density: float, gamma: float) -> dict[str, Any]:
+        return {"density": density, "gamma": gamma, "lambda_": 1.0}
+
+    def official(keep: float, remove: float, first: bool = True) -> dict[str, Any]:
+        return {"top_k_keep": keep, "top_k_remove": remove, "alpha": 1.0, "remove_first": first}
+
+    def mergekit(density: float, gamma: float) -> dict[str, Any]:
+        return {
+            "weight": [1.0],
+            "density": density,
+            "gamma": gamma,
+            "normalize": False,
+            "rescale": False,
+            "lambda_": 1.0,
+        }
+
+    four = [1.0, -2.0, 3.0, -4.0]
+    h.case(
+        "per-row",
+        "tau = (1, 2, 3, 4) over (5, 6, 7, 8), a quarter removed, a half kept",
+        [[[1, 2, 3, 4], [5, 6, 7, 8]]],
+        [[0] * 4, [0] * 4],
+        ("breadcrumbs", plain(0.5, 0.25), [[0, 0, 3, 4], [5, 6, 0, 0]], "of 8: 8 and 7 removed, 6 5 4 3 kept"),
+        (
+            "official:breadcrumbs",
+            official(0.5, 0.25),
+            [[0, 2, 3, 0], [0, 6, 7, 0]],
+            "of each row of 4: 1 removed, 2 kept",
+        ),
+        ("mergekit:breadcrumbs", mergekit(0.5, 0.25), [[0, 0, 3, 4], [5, 6, 0, 0]], "per tensor"),
+        flags="BreadcrumbsPerRow",
+    )
+    h.case(
+        "gamma-below-one-entry",
+        "tau = (1, -2, 3, -4), int(4 * 0.01) = 0 removed, 2 kept",
+        [four],
+        [0.0] * 4,
+        ("breadcrumbs", plain(0.5, 0.01), [0.0, 0.0, 3.0, -4.0], ""),
+        ("official:breadcrumbs", official(0.5, 0.01), [0.0, 0.0, 3.0, -4.0], ""),
+        (
+            "mergekit:breadcrumbs",
+            mergekit(0.5, 0.01),
+            [0.0, 0.0, 3.0, -4.0],
+            "0.1.4 sliced to [.. : -0] and kept nothing",
+        ),
+        flags="BreadcrumbsGammaSlice",
+    )
+    h.case(
+        "window-past-the-end",
+        "tau = (1, -2, 3, -4), 2 removed, 3 wanted of 2 left",
+        [four],
+        [0.0] * 4,
+        ("breadcrumbs", plain(0.75, 0.5), [1.0, -2.0, 0.0, 0.0], "the two that are left"),
+        ("official:breadcrumbs", official(0.75, 0.5), [1.0, -2.0, 0.0, 0.0], "the third place goes to a zero"),
+        (
+            "mergekit:breadcrumbs",
+            mergekit(0.75, 0.5),
+            [1.0, -2.0, 3.0, 0.0],
+            "density wins: three are kept, one removed",
+        ),
+        flags="BreadcrumbsWindowPastEnd",
+    )
+    h.case(
+        "keep-first",
+        "tau = (1, -2, 3, -4), half kept, a quarter removed",
+        [four],
+        [0.0] * 4,
+        ("breadcrumbs", plain(0.5, 0.25), [0.0, -2.0, 3.0, 0.0], "-4 removed, then 3 and -2 kept"),
+        (
+            "official:breadcrumbs",
+            official(0.5, 0.25, first=False),
+            [0.0, 0.0, 3.0, 0.0],
+            "-4 and 3 kept, then -4 removed",
+        ),
+        flags="BreadcrumbsKeepFirst",
+    )
+    h.case(
+        "density-one",
+        "tau = (1, -2, 3, -4), density 1, a quarter removed",
+        [four],
+        [0.0] * 4,
+        ("breadcrumbs", plain(1.0, 0.25), [1.0, -2.0, 3.0, 0.0], "the largest is removed all the same"),
+        ("official:breadcrumbs", official(1.0, 0.25), [1.0, -2.0, 3.0, 0.0], ""),
+        ("mergekit:breadcrumbs", mergekit(1.0, 0.25), four, "density 1 changes nothing, gamma is ignored"),
+        flags="BreadcrumbsDensityOne",
+    )
+    h.case(
+        "scalar",
+        "a 0-d tensor, 1 + 4 = 5",
+        [5.0],
+        1.0,
+        ("breadcrumbs", plain(0.5, 0.0), 1.0, "int(1 * 0.5) = 0 of its entries are kept: the base"),
+        ("official:breadcrumbs", official(0.5, 0.0), 5.0, "0-d tensors are left whole"),
+        ("mergekit:breadcrumbs", mergekit(0.5, 0.0), 1.0, "none is kept"),
+        flags="BreadcrumbsScalars",
+    )
+    h.case(
+        "ties",
+        "tau = (2, -2, 2, 2): ranks go to the lower index first; rank 0 is removed, 1 and 2 are kept",
+        [[2.0, -2.0, 2.0, 2.0]],
+        [0.0] * 4,
+        ("breadcrumbs", plain(0.5, 0.25), [0.0, -2.0, 2.0, 0.0], ""),
+        flags="BreadcrumbsTies",
+    )
+    h.case(
+        "sum",
+        "base 1; tau = (4, 2), (-2, 6), each loses its largest: (0, 2), (-2, 0); half the sum is added",
+        [[5.0, 3.0], [-1.0, 7.0]],
+        [1.0, 1.0],
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.5, "lambda_": 0.5}, [0.0, 2.0], ""),
+        ("official:breadcrumbs", official(0.5, 0.5) | {"alpha": 0.5}, [0.0, 2.0], ""),
+    )
+    h.case("density-zero", "nothing is kept: the base", [four], [0.0] * 4, ("breadcrumbs", plain(0.0, 0.0), [0.0] * 4, ""))
+    h.case(
+        "per-tensor",
+        "tau = (1, 2), (30, 40): each tensor is its own, 0 removed, 1 kept",
+        [{"a": [1.0, 2.0], "b": [30.0, 40.0]}],
+        {"a": [0.0, 0.0], "b": [0.0, 0.0]},
+        ("breadcrumbs", plain(0.5, 0.25), {"a": [0.0, 2.0], "b": [0.0, 40.0]}, ""),
+    )
+    h.case("density-negative", "density -1/4", [[1.0]], [0.0], ("breadcrumbs", {"density": -0.25}, REFUSED, ""))
+    h.case("gamma-above-one", "gamma 3/2", [[1.0]], [0.0], ("breadcrumbs", {"gamma": 1.5}, REFUSED, ""))
+    h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("breadcrumbs", {}, REFUSED, ""))
+    h.case("no-models", "nothing to merge", [], [0.0], ("breadcrumbs", {}, REFUSED, ""))
+    return h

@@ -1,0 +1,122 @@
+"""Vectors of dare_ties."""
+
+from __future__ import annotations
+
+from vector_cases import REFUSED, Hand, Test
+from vector_cases.dare_linear import mergekit_dare
+
+CODE = {
+    "official:dare": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.mask_merging",
+}
+STEMS = ("dare_ties", "dare")
+FLAGS = {
+    "dare_ties-mergekit-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
+    "dare_ties-mergekit-04": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
+    "dare_ties-mergekit-bf16-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
+}
+
+
+def accepts(test: Test) -> bool:
+    """MergeLM drops, then hands over to another merge: its results belong to the method that does the same."""
+    return not test.id.startswith("dare-") or test.params.get("mask_apply_method") == "ties_merging"
+
+
+def hand() -> Hand:
+    h = Hand("dare_ties", CODE)
+    h.case(
+        "rescale",
+        "tau = (2, 3, -2, 1) keeping its first, probability 1/2, no trim",
+        [[2.0, 3.0, -2.0, 1.0]],
+        [0.0] * 4,
+        ("dare_ties", {"density": 0.5, "trim": 1.0}, [4.0, 0.0, 0.0, 0.0], "times 2"),
+        ("mergekit:dare_ties", mergekit_dare(0.5, [1.0]), [8.0, 0.0, 0.0, 0.0], "times |tau|_1 before over after, 8/2"),
+        flags="DareRescaleL1",
+        masks=[[1, 0, 0, 0]],
+    )
+    h.case(
+        "sum-not-mean",
+        "tau = (4, -1) and (2, -3), nothing dropped or trimmed",
+        [[4.0, -1.0], [2.0, -3.0]],
+        [0.0, 0.0],
+        ("dare_ties", {"density": 1.0, "trim": 1.0}, [3.0, -2.0], "the mean of the agreeing"),
+        ("mergekit:dare_ties", mergekit_dare(1.0, [1.0, 1.0]), [6.0, -4.0], "not normalised by default: the sum"),
+        flags="DareTiesSumNotMean",
+    )
+    h.case(
+        "trims",
+        "tau = (1, 2, 3, 4), nothing dropped",
+        [[1.0, 2.0, 3.0, 4.0]],
+        [0.0] * 4,
+        (
+            "dare_ties",
+            {"density": 1.0, "trim": 0.5},
+            [0.0, 0.0, 3.0, 4.0],
+            "TIES trims what DARE has left: 4 * 1/2 = 2 kept",
+        ),
+        (
+            "mergekit:dare_ties",
+            mergekit_dare(1.0, [1.0]),
+            [1.0, 2.0, 3.0, 4.0],
+            "only signs are elected, nothing is trimmed",
+        ),
+        flags="DareTiesTrims",
+    )
+    h.case(
+        "order",
+        "tau = (8, 4, 2, 1), of which DARE keeps 4 and 1 with 1/2: (0, 8, 0, 2); then one of four is kept: (0, 8, "
+        "0, 0). "
+        "Trimmed first, it would be 8 and then nothing",
+        [[8.0, 4.0, 2.0, 1.0]],
+        [0.0] * 4,
+        ("dare_ties", {"density": 0.5, "trim": 0.25}, [0.0, 8.0, 0.0, 0.0], ""),
+        flags="DareTiesOrder",
+        masks=[[0, 1, 0, 1]],
+    )
+    h.case(
+        "trim-after-drop",
+        "tau = 1..8, of which DARE keeps 7 and 8 with 1/4: 28 and 32; int(8 * 1/2) = 4 places for two: no trim",
+        [[float(k) for k in range(1, 9)]],
+        [0.0] * 8,
+        ("dare_ties", {"density": 0.25, "trim": 0.5}, [0.0] * 6 + [28.0, 32.0], ""),
+        flags="DareTiesOrder",
+        masks=[[0, 0, 0, 0, 0, 0, 1, 1]],
+    )
+    h.case(
+        "zero-sum",
+        "base 1, tau = 3 and -3",
+        [[4.0], [-2.0]],
+        [1.0],
+        ("dare_ties", {"density": 1.0, "trim": 1.0}, [1.0], "no sign is elected: the base"),
+        ("mergekit:dare_ties", mergekit_dare(1.0, [1.0, 1.0]), [4.0], "a sum of zero elects +"),
+        flags="DareTiesZeroSumSign",
+    )
+    h.case(
+        "election",
+        "base 1; tau = (4, -2) keeping both, (-6, -8) keeping the second, probability 1/2: (8, -4), (0, -16); "
+        "signs + -; 1 + 8/2, 1 - 10/2",
+        [[5.0, -1.0], [-5.0, -7.0]],
+        [1.0, 1.0],
+        ("dare_ties", {"density": 0.5, "trim": 1.0, "lambda_": 0.5}, [5.0, -4.0], ""),
+        masks=[[1, 1], [0, 1]],
+    )
+    h.case(
+        "density-zero",
+        "every entry is dropped",
+        [[3.0, -1.0]],
+        [1.0, 2.0],
+        ("dare_ties", {"density": 0.0}, [1.0, 2.0], "the base"),
+        ("mergekit:dare_ties", mergekit_dare(0.0, [1.0]), [1.0, 2.0], "the base"),
+        flags="DareDensityZero",
+        masks=[[0, 0]],
+    )
+    h.case("density-negative", "probability -1/4", [[1.0]], [0.0], ("dare_ties", {"density": -0.25}, REFUSED, ""))
+    h.case(
+        "trim-above-one",
+        "trim 20",
+        [[1.0]],
+        [0.0],
+        ("dare_ties", {"trim": 20.0}, REFUSED, "a fraction, not a percentage"),
+    )
+    h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("dare_ties", {}, REFUSED, ""))
+    h.case("no-models", "nothing to merge", [], [0.0], ("dare_ties", {}, REFUSED, ""))
+    return h

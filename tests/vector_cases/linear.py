@@ -1,0 +1,148 @@
+"""Vectors of linear."""
+
+from __future__ import annotations
+
+import math
+
+from vector_cases import REFUSED, Hand, Paper, i64
+
+CODE = {
+    "mergekit:linear": "mergekit 0.1.5 mergekit/merge_methods/linear.py:linear_merge",
+    "official:uniform_soup": "mlfoundations/model-soups@d5398f1 main.py",
+}
+STEMS = ("linear", "uniform_soup")
+FLAGS = {
+    "linear-mergekit-04": ["LinearZeroWeightSum"],
+}
+PAPER = {
+    "uniform_soup-official-00": Paper({}, entry="linear", comment="the uniform soup is linear with equal weights"),
+    "linear-mergekit-01": Paper({"weight": [0.6, 0.4], "normalize": True}),
+}
+
+
+def hand() -> Hand:
+    h = Hand("linear", CODE)
+    h.case(
+        "uniform",
+        "(4 + 8) / 2 = 6, (-2 + 2) / 2 = 0",
+        [[4, -2], [8, 2]],
+        None,
+        ("linear", {}, [6, 0], "weights are 1 by default"),
+        ("official:uniform_soup", {}, [6, 0], ""),
+    )
+    h.case(
+        "normalizes",
+        "x = 4 and 8 with weights 1 and 3",
+        [[4.0], [8.0]],
+        None,
+        ("linear", {"weight": [1.0, 3.0]}, [7.0], "normalised: 4/4 + 3*8/4 = 7"),
+        ("mergekit:linear", {"weight": [1.0, 3.0], "normalize": True}, [7.0], "(4 + 24) / 4 = 7"),
+        flags="LinearNormalizes",
+    )
+    h.case(
+        "unnormalized",
+        "x = 4 and 8 with weights 1 and 3",
+        [[4.0], [8.0]],
+        None,
+        ("linear", {"weight": [1.0, 3.0], "normalize": False}, [28.0], "4 + 3*8 = 28"),
+        ("mergekit:linear", {"weight": [1.0, 3.0], "normalize": False}, [28.0], "4 + 24 = 28"),
+        flags="LinearNormalizes",
+    )
+    h.case(
+        "extrapolates",
+        "weights 2 and -1: 2*4 - 8 = 0, 2*8 - 2 = 14",
+        [[4, 8], [8, 2]],
+        None,
+        ("linear", {"weight": [2.0, -1.0]}, [0, 14], ""),
+    )
+    h.case(
+        "zero-weight-sum",
+        "weights 1 and -1 sum to zero",
+        [[4.0, 8.0], [8.0, 8.0]],
+        None,
+        ("linear", {"weight": [1.0, -1.0]}, REFUSED, "there is no normalised mean, and none is invented"),
+        ("mergekit:linear", {"weight": [1.0, -1.0], "normalize": True}, [-math.inf, math.nan], "-4/0 and 0/0"),
+        flags="LinearZeroWeightSum",
+    )
+    h.case(
+        "zero-weight-sum-unnormalized",
+        "4 - 8 = -4, 8 - 8 = 0",
+        [[4.0, 8.0], [8.0, 8.0]],
+        None,
+        ("linear", {"weight": [1.0, -1.0], "normalize": False}, [-4.0, 0.0], "a difference needs no normalisation"),
+        flags="LinearZeroWeightSum",
+    )
+    h.case(
+        "overflowing-sum",
+        "two models of 2^127, the largest power of two in float32",
+        [[2.0**127], [2.0**127]],
+        None,
+        ("linear", {}, [2.0**127], "coefficients first: 2^126 + 2^126 = 2^127"),
+        ("mergekit:linear", {"weight": [1.0, 1.0], "normalize": True}, [math.inf], "sum first: 2^128 is infinite"),
+        ("official:uniform_soup", {}, [2.0**127], "each model is scaled by 1/N first"),
+        flags="LinearOverflowingSum",
+    )
+    h.case(
+        "rounds-once",
+        "bfloat16 holds even numbers from 256 on; 256 + 1 + 1 = 258",
+        [[256.0], [1.0], [1.0]],
+        None,
+        ("linear", {"normalize": False}, [258.0], "summed in float32, rounded once"),
+        ("mergekit:linear", {"weight": [1.0] * 3, "normalize": False}, [258.0], "likewise since 0.1.5"),
+        flags="LinearRoundsEachStep",
+        dtype="BF16",
+    )
+    h.case(
+        "zero-weight-infinity",
+        "0 * inf is NaN: a weight of zero does not remove a model",
+        [[1.0], [math.inf]],
+        None,
+        ("linear", {"weight": [1.0, 0.0]}, [math.nan], ""),
+        ("mergekit:linear", {"weight": [1.0, 0.0], "normalize": True}, [math.nan], ""),
+        flags="LinearZeroWeightInfinity",
+    )
+    h.case("one-model", "1 * x is x", [[0.0, -3.0, 2.0**-149]], None, ("linear", {}, [0.0, -3.0, 2.0**-149], ""))
+    h.case(
+        "shapes",
+        "0-d, empty and 2-d tensors: (2 + 4) / 2 = 3, (1 + 3) / 2 = 2",
+        [{"s": 2.0, "e": [], "m": [[1.0], [2.0]]}, {"s": 4.0, "e": [], "m": [[3.0], [4.0]]}],
+        None,
+        ("linear", {}, {"s": 3.0, "e": [], "m": [[2.0], [3.0]]}, ""),
+        dtype="F64",
+    )
+    integers = [{"x": [1.0], "ids": i64(0, 1)}, {"x": [3.0], "ids": i64(0, 2)}]
+    h.case(
+        "integers-differ",
+        "an integer tensor that differs has no mean that is one of its values",
+        integers,
+        None,
+        ("linear", {}, REFUSED, "it must not be averaged and not be dropped"),
+        flags="LinearIntegerBuffers",
+        options={"integers": "equal"},
+    )
+    h.case(
+        "integers-agree",
+        "an integer tensor that is the same in all models is copied; (1 + 3) / 2 = 2",
+        [integers[0], {"x": [3.0], "ids": i64(0, 1)}],
+        None,
+        ("linear", {}, {"x": [2.0], "ids": i64(0, 1)}, ""),
+        flags="LinearIntegerBuffers",
+        options={"integers": "equal"},
+    )
+    h.case("shape-differs", "shapes (2,) and (3,)", [[1.0, 2.0], [1.0, 2.0, 3.0]], None, ("linear", {}, REFUSED, ""))
+    h.case(
+        "tensor-missing",
+        "the second model lacks y",
+        [{"x": [1.0], "y": [1.0]}, {"x": [1.0]}],
+        None,
+        ("linear", {}, REFUSED, "neither dropped nor averaged over the rest"),
+    )
+    h.case(
+        "weight-count",
+        "two models, three weights",
+        [[1.0], [2.0]],
+        None,
+        ("linear", {"weight": [1.0] * 3}, REFUSED, ""),
+    )
+    h.case("no-models", "nothing to average", [], None, ("linear", {}, REFUSED, ""))
+    return h

@@ -1,0 +1,225 @@
+"""Vectors of ties."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vector_cases import REFUSED, Hand, Paper, i64
+
+CODE = {
+    "official:ties": "prateeky2806/ties-merging@44e7891 src/utils/merge_utils.py:merge_methods",
+}
+FLAGS = {
+    "ties-official-00": ["TiesKeepsOneMore"],
+    "ties-official-09": ["TiesThresholdTies", "TiesZeroSumSign"],
+    "ties-official-12": ["TiesKeepsOneMore", "TiesZeroDensity"],
+    "ties-mergekit-01": ["TiesPerTensorTrim"],
+    "ties-mergekit-04": ["TiesWeightsElect", "TiesZeroSumSign"],
+    "ties-mergekit-bf16-01": ["TiesThresholdTies"],
+    "ties-MergeLM-00": ["TiesKeepsOneMore"],
+    "ties-MergeLLM-00": ["TiesPerTensorTrim", "TiesKeepsOneMore"],
+}
+EVIDENCE = {"ties-MergeLLM-00", "ties-MergeLM-00"}
+PAPER = {
+    "ties-official-00": Paper(
+        {"density": 0.2011}, comment="official K=20 keeps int(0.2 * 926) + 1 = 186 = int(0.2011 * 926)"
+    ),
+    "ties-official-12": Paper({"density": 0.0011}, comment="official K=0 keeps one entry, and int(0.0011 * 926) = 1"),
+}
+
+
+def official_ties(percent: float, merge: str = "dis-mean") -> dict[str, Any]:
+    return {"reset_type": "topk", "reset_thresh": percent, "resolve_method": "mass", "merge_func": merge, "lam": 1.0}
+
+
+def mergekit_ties(density: float, weight: list[float], normalize: bool = True) -> dict[str, Any]:
+    return {"weight": weight, "density": density, "normalize": normalize, "rescale": False, "lambda_": 1.0}
+
+
+def hand() -> Hand:
+    h = Hand("ties", CODE)
+    h.case(
+        "by-hand",
+        "base 1; tau = (8, -4, 2, 1), (4, -2, -6, 1) trimmed to (8, -4, 0, 0), (4, 0, -6, 0); signs + - -; "
+        "means (8 + 4)/2, -4, -6; half of it added",
+        [[9, -3, 3, 2], [5, -1, -5, 2]],
+        [1, 1, 1, 1],
+        ("ties", {"density": 0.5, "lambda_": 0.5}, [4, -1, -2, 1], ""),
+    )
+    ten = [float(k) for k in range(1, 11)]
+    h.case(
+        "keeps-one-more",
+        "tau = 1..10, a fifth of it",
+        [ten],
+        [0.0] * 10,
+        ("ties", {"density": 0.2}, [0.0] * 8 + [9.0, 10.0], "int(10 * 0.2) = 2 are kept"),
+        ("official:ties", official_ties(20), [0.0] * 7 + [8.0, 9.0, 10.0], "|tau| >= the 8th smallest: 3 are kept"),
+        ("mergekit:ties", mergekit_ties(0.2, [1.0]), [0.0] * 8 + [9.0, 10.0], "2 are kept"),
+        flags="TiesKeepsOneMore",
+    )
+    h.case(
+        "zero-sum",
+        "tau = (3, 1), (-3, -1): every sum is zero and so is the majority",
+        [[3.0, 1.0], [-3.0, -1.0]],
+        [0.0, 0.0],
+        ("ties", {"density": 1.0}, [0.0, 0.0], "no sign is elected, so nothing is added"),
+        ("official:ties", official_ties(50), [-3.0, -1.0], "an elected sign of 0 selects the negative entries"),
+        ("mergekit:ties", mergekit_ties(1.0, [1.0, 1.0]), [3.0, 1.0], "a sum of zero elects +"),
+        flags="TiesZeroSumSign",
+    )
+    h.case(
+        "zero-sum-majority",
+        "tau = (3, 1), (-3, 1): the first sum is zero, the majority of the signs is +",
+        [[3.0, 1.0], [-3.0, 1.0]],
+        [0.0, 0.0],
+        ("ties", {"density": 1.0}, [0.0, 1.0], "nothing is added where the sum is zero"),
+        ("official:ties", official_ties(50), [3.0, 1.0], "the majority sign is taken"),
+        ("mergekit:ties", mergekit_ties(1.0, [1.0, 1.0]), [3.0, 1.0], "a sum of zero elects +"),
+        flags="TiesZeroSumSign",
+    )
+    h.case(
+        "zero-sum-minority",
+        "tau = (3, -1), (-3, -1): the first sum is zero, the majority of the signs is -",
+        [[3.0, -1.0], [-3.0, -1.0]],
+        [0.0, 0.0],
+        ("ties", {"density": 1.0}, [0.0, -1.0], "nothing is added where the sum is zero"),
+        ("official:ties", official_ties(50), [-3.0, -1.0], "the majority sign is taken"),
+        ("mergekit:ties", mergekit_ties(1.0, [1.0, 1.0]), [3.0, -1.0], "a sum of zero elects +"),
+        flags="TiesZeroSumSign",
+    )
+    h.case(
+        "threshold-ties",
+        "tau = (2, 4, 2, -2, 1): three magnitudes of 2 for one place",
+        [[2.0, 4.0, 2.0, -2.0, 1.0]],
+        [0.0] * 5,
+        ("ties", {"density": 0.4}, [2.0, 4.0, 0.0, 0.0, 0.0], "exactly int(5 * 0.4) = 2, the lower index first"),
+        ("official:ties", official_ties(40), [2.0, 4.0, 2.0, -2.0, 0.0], "|tau| >= the 3rd smallest = 2: all four"),
+        flags="TiesThresholdTies",
+    )
+    h.case(
+        "threshold-ties-across-tensors",
+        "tau is 2 everywhere, in tensors b, a, c of two entries each: of 6 * 1/2 = 3 places "
+        "two go to a and one to b, whatever the order of the names in the file",
+        [{"b": [2.0, 2.0], "a": [2.0, 2.0], "c": [2.0, 2.0]}],
+        {"b": [0.0, 0.0], "a": [0.0, 0.0], "c": [0.0, 0.0]},
+        ("ties", {"density": 0.5}, {"b": [2.0, 0.0], "a": [2.0, 2.0], "c": [0.0, 0.0]}, ""),
+        flags="TiesThresholdTies",
+    )
+    h.case(
+        "per-tensor-trim",
+        "tau = (1, 2) and (30, 40, 50)",
+        [{"a": [1.0, 2.0], "b": [30.0, 40.0, 50.0]}],
+        {"a": [0.0, 0.0], "b": [0.0, 0.0, 0.0]},
+        ("ties", {"density": 0.4}, {"a": [0.0, 0.0], "b": [0.0, 40.0, 50.0]}, "2 of 5, over the model: a gets nothing"),
+        ("official:ties", official_ties(40), {"a": [0.0, 0.0], "b": [30.0, 40.0, 50.0]}, "2 + 1 of 5, over the model"),
+        (
+            "mergekit:ties",
+            mergekit_ties(0.4, [1.0]),
+            {"a": [0.0, 2.0], "b": [0.0, 0.0, 50.0]},
+            "1 of 2 (at least one), 1 of 3",
+        ),
+        flags="TiesPerTensorTrim TiesKeepsAtLeastOne",
+    )
+    h.case(
+        "over-tensor",
+        "tau = (1, 2) and (30, 40, 50, 60), trimmed tensor by tensor on request",
+        [{"a": [1.0, 2.0], "b": [30.0, 40.0, 50.0, 60.0]}],
+        {"a": [0.0, 0.0], "b": [0.0] * 4},
+        ("ties", {"density": 0.5}, {"a": [0.0, 2.0], "b": [0.0, 0.0, 50.0, 60.0]}, "1 of 2, 2 of 4"),
+        flags="TiesPerTensorTrim",
+        options={"over": "tensor"},
+    )
+    h.case(
+        "keeps-none",
+        "tau = (1, 2, 3)",
+        [[1.0, 2.0, 3.0]],
+        [0.0] * 3,
+        ("ties", {"density": 0.2}, [0.0, 0.0, 0.0], "int(3 * 0.2) = 0 are kept"),
+        ("official:ties", official_ties(20), [0.0, 0.0, 3.0], "0 + 1 is kept"),
+        ("mergekit:ties", mergekit_ties(0.2, [1.0]), [0.0, 0.0, 3.0], "at least one is kept"),
+        flags="TiesKeepsAtLeastOne TiesKeepsOneMore",
+    )
+    h.case(
+        "density-zero",
+        "tau = (1, 2, 3), density 0",
+        [[1.0, 2.0, 3.0]],
+        [0.0] * 3,
+        ("ties", {"density": 0.0}, [0.0, 0.0, 0.0], "the base"),
+        ("official:ties", official_ties(0), [0.0, 0.0, 3.0], "|tau| >= the largest keeps the largest"),
+        ("mergekit:ties", mergekit_ties(0.0, [1.0]), [0.0, 0.0, 0.0], "the base"),
+        flags="TiesZeroDensity",
+    )
+    h.case(
+        "density-one",
+        "tau = (1, -2, 0), density 1",
+        [[1.0, -2.0, 0.0]],
+        [0.0] * 3,
+        ("ties", {"density": 1.0}, [1.0, -2.0, 0.0], "nothing is trimmed"),
+        ("official:ties", official_ties(1), REFUSED, "1 is the fraction 1.0, and the 0th smallest does not exist"),
+        ("mergekit:ties", mergekit_ties(1.0, [1.0]), [1.0, -2.0, 0.0], "nothing is trimmed"),
+        flags="TiesDensityOne",
+    )
+    h.case(
+        "weights-elect",
+        "tau = 4 and -2",
+        [[4.0], [-2.0]],
+        [0.0],
+        ("ties", {"density": 1.0}, [4.0], "the sum 2 elects +, and 4 is all that agrees"),
+        (
+            "mergekit:ties",
+            mergekit_ties(1.0, [1.0, 3.0]),
+            [-2.0],
+            "weights 1, 3: the sum 4 - 6 elects -, and -6/3 = -2",
+        ),
+        flags="TiesWeightsElect",
+    )
+    h.case(
+        "sum-not-mean",
+        "tau = 4 and 2",
+        [[4.0], [2.0]],
+        [0.0],
+        ("ties", {"density": 1.0}, [3.0], "the mean of the agreeing"),
+        ("official:ties", official_ties(50, "dis-sum"), [6.0], "the sum on request"),
+        ("mergekit:ties", mergekit_ties(1.0, [1.0, 1.0], normalize=False), [6.0], "the sum on request"),
+        flags="TiesSumNotMean",
+    )
+    h.case(
+        "mean-leaves-out-zeros",
+        "tau = (4, 1), (0, 1), (8, 1): (4 + 8) / 2 = 6, not 12 / 3",
+        [[4.0, 1.0], [0.0, 1.0], [8.0, 1.0]],
+        [0.0, 0.0],
+        ("ties", {"density": 1.0}, [6.0, 1.0], ""),
+        flags="TiesMeanCountsZeros",
+    )
+    h.case(
+        "trim-first",
+        "tau = (5, 3), (-3, -4): trimmed to (5, 0), (0, -4), so nothing conflicts",
+        [[5.0, 3.0], [-3.0, -4.0]],
+        [0.0, 0.0],
+        ("ties", {"density": 0.5}, [5.0, -4.0], ""),
+    )
+    h.case(
+        "empty-and-scalar",
+        "three floating elements in all, int(3 * 0.5) = 1 is kept: the scalar",
+        [{"e": [], "s": 8.0, "x": [1.0, 2.0]}],
+        {"e": [], "s": 0.0, "x": [0.0, 0.0]},
+        ("ties", {"density": 0.5}, {"e": [], "s": 8.0, "x": [0.0, 0.0]}, ""),
+    )
+    h.case(
+        "integers-not-counted",
+        "two floating elements, int(2 * 0.5) = 1 is kept; integers are not among them",
+        [{"ids": i64(3, 4, 5, 6), "x": [1.0, 2.0]}],
+        {"ids": i64(3, 4, 5, 6), "x": [0.0, 0.0]},
+        ("ties", {"density": 0.5}, {"ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
+    )
+    h.case("density-negative", "density -1/4", [[1.0]], [0.0], ("ties", {"density": -0.25}, REFUSED, ""))
+    h.case(
+        "density-above-one",
+        "density 3/2",
+        [[1.0]],
+        [0.0],
+        ("ties", {"density": 1.5}, REFUSED, "20 is no fraction either"),
+    )
+    h.case("no-base", "a task vector is a difference from a base", [[1.0], [2.0]], None, ("ties", {}, REFUSED, ""))
+    h.case("no-models", "nothing to merge", [], [0.0], ("ties", {}, REFUSED, ""))
+    return h
