@@ -591,6 +591,18 @@ def test_each_pass_reads_everything_once(name, passes, make_case):
         assert sum(moved) == plan.ran.bytes_read + plan.ran.bytes_sampled
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_a_group_is_sampled_whatever_the_number_of_its_blocks(blocks):
+    """The k-th largest of as many entries as are sampled, against a sort."""
+    size = 1 << 18
+    tau = np.random.default_rng(blocks).permutation(size).astype(np.float32) - size // 2
+    plan = prepare([{"x": tau}], "ties", base={"x": np.zeros_like(tau)}, threads=1, params={"density": 0.25})
+    plan.elements = size // blocks + 1024
+    kept = plan.run()["x"]
+    assert plan.ran.bytes_sampled > 0
+    assert np.array_equal(np.flatnonzero(kept), np.sort(np.argsort(-np.abs(tau), kind="stable")[: size // 4]))
+
+
 def test_small_tensors_are_read_once_even_where_large_ones_are_not(make_case):
     shapes = {"large": (5000,), "small": (100,)}
     m, models, _, given_ = inputs(make_case("slerp"), shapes)
