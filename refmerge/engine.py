@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from refmerge.block import run_block, run_model
 from refmerge.errors import ResourceError
+from refmerge.fused import compiler
 from refmerge.group import Log, Pause, Place, State, condense
 from refmerge.method import Method
 from refmerge.numeric import LEAF, STRETCH, host
@@ -97,6 +98,8 @@ class Context:
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        if self._work.fused:
+            compiler.finish()
         return self._scratch.__exit__(*error)
 
     def compute(self, task: Task) -> Outcome:

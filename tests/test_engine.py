@@ -543,9 +543,9 @@ def test_a_mask_is_drawn_once_for_all_passes(monkeypatch):
     drawn = []
     digits = refmerge.rng.digits_numpy
 
-    def counted(key, start, stop, j):
+    def counted(key, start, stop, j, compiled=False):
         drawn.append(stop - start if j == 0 else 0)
-        return digits(key, start, stop, j)
+        return digits(key, start, stop, j, compiled)
 
     monkeypatch.setattr(refmerge.rng, "digits_numpy", counted)
     x = {"x": np.random.default_rng(0).standard_normal(10_000)}
