@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
@@ -42,10 +43,10 @@ def test_uniform_places_are_spread(a, b):
     n, m = max(a, b), min(a, b)
     places = uniform(n, m)
     assert len(places) == m and all(0 <= p < n for p in places)
-    assert all(p < q for p, q in zip(places, places[1:]))
+    assert all(p < q for p, q in pairwise(places))
     if m:
         assert places[0] == 0
-        steps = {q - p for p, q in zip(places, places[1:])}
+        steps = {q - p for p, q in pairwise(places)}
         assert max(steps, default=0) - min(steps, default=0) <= 1
         assert n % m == 0 or places[-1] == n - 1
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def penalty(alpha, losses, temperature):
     """(R_t, its derivative by each loss): the log of the mean of exp(temperature * rise) over neighbours, the losses sorted
     by falling alpha. Of equal alphas the last counts; without neighbours there is no penalty."""
     order = sorted({a: w for w, a in enumerate(alpha)}.items(), reverse=True)
-    pairs = [(before, after) for (_, before), (_, after) in zip(order, order[1:])]
+    pairs = [(before, after) for (_, before), (_, after) in pairwise(order)]
     slope = np.zeros(len(alpha))
     if not pairs:
         return 0.0, slope

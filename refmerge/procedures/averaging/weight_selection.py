@@ -50,8 +50,8 @@ def at_places(name, x, m, places):
         return xp.asarray(x, copy=True)
     if "float" not in str(x.dtype):
         raise UsageError(
-            f"weight_selection: tensor {name!r} holds {x.dtype} and is {list(m)} in place of {list(n)}: places in a table are "
-            "no weights to select; leave can name it"
+            f"weight_selection: tensor {name!r} holds {x.dtype} and is {list(m)} in place of {list(n)}: places in a table "
+            "are no weights to select; leave can name it"
         )
     for axis in range(len(n)):
         if n[axis] != m[axis]:
