@@ -19,12 +19,16 @@ def model_ratatouille(
             f"official:model_ratatouille: weight_selection = {weight_selection!r}, not 'uniform': a selection needs scores, "
             "and the procedure greedy_soup makes it with rule='at_least'"
         )
-    xp = array_namespace(*models)
     theta, *others = models
     # 1. buffers
     if any(fnmatchcase(name, pattern) for pattern in buffers):
         return theta
     # 2. running mean
     for n, theta_n in enumerate(others, start=1):
-        theta = (theta * n + theta_n) / xp.full_like(theta, n + 1)
+        theta = over(theta * n + theta_n, n + 1)
     return theta
+
+
+def over(x, count):
+    """x / count, each entry divided: a product with 1 / count would round twice."""
+    return x / array_namespace(x).full_like(x, count)
