@@ -99,7 +99,7 @@ def time_vectors(count, score):
     return soup, best
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 6))
 def test_the_strict_rule_is_that_of_model_soups(data, count):
     score = Scores(data.draw, TIES)
@@ -107,7 +107,7 @@ def test_the_strict_rule_is_that_of_model_soups(data, count):
     assert ([*got.ingredients], got.score) == model_soups(count, score.of)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 6))
 def test_the_rule_at_least_is_that_of_ratatouille(data, count):
     score = Scores(data.draw, TIES)
@@ -115,7 +115,7 @@ def test_the_rule_at_least_is_that_of_ratatouille(data, count):
     assert ([*got.ingredients], got.score) == ratatouille(count, score.of)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 5))
 def test_the_rule_repeats_is_that_of_time_vectors(data, count):
     """Also where it stops early: the trials left out would not have been taken."""
@@ -127,7 +127,7 @@ def test_the_rule_repeats_is_that_of_time_vectors(data, count):
 # --- Laws -------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 5), st.sampled_from(RULES))
 def test_laws(data, count, rule):
     score = Scores(data.draw, ANY)
@@ -161,7 +161,7 @@ def test_laws(data, count, rule):
     testing.assert_same(again.merged, got.merged)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data(), st.integers(1, 5), st.sampled_from(RULES))
 def test_a_model_whose_every_soup_scores_nan_changes_nothing(data, count, rule):
     score = Scores(data.draw, TIES)
@@ -180,7 +180,7 @@ def test_a_model_whose_every_soup_scores_nan_changes_nothing(data, count, rule):
     assert got.score == expected.score
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 1 << 32), st.permutations(range(5)), st.sampled_from(RULES))
 def test_the_order_of_the_models_decides_only_between_equals(seed, order, rule):
     count, draw = len(order), np.random.default_rng(seed)

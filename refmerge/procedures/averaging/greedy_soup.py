@@ -103,9 +103,9 @@ def check(models: Any, rule: str, trials: int, scores: Any, method: Any, out: An
     if type(trials) is not int or trials < 1:
         raise UsageError(f"greedy_soup: trials = {trials!r} is no whole number above 0")
     of_merge = inspect.signature(merge).parameters.keys()
-    shared = inspect.signature(prepare).parameters.keys() & of_merge - {"params"}
+    of_both = inspect.signature(prepare).parameters.keys() & of_merge - {"params"}
     params = {key: x for key, x in options.items() if key not in of_merge}
-    plan = prepare(models, method, **{key: x for key, x in options.items() if key in shared}, params=params)
+    plan = prepare(models, method, **{key: x for key, x in options.items() if key in of_both}, params=params)
     if scores is not None and len(scores) != len(models):
         raise UsageError(f"greedy_soup: {len(scores)} scores for {len(models)} models")
     if out is None:
