@@ -54,7 +54,7 @@ def hand() -> Hand:
 
     h.case(
         "by-hand",
-        "base 1; tau = (4, 2, 0, 3), (-1, 4, 2, 1): sum (3, 6, 2, 4); |tau_0| = 4, 2, 0, 3 against |sum - tau_0| = 1, 4, 2, 1",
+        "base 1; tau = (4, 2, 0, 3), (-1, 4, 2, 1): sum (3, 6, 2, 4); 4, 2, 0, 3 against |sum - tau_0| = 1, 4, 2, 1",
         [[5.0, 3.0, 1.0, 4.0], [0.0, 5.0, 3.0, 2.0]],
         [1.0, 1.0, 1.0, 1.0],
         ("tall_masks", plain(), [4.0, 1.0, 1.0, 5.0], "the mask is 1 0 0 1"),
@@ -62,7 +62,7 @@ def hand() -> Hand:
     )
     h.case(
         "second-task",
-        "base 1; tau = (4, 2, 0, 3), (-1, 4, 2, 1): sum (3, 6, 2, 4); |tau_1| = 1, 4, 2, 1 against |sum - tau_1| = 4, 2, 0, 3",
+        "base 1; tau = (4, 2, 0, 3), (-1, 4, 2, 1): sum (3, 6, 2, 4); 1, 4, 2, 1 against |sum - tau_1| = 4, 2, 0, 3",
         [[5.0, 3.0, 1.0, 4.0], [0.0, 5.0, 3.0, 2.0]],
         [1.0, 1.0, 1.0, 1.0],
         ("tall_masks", plain(1), [1.0, 7.0, 3.0, 1.0], "the mask is 0 1 1 0"),
@@ -121,7 +121,7 @@ def hand() -> Hand:
     h.tests[-1].registered = False
     h.case(
         "ties",
-        "tau = (4, -3, 1, 2), (2, 5, 1/2, 1) trimmed to (4, -3, 0, 0), (2, 5, 0, 0): signs + +, sums of what agrees (6, 5, 0, 0)",
+        "tau = (4, -3, 1, 2), (2, 5, 1/2, 1) trimmed to (4, -3, 0, 0), (2, 5, 0, 0): sums of what agrees (6, 5, 0, 0)",
         [[4.0, -3.0, 1.0, 2.0], [2.0, 5.0, 0.5, 1.0]],
         [0.0, 0.0, 0.0, 0.0],
         (
@@ -152,7 +152,12 @@ def hand() -> Hand:
         [[3.0, 1.0], [-3.0, 1.0]],
         [0.0, 0.0],
         ("tall_masks", plain(1, multitask="ties", density=0.5), [0.0, 0.0], "no sign is elected: nothing is in the vector"),
-        ("official:tall_masks", official(1, use_ties=True), [-3.0, 0.0], "the negative entries are taken: -3 is task 1's own"),
+        (
+            "official:tall_masks",
+            official(1, use_ties=True),
+            [-3.0, 0.0],
+            "the negative entries are taken: -3 is task 1's own",
+        ),
         flags="TallMasksTiesZeroSum",
     )
     h.case(

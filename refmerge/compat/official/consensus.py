@@ -14,7 +14,7 @@ def consensus(
     base,
     group,
     *,
-    tall_mask_lambda_per_task: PerModel[float] = 1.0,
+    tall_mask_lambda_per_task: PerModel[float],
     prun_thre_k: int = 2,
     alpha: float = 1.0,
     use_ties: bool = False,

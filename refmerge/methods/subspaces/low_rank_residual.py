@@ -14,9 +14,9 @@ def low_rank_residual(models, base, name, *, rank: int = 8):
     # 1. residual
     R = as_matrix(scores(theta) - scores(base))
     # 2. singular value decomposition
-    U, S, Vt = decomposed(R, name)
+    U, S, V = decomposed(finite(R, name))
     # 3. truncate
-    R_r = (U[:, :rank] * S[:rank]) @ Vt[:rank]
+    R_r = (U[:, :rank] * S[:rank]) @ V[:, :rank].T
     # 4. add
     return base + like(R_r.reshape(base.shape), base)
 
@@ -26,8 +26,14 @@ def as_matrix(x):
     return x.reshape(x.shape[0], -1 if x.size else math.prod(x.shape[1:])) if x.ndim > 1 else x.reshape(1, -1)
 
 
-def decomposed(R, name):
-    """The thin singular value decomposition in float64: R = U diag(S) Vt, S descending."""
+def finite(R, name):
+    """R itself. UsageError where it has no singular values."""
     if not np.all(np.isfinite(R)):
         raise UsageError(f"tensor {name!r}: a residual that is infinite or NaN has no singular values; no option allows it")
-    return np.linalg.svd(R, full_matrices=False)
+    return R
+
+
+def decomposed(R):
+    """The thin singular value decomposition in float64: R = U diag(S) V^T, S descending."""
+    U, S, Vt = np.linalg.svd(R, full_matrices=False)
+    return U, S, Vt.T

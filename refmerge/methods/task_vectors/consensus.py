@@ -18,7 +18,7 @@ def consensus(
     group,
     *,
     k: int = 2,
-    threshold: PerModel[float] = 1.0,
+    threshold: PerModel[float] = 0.4,
     multitask: Literal["sum", "ties"] = "sum",
     density: float = 0.2,
     lambda_: float = 1.0,

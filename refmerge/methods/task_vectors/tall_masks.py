@@ -14,13 +14,13 @@ def tall_masks(
     group,
     *,
     task: int = 0,
-    threshold: float = 1.0,
+    threshold: float = 0.4,
     multitask: Literal["sum", "ties"] = "sum",
     density: float = 0.2,
 ):
     """TALL-masks: one task's model, recovered from the multi-task vector by a mask of one bit an entry.
 
-    An entry is taken where the multi-task vector is near to the task vector, at `threshold` 1 nearer than the base is.
+    An entry is taken where the multi-task vector is near enough to the task vector: at threshold 1, nearer than zero is.
     """
     if not 0 <= task < len(models):
         raise UsageError(f"tall_masks: task = {task} is none of 0 to {len(models) - 1}, the models' places in the list")

@@ -13,7 +13,7 @@ from refmerge.sources import dtype_name, stored_bytes
 
 @procedure("low_rank_restore", paper="arXiv:2305.18425")
 def low_rank_restore(stored, base, out=None, *, overwrite: bool = False):
-    """The base plus what `low_rank_store` kept of a fine-tune: a mapping name -> NumPy array, or the open checkpoint at `out`.
+    """The base plus what `low_rank_store` kept of a fine-tune: a mapping name -> NumPy array, or the checkpoint at `out`.
 
     base: the one that the fine-tune was stored against, a path, an open checkpoint or a mapping.
     """
@@ -43,7 +43,9 @@ def fits(stored, base, name, bits):
     if name not in base:
         raise InputError(f"{stored.path} holds a residual of {name!r}, which the base does not have")
     rows = [-(-n * bits // 8) for n in as_matrix(np.empty(base[name].shape, np.bool_)).shape]
-    found = [stored.tensors[f"{key}/{name}"].shape if f"{key}/{name}" in stored else () for key in ("scale", "left", "right")]
+    found = [
+        stored.tensors[f"{key}/{name}"].shape if f"{key}/{name}" in stored else () for key in ("scale", "left", "right")
+    ]
     if len(found[0]) != 1 or found[1:] != [(*found[0], n) for n in rows]:
         raise InputError(
             f"{stored.path}: the residual of {name!r} does not fit the base's shape {list(base[name].shape)}: it was stored "

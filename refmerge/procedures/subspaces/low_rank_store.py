@@ -4,9 +4,9 @@ from typing import Literal
 import numpy as np
 
 from refmerge.api import prepare
-from refmerge.checkpoint import CheckpointWriter, open_checkpoint, parse_size, same_or_inside
+from refmerge.checkpoint import CheckpointWriter, name_of, open_checkpoint, parse_size, same_or_inside
 from refmerge.errors import UsageError
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, low_rank_residual
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite, low_rank_residual
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
 
@@ -36,34 +36,32 @@ def low_rank_store(
     for c in plan.checkpoints:
         if same_or_inside(out, c.path):
             raise UsageError(f"output {str(out)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
-    tensors = {t.name: as_matrix(np.empty(t.shape, np.bool_)).shape for t in plan.work.tensors}
-    wide = {t.name: "F64" if t.work == "float64" else "F32" for t in plan.work.tensors}
+    shapes = {t.name: as_matrix(np.empty(t.shape, np.bool_)).shape for t in plan.work.tensors}
+    kinds = {t.name: np.dtype(t.work) for t in plan.work.tensors}
     # 1. residuals, and their singular values
-    values = {name: decomposed(residual(model, base, name), name)[1] for name in tensors}
+    values = {name: np.linalg.svd(residual(model, base, name), compute_uv=False) for name in shapes}
     # 2. allocate ranks
-    price = {name: sum(-(-n * bits // 8) for n in tensors[name]) + int(wide[name][1:]) // 8 for name in tensors}
-    ranks = allocated(values, tensors, price, left_over)
+    lengths = {name: [-(-n * bits // 8) for n in shape] for name, shape in shapes.items()}
+    price = {name: sum(length) + kinds[name].itemsize for name, length in lengths.items()}
+    ranks = {name: r for name, r in allocated(values, shapes, price, left_over).items() if r}
     # 3. quantise, and write
-    layout = {}
-    for name, r in ranks.items():
-        if r:
-            layout[f"scale/{name}"] = (wide[name], (r,))
-            for side, n in zip(("left", "right"), tensors[name]):
-                layout[f"{side}/{name}"] = ("U8", (r, -(-n * bits // 8)))
+    layout = {f"scale/{name}": (name_of(kinds[name]), (r,)) for name, r in ranks.items()}
+    for i, side in enumerate(("left", "right")):
+        layout |= {f"{side}/{name}": ("U8", (r, lengths[name][i])) for name, r in ranks.items()}
     with CheckpointWriter(out, layout, overwrite=overwrite, metadata={"bits": str(bits)}) as writer:
         for name, r in ranks.items():
-            if r:
-                U, S, Vt = decomposed(residual(model, base, name), name)
-                q, p = quantised(U[:, :r].T, bits), quantised(Vt[:r], bits)
-                scale = (S[:r] * along(U[:, :r].T, q) * along(Vt[:r], p)).astype(f"f{int(wide[name][1:]) // 8}")
-                for key, x in (("scale", scale), ("left", packed(q, bits)), ("right", packed(p, bits))):
-                    writer.write(f"{key}/{name}", 0, x.reshape(-1).view(np.uint8))
+            U, S, V = decomposed(residual(model, base, name))
+            u, v = U[:, :r].T, V[:, :r].T
+            q, p = quantised(u, bits), quantised(v, bits)
+            sigma = (S[:r] * along(u, q) * along(v, p)).astype(kinds[name])
+            for side, x in (("scale", sigma), ("left", packed(q, bits)), ("right", packed(p, bits))):
+                writer.write(f"{side}/{name}", 0, x.reshape(-1).view(np.uint8))
     return open_checkpoint(out)
 
 
 def residual(model, base, name):
-    """R = W - W_0 in float64, as a matrix."""
-    return as_matrix(scores(model[name]) - scores(base[name]))
+    """R = theta - theta_0 in float64, as a matrix."""
+    return finite(as_matrix(scores(model[name]) - scores(base[name])), name)
 
 
 def allocated(values, shapes, price, budget):
@@ -72,7 +70,7 @@ def allocated(values, shapes, price, budget):
     terms = []
     for name, S in values.items():
         noise = max(shapes[name]) * np.finfo(np.float64).eps * max(S, default=0.0)  # what rounding makes of a zero
-        terms += [(-float(s) ** 2 / price[name], name, i) for i, s in enumerate(S) if s > noise]
+        terms += [(-(float(s) ** 2) / price[name], name, i) for i, s in enumerate(S) if s > noise]
     ranks = dict.fromkeys(values, 0)
     for _, name, i in sorted(terms):
         if ranks[name] == i and price[name] <= budget:

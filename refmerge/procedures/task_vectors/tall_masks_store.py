@@ -20,7 +20,7 @@ def tall_masks_store(
     base,
     out,
     *,
-    threshold: float | list[float] = 1.0,
+    threshold: float | list[float] = 0.4,
     multitask: Literal["sum", "ties"] = "sum",
     density: float = 0.2,
     integers: Literal["equal", "base"] = "equal",
