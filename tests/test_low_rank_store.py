@@ -224,7 +224,7 @@ def test_refusals(tmp_path):
             low_rank_store(theta, base, tmp_path / "s", budget=100, bits=bits)
     with pytest.raises(UsageError, match="not a size"):
         low_rank_store(theta, base, tmp_path / "s", budget="much")
-    with pytest.raises(InputError, match="missing"):
+    with pytest.raises(InputError, match="'more' is not in both"):
         low_rank_store(theta | {"more": np.zeros(1, np.float32)}, base, tmp_path / "s", budget=100)
     with pytest.raises(InputError, match="integers='base'"):
         low_rank_store(theta | {"ids": np.arange(2)}, base | {"ids": np.ones(2, int)}, tmp_path / "s", budget=100)

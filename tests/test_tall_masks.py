@@ -198,6 +198,9 @@ def test_refusals_of_the_store(tmp_path):
         tall_masks_store(models, base, tmp_path / "s", multitask="mean")
     with pytest.raises(UsageError, match="at least 1 model"):
         tall_masks_store([], base, tmp_path / "s")
+    for odd in ([models[0], models[1] | {"more": base["bias"]}], [models[0], {"bias": base["bias"]}]):
+        with pytest.raises(InputError, match="is not in both model 1 and the base"):
+            tall_masks_store(odd, base, tmp_path / "s")
     with pytest.raises(UsageError, match="inputs are never written to"):
         tall_masks_store([tmp_path / "base.safetensors"], tmp_path / "base.safetensors", tmp_path / "base.safetensors")
     stored = tall_masks_store(models, base, tmp_path / "s")

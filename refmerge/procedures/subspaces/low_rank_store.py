@@ -5,7 +5,7 @@ import numpy as np
 
 from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, name_of, open_checkpoint, parse_size, same_or_inside
-from refmerge.errors import UsageError
+from refmerge.errors import InputError, UsageError
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite, low_rank_residual
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
@@ -32,7 +32,11 @@ def low_rank_store(
     if type(bits) is not int or not 2 <= bits <= 16:
         raise UsageError(f"low_rank_store: bits = {bits!r} is no whole number in [2, 16]")
     left_over = parse_size(budget)
-    plan = prepare([model], low_rank_residual, base=base, integers=integers)
+    plan = prepare([model], low_rank_residual, base=base, integers=integers, missing="skip")
+    if odd := sorted({*model} ^ {*base}):
+        raise InputError(
+            f"tensor {odd[0]!r} is not in both model and base: only models of the same tensors have a difference"
+        )
     for c in plan.checkpoints:
         if same_or_inside(out, c.path):
             raise UsageError(f"output {str(out)!r} lies in an input, {str(c.path)!r}: inputs are never written to")

@@ -7,7 +7,7 @@ import numpy as np
 
 from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, open_checkpoint, same_or_inside
-from refmerge.errors import UsageError
+from refmerge.errors import InputError, UsageError
 from refmerge.method import PerModel, method
 from refmerge.methods.task_vectors.tall_masks import mask, multitask_vector
 from refmerge.procedure import procedure
@@ -39,7 +39,12 @@ def tall_masks_store(
         return prepare(models, made, base=base, integers=integers, nonfinite=nonfinite, params=given, **options)
 
     # 1. what is written, by name: tensors and their bytes
-    checked = plan(vector)
+    checked = plan(vector, missing="skip")
+    for s in checked.work.models:
+        if odd := sorted(s.names() ^ {*base}):
+            raise InputError(
+                f"tensor {odd[0]!r} is not in both {s.label} and the base: all models must have the same tensors"
+            )
     for c in checked.checkpoints:
         if same_or_inside(out, c.path):
             raise UsageError(f"output {str(out)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
