@@ -34,6 +34,16 @@ def dtype_name(x: Any, name: str) -> str:
     return _NAMES[word]
 
 
+def stored_bytes(x: Any, dtype: str) -> np.ndarray:
+    """A whole array of any library as the bytes of a tensor of this safetensors dtype; floats are rounded once."""
+    flat = np.ascontiguousarray(host(x)).reshape(-1)
+    if dtype not in FLOATS:
+        return flat.view(np.uint8)
+    raw = np.empty(flat.size * itemsize(dtype), dtype=np.uint8)
+    encode(flat, dtype, raw)
+    return raw
+
+
 def all_finite(x: Any) -> bool:
     """Whether no element of an array of any library is infinite or NaN."""
     x = x.values if isinstance(x, Rounded) else x

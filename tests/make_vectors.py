@@ -55,6 +55,9 @@ def results(folder: Path, cases: Any) -> list[Test]:
     for path in sorted(path for stem in stems for path in folder.glob(f"{stem}--*.safetensors")):
         tensors, meta = read(path)
         id = path.stem.replace("--", "-")
+        if meta["registry"] == "function" and hasattr(cases, "several"):
+            tests += cases.several(id, tensors, meta)
+            continue
         tool = meta["registry"].partition(":")[0]
         if tool not in tools and id not in getattr(cases, "EVIDENCE", ()):
             continue

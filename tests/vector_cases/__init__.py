@@ -10,6 +10,7 @@ TOOLS: whose results are taken, beside the authors' and mergekit's.
 FLAGS: id of a result -> the flags it shows.
 PAPER: id of a result -> how to ask for it under the plain name (see Paper).
 EVIDENCE: ids of results of tools that have no entry, kept because they show a disagreement.
+several: function (id, arrays, header) -> Tests, of a result that is no merge of tensors into tensors: several outputs, say.
 accepts: function Test -> whether a result belongs to this method, where the file's name does not tell.
 """
 
