@@ -69,8 +69,8 @@ def linear_quant(x, n_nums, group):
     low, high = -float(np.max(ends[len(x) :])), float(np.max(ends[: len(x)]))
     if n_nums < 2 or (n_nums == 2 and low != -high):
         raise UsageError(
-            f"official:rws: {n_nums} levels of quantization, with which the authors' code fails or gives NaN: 3 or more are needed "
-            "(log takes half of them)"
+            f"official:rws: {n_nums} levels of quantization, with which the authors' code fails or gives NaN: 3 or more are "
+            "needed (log takes half of them)"
         )
     if n_nums == 2:
         return [high * xp.sign(x_n) for x_n in x]
