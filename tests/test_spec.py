@@ -304,7 +304,8 @@ def test_links_lead_somewhere():
 
 
 def test_the_path_through_the_pages_links_what_there_is():
-    path = (ROOT / "spec" / "README.md").read_text(encoding="utf-8").partition("## A path through the pages")[2].partition("\n## ")[0]
+    text = (ROOT / "spec" / "README.md").read_text(encoding="utf-8")
+    path = text.partition("## A path through the pages")[2].partition("\n## ")[0]
     unlinked = set(re.findall(r"(?<!\[)`(\w+)`", path))
     there = {name for kind in pages.SECTIONS_OF for name in pages.names(kind)}
     assert unlinked.isdisjoint(there), f"link {sorted(unlinked & there)}: they have pages now"
