@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import itertools
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -38,12 +39,15 @@ class Entry:
 
     @property
     def pages(self) -> list[Page]:
-        """Its page; of another tool's entry those of the methods that it is an implementation of."""
+        """Its page; of another tool's entry the page of its name, and where no method has that name the methods' pages
+        whose vectors have the entry."""
         bare = self.name.rpartition(":")[2]
-        known = [name for kind in pages.SECTIONS_OF for name in pages.names(kind)]
-        if bare in known:
-            return [pages.page(bare)] if self.ours or self.tool else []
-        return [pages.page(name) for name in known if self.tool and f'"entry": "{self.name}"' in _vectors(name)]
+        known = [pages.page(name) for kind in pages.SECTIONS_OF for name in pages.names(kind)]
+        named = [page for page in known if page.name == bare and (self.ours or self.tool)]
+        if not self.tool or any(page.kind == "method" for page in named):
+            return named
+        shown = [page for page in known if f'"entry": "{self.name}"' in _vectors(page.name) and page not in named]
+        return named + [page for page in shown if page.kind == "method"] or shown
 
     @property
     def page(self) -> Page | None:
@@ -101,8 +105,12 @@ def _procedure(name: str) -> Entry:
 
 
 def _recipe(name: str) -> Entry:
+    """A recipe says in the comment at its top what it does."""
     page = pages.page(name)
-    return Entry(name, "recipe", "", None, True, f"{page.title}: {_sentence(page.sections['Purpose'])}")
+    comment = itertools.takewhile(lambda line: line.startswith("#"), recipe_text(recipes(page)[0]).splitlines())
+    sentence = _sentence("\n".join(line.lstrip("# ") for line in comment))
+    named = page.title.lower() in sentence.lower()
+    return Entry(name, "recipe", "", None, True, sentence if named else f"{page.title}: {sentence}")
 
 
 def _sentence(text: str) -> str:

@@ -65,7 +65,7 @@ def catalogue(entries: Sequence[Entry]) -> str:
 def _place(e: Entry) -> tuple[int, str]:
     if e.tool:
         return 2, f"{e.tool}: as {_whose(e.tool)} computes it"
-    return (0, e.page.family) if e.page else (1, "from other packages")
+    return (0, e.page.family) if e.page is not None else (1, "from other packages")
 
 
 def _whose(tool: str) -> str:
@@ -287,7 +287,8 @@ class _Code:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for line in self.lines:
-            further = " " * (len(line) - len(line.lstrip(" .>")) + 4)
+            indent = len(line) - len(line.lstrip(" .>"))
+            further = " " * indent + ("# " if line[indent:].startswith("#") else "    ")
             for part in wrap(line, options.max_width, subsequent_indent=further, break_on_hyphens=False) or [""]:
                 yield Text(part, style=CODE)
 
