@@ -183,38 +183,39 @@ def agreed(spec, model0, model1):
 
 
 def in_order(spec, written_by, by_weights):
-    """(permutation, the tensors whose slices its units are) in an order in which all that their other axes need is matched
-    before. Tensors whose first axis it is come first, for there outputs lie; else it is the first tensor that has it."""
+    """(permutation, the tensors whose slices its units are) in an order in which their other axes are matched before.
+
+    Those are the tensors of several axes along whose first one, where outputs are, the permutation lies. Next comes the
+    permutation that has some whose other axes are matched, and of which the fewest wait. If there is none it is the first
+    that has such a tensor along any axis. Permutations inside of heads are not matched.
+    """
     todo = [P for P, owners in spec.owners.items() if not owners and len(parts(P)) == 1]
-    unknown = sorted({*written_by} - {*todo})
-    if unknown:
+    if unknown := sorted({*written_by} - {*todo}):
         raise UsageError(f"otfusion: written_by names {unknown[0]!r}, and what is matched is {', '.join(todo) or 'nothing'}")
     found = []
     while todo:
-        ready = {P: ready_for(P, spec, todo, written_by.get(P)) for P in todo}
-        P = next((P for P in todo if any(axis == 0 for _, axis in ready[P])), next((P for P in todo if ready[P]), todo[0]))
-        if by_weights and not ready[P]:
+        uses = {P: [use for use in spec.uses(P) if len(spec.axes[use[0]]) > 1] for P in todo}
+        made = {P: [(n, a) for n, a in uses[P] if (n in written_by[P] if P in written_by else a == 0)] for P in todo}
+        waits = {P: sum(waiting(use, spec, todo) for use in made[P]) for P in todo}
+        able = [P for P in todo if waits[P] < len(made[P]) and not (P in written_by and waits[P])]
+        others = [P for P in todo if P not in written_by and not all(waiting(use, spec, todo) for use in uses[P])]
+        if by_weights and not able and not others:
             raise UsageError(
-                f"otfusion: each tensor that has {P!r} has units that are not matched before it: written_by can name others, "
-                "and activations need no tensors"
+                f"otfusion: each tensor of {todo[0]!r} has other units that are not matched yet: written_by can name those that "
+                "count, and activations need none"
             )
-        first = [tensor for tensor, axis in ready[P] if axis == 0 or P in written_by]
-        found.append((P, (first or [tensor for tensor, _ in ready[P]][:1]) if by_weights else []))
+        P = min(able, key=waits.get) if able else (others or todo)[0]
+        ready = [n for n, a in (made if able else uses)[P] if not waiting((n, a), spec, todo)]
+        found.append((P, ready if by_weights else []))
         todo.remove(P)
     return found
 
 
-def ready_for(P, spec, todo, named):
-    """(tensor, axis) of the tensors of more than one axis that have P, and else nothing that is still to do. Of those that
-    are named either all or none."""
-    uses = [
-        (tensor, axis)
-        for tensor, axis in spec.uses(P)
-        if len(spec.axes[tensor]) > 1
-        and (named is None or tensor in named)
-        and not any({*parts(name)} & {*todo} - {P} for entry in spec.axes[tensor] for name, _ in names(entry))
-    ]
-    return uses if named is None or len(uses) == len(named) else []
+def waiting(use, spec, todo):
+    """Whether another axis of the tensor has a permutation that is still to do."""
+    name, axis = use
+    others = [entry for a, entry in enumerate(spec.axes[name]) if a != axis]
+    return any({*parts(P)} & {*todo} for entry in others for P, _ in names(entry))
 
 
 def is_read(P, spec, tensors):
