@@ -71,15 +71,20 @@ def exact_plan(mu, nu, M):
     return np.maximum(found.x.reshape(n0, n1), 0.0)
 
 
-def sinkhorn_plan(mu, nu, M, *, reg=0.01, iterations=1000, tolerance=1e-9):
+def sinkhorn_plan(mu, nu, M, *, reg=0.01, iterations=1000, tolerance=1e-9, kernel="log"):
     """The plan of least <T, M> + reg sum T log T, by Sinkhorn's iteration in the logarithms.
 
-    It begins with equal scales, and sets the columns' sums, then the rows'. After the first step and every tenth one it stops
-    where the columns' sums are closer to nu than `tolerance`, as a vector.
+    It begins with equal scales, and sets the columns' sums, then the rows'. After the first step and every tenth one more it
+    stops if the columns' sums are closer to nu than `tolerance`, as a vector. kernel: "float32" iterates on exp(-M / reg)
+    itself in float32, as the authors' code does: where that is 0 the plan is wrong, or of another sum than 1.
     """
+    if kernel not in ("log", "float32"):
+        raise UsageError(f"otfusion: kernel = {kernel!r} is none of 'log', 'float32'")
     if not reg > 0 or iterations < 1:
         raise UsageError(f"otfusion: reg = {reg!r} is above 0 and iterations = {iterations!r} at least 1")
     mu, nu, M = _problem(mu, nu, M)
+    if kernel == "float32":
+        return _scaled(mu, nu, np.exp(M.astype(np.float32) / -reg), iterations, tolerance)
     K = -M / reg
     f = np.full(len(mu), -np.log(len(mu)))
     for step in range(iterations):
@@ -88,6 +93,24 @@ def sinkhorn_plan(mu, nu, M, *, reg=0.01, iterations=1000, tolerance=1e-9):
         if step % 10 == 0 and np.linalg.norm(np.exp(K + f[:, None] + g).sum(axis=0) - nu) < tolerance:
             break
     return np.exp(K + f[:, None] + g)
+
+
+def _scaled(mu, nu, K, iterations, tolerance):
+    """diag(u) K diag(v), the iteration given up at the step before a division by 0."""
+    u, v = (np.full(n, np.float32(1 / n)) for n in K.shape)
+    rows = (1 / mu)[:, None] * K
+    with np.errstate(all="ignore"):
+        for step in range(iterations):
+            before = u, v
+            sums = K.T @ u
+            v = nu / sums
+            u = 1 / (rows @ v)
+            if not (sums.all() and np.isfinite(u).all() and np.isfinite(v).all()):
+                u, v = before
+                break
+            if step % 10 == 0 and np.linalg.norm(u @ K * v - nu) < tolerance:
+                break
+    return u[:, None] * K * v
 
 
 def _log_sum(x, axis):

@@ -55,6 +55,7 @@ def otfusion(
     exact=True,
     reg=0.01,
     iterations=1000,
+    kernel="log",
     plans=None,
     correction="columns",
     eps=0.0,
@@ -82,17 +83,19 @@ def otfusion(
         A = rows(model0, spec, P, tensors, K)
         # 2. ground cost
         x, y = (A, W1) if by_weights else (units(acts, P, n[P]) for acts, n in zip(activations, sizes))
-        M = ground_cost(x, y, metric=metric, squared=squared, unit_rows=unit_rows, divide=divide, normalize=normalize, clip=clip)
+        M = ground_cost(
+            x, y, metric=metric, squared=squared, unit_rows=unit_rows, divide=divide, normalize=normalize, clip=clip
+        )
         # 3. masses
         kind = masses if is_read(P, spec, tensors) else "uniform"
         mu, nu = (mass(W, kind, n[P]) for W, n in zip((W0, W1), sizes))
         # 4. coupling
-        if plans is not None and P in plans:
-            T = np.asarray(plans[P], dtype=np.float64)
+        if P in (plans or ()):
+            T = given(plans[P], P, M.shape)
         elif exact:
             T = exact_plan(mu, nu, M)
         else:
-            T = sinkhorn_plan(mu, nu, M, reg=reg, iterations=iterations)
+            T = sinkhorn_plan(mu, nu, M, reg=reg, iterations=iterations, kernel=kernel)
         # 5. correction
         Ms[P], Ts[P], K[P] = M, T, corrected(T, correction, eps)
     # 6. transport
@@ -104,8 +107,8 @@ def otfusion(
 
 
 def chain(model0, model1, order=None, *, output="identity", shortcuts=False):
-    """The spec of a chain of layers: each tensor of two or more axes is a layer (outputs, inputs, kernel ...) that reads what
-    the one before gives, and a vector belongs to the layer before it.
+    """The spec of a chain of layers: each tensor of two or more axes is a layer (outputs, inputs, kernel ...) that reads
+    what the one before gives, and a vector belongs to the layer before it.
 
     order: the tensors' names; else they are in model 1's order. output: whether the last layer's outputs are matched by
     "identity", or by "transport" like all others; "second" is "identity" here. shortcuts: 1 x 1 convolutions that change the
@@ -201,8 +204,8 @@ def in_order(spec, written_by, by_weights):
         others = [P for P in todo if P not in written_by and not all(waiting(use, spec, todo) for use in uses[P])]
         if by_weights and not able and not others:
             raise UsageError(
-                f"otfusion: each tensor of {todo[0]!r} has other units that are not matched yet: written_by can name those that "
-                "count, and activations need none"
+                f"otfusion: each tensor of {todo[0]!r} has other units that are not matched yet: written_by can name those "
+                "that count, and activations need none"
             )
         P = min(able, key=waits.get) if able else (others or todo)[0]
         ready = [n for n, a in (made if able else uses)[P] if not waiting((n, a), spec, todo)]
@@ -240,10 +243,14 @@ def rows(model, spec, P, tensors, K):
 def units(activations, P, n):
     """The activations of P's units as the rows of a matrix: arrays (samples, units, ...)."""
     if P not in activations:
-        raise UsageError(f"otfusion: no activations of {P!r}, there are those of {', '.join(map(repr, activations)) or 'none'}")
+        raise UsageError(
+            f"otfusion: no activations of {P!r}, there are those of {', '.join(map(repr, activations)) or 'none'}"
+        )
     x = scores(activations[P])
     if x.ndim < 2 or x.shape[1] != n:
         raise UsageError(f"otfusion: activations of {P!r} are (samples, {n} units, ...), not {list(x.shape)}")
+    if not np.isfinite(x).all():
+        raise UsageError(f"otfusion: activations of {P!r} are NaN or infinite somewhere: no option allows it")
     return np.moveaxis(x, 1, 0).reshape(n, -1)
 
 
@@ -257,17 +264,27 @@ def mass(W, kind, n):
     return norm / norm.sum()
 
 
+def given(T, P, shape):
+    """A plan that was made elsewhere."""
+    T = scores(T)
+    if T.shape != shape or not np.isfinite(T).all():
+        raise UsageError(f"otfusion: the plan of {P!r} is finite and of shape {list(shape)}, not {list(T.shape)}")
+    return T
+
+
 def corrected(T, correction="columns", eps=0.0):
-    """K: the plan as it is applied. "columns": its columns divided by their sums, so that each unit of model 1 gets a mean of
-    units. "constant": all divided by 1 / n. "rows": rows divided by their sums. "none": the plan. eps is added to divisors."""
-    if correction in ("rows", "constant") and T.shape[0] != T.shape[1]:
-        raise UsageError(f"otfusion: correction = {correction!r} is for equal widths, not {T.shape[0]} and {T.shape[1]}: 'columns'")
+    """K: the plan as it is applied. "columns": columns divided by their sums, so that each unit of model 1 gets a mean of
+    units. "constant": all divided by nu = 1 / n1. "rows": rows divided by their sums. "none": the plan. eps goes onto divisors."""
+    if correction == "rows" and T.shape[0] != T.shape[1]:
+        raise UsageError(
+            f"otfusion: correction = {correction!r} is for equal widths, not {T.shape[0]} and {T.shape[1]}: 'columns'"
+        )
     if correction == "columns":
         return T / (T.sum(axis=0) + eps)
     if correction == "rows":
         return T / (T.sum(axis=1, keepdims=True) + eps)
     if correction == "constant":
-        return T / (1 / len(T) + eps)
+        return T / (1 / T.shape[1] + eps)
     if correction != "none":
         raise UsageError(f"otfusion: correction = {correction!r} is none of 'columns', 'rows', 'constant', 'none'")
     return T
@@ -278,9 +295,9 @@ def transported(model, spec, name, K, align_inputs):
     if "float" not in str(model[name].dtype):
         return None
     x, entries = finite(model, name), spec.axes[name] or ()
-    moves = [bool({*sum((parts(P) for P, _ in names(entry)), [])} & K.keys()) for entry in entries]
+    is_matched = any(part in K for entry in entries[:1] for P, _ in names(entry) for part in parts(P))
     for axis, entry in enumerate(entries):
-        if align_inputs or axis == 0 or not moves[0]:
+        if align_inputs or axis == 0 or not is_matched:
             x = along(x, axis, entry, K)
     return x
 
@@ -311,7 +328,9 @@ def averaged(x, y, t):
     if x is None:
         return y
     if x.shape != tuple(y.shape):
-        raise UsageError(f"otfusion: a tensor of shape {list(x.shape)} meets {list(y.shape)}: widths differ where nothing is matched")
+        raise UsageError(
+            f"otfusion: a tensor of shape {list(x.shape)} meets {list(y.shape)}: widths differ where nothing is matched"
+        )
     return like((1 - t) * x + t * scores(y), y)
 
 
@@ -323,39 +342,63 @@ def finite(model, name):
     return x
 
 
-def from_official(params):
-    """The keywords of `otfusion` for options of the authors' command line, under their names and with their defaults.
+def from_official(params, *, clafusion=False):
+    """The keywords of `otfusion` for options of the authors' command line, under their names and with their defaults; with
+    `clafusion` those of CLAFusion's copy of the code.
 
     What does not touch the fusion is passed over. Activations are given beside them where geom_ensemble_type is "acts".
     """
-    get = {
-        "geom_ensemble_type": "wts", "ground_metric": "euclidean", "ground_metric_normalize": "log", "not_squared": False,
-        "ground_metric_eff": False, "normalize_wts": False, "dist_normalize": False, "activation_histograms": False,
-        "act_num_samples": 100, "clip_gm": False, "clip_min": 0, "clip_max": 5, "importance": None, "exact": False,
-        "reg": 1e-2, "sinkhorn_type": "normal", "correction": False, "proper_marginals": False, "past_correction": False,
-        "ensemble_step": 0.5, "skip_last_layer": False, "skip_last_layer_type": "average", "handle_skips": False,
-        "unbalanced": False, "gromov": False, "update_acts": False, "act_bug": False,
-    } | dict(params)  # fmt: skip
-    for key in ("unbalanced", "gromov", "update_acts"):
-        if get[key]:
-            raise UsageError(f"otfusion: {key} is not here: it is the authors' trial, and no part of the method")
+    get = DEFAULTS | dict(params)
+    if refused := [key for key in ("unbalanced", "gromov", "update_acts") if get[key]]:
+        raise UsageError(f"otfusion: {refused[0]} is a trial in the authors' code, not part of the method, and is not here")
     acts = get["geom_ensemble_type"] == "acts"
     counted = get["ground_metric_eff"] and get["dist_normalize"] and get["activation_histograms"]
-    correction = "columns" if get["proper_marginals"] else "rows" if acts else "constant"
+    kept = {"average": "identity", "second": "second"}[get["skip_last_layer_type"] if acts else "average"]
+    correction = "columns" if get["proper_marginals"] or (clafusion and acts) else "rows" if acts else "constant"
     return {
         "t": get["ensemble_step"],
         "metric": get["ground_metric"],
         "squared": not get["not_squared"],
         "unit_rows": get["normalize_wts"] and not acts,
-        "divide": float(get["act_num_samples"]) if counted else 1.0,
+        "divide": get["act_num_samples"] if counted else 1.0,
         "normalize": get["ground_metric_normalize"],
         "clip": (get["reg"] * get["clip_min"], get["reg"] * get["clip_max"]) if get["clip_gm"] else None,
         "masses": get["importance"] or "uniform",
         "exact": get["exact"],
         "reg": get["reg"],
+        "kernel": "float32",
         "correction": correction if get["correction"] else "none",
         "eps": 1e-7,
         "align_inputs": get["past_correction"],
-        "output": {"average": "identity"}.get(get["skip_last_layer_type"], "second") if get["skip_last_layer"] else "transport",
-        "shortcuts": get["handle_skips"] and acts,
+        "output": kept if get["skip_last_layer"] else "transport",
+        "shortcuts": get["handle_skips"] and (acts or clafusion),
     }
+
+
+DEFAULTS = {
+    "act_num_samples": 100,
+    "activation_histograms": False,
+    "clip_gm": False,
+    "clip_max": 5,
+    "clip_min": 0,
+    "correction": False,
+    "dist_normalize": False,
+    "ensemble_step": 0.5,
+    "exact": False,
+    "geom_ensemble_type": "wts",
+    "gromov": False,
+    "ground_metric": "euclidean",
+    "ground_metric_eff": False,
+    "ground_metric_normalize": "log",
+    "handle_skips": False,
+    "importance": None,
+    "normalize_wts": False,
+    "not_squared": False,
+    "past_correction": False,
+    "proper_marginals": False,
+    "reg": 1e-2,
+    "skip_last_layer": False,
+    "skip_last_layer_type": "average",
+    "unbalanced": False,
+    "update_acts": False,
+}
