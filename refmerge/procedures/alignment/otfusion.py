@@ -175,6 +175,8 @@ def last_layer(spec):
 def agreed(spec, model0, model1):
     """The numbers of units in both models. UsageError where they differ and nothing is permuted."""
     sizes = [spec.sizes(model) for model in (model0, model1)]
+    if empty := [P for n in sizes for P in n if not n[P]]:
+        raise UsageError(f"otfusion: {empty[0]!r} has no units, of which there is no mean")
     one, other = shapes(model0), shapes(model1)
     for name, entries in spec.axes.items():
         for axis, (a, b) in enumerate(zip(one[name], other[name])):
@@ -274,7 +276,7 @@ def given(T, P, shape):
 
 def corrected(T, correction="columns", eps=0.0):
     """K: the plan as it is applied. "columns": columns divided by their sums, so that each unit of model 1 gets a mean of
-    units. "constant": all divided by nu = 1 / n1. "rows": rows divided by their sums. "none": the plan. eps goes onto divisors."""
+    units. "constant": all divided by 1 / n1. "rows": rows divided by their sums. "none": the plan. eps goes onto divisors."""
     if correction == "rows" and T.shape[0] != T.shape[1]:
         raise UsageError(
             f"otfusion: correction = {correction!r} is for equal widths, not {T.shape[0]} and {T.shape[1]}: 'columns'"
