@@ -64,18 +64,18 @@ def otfusion_picture() -> str:
     from refmerge.procedures.alignment.otfusion import otfusion
 
     weights = [0.0, 6.0, 12.0], [3.0, 12.0]
-    models = [{"fc1.weight": np.array(w)[:, None], "fc2.weight": np.ones((1, len(w)))} for w in weights]
-    found = otfusion(*models)
-    M, T, K = found.costs["fc1"], found.plans["fc1"], found.maps["fc1"]
+    wide, narrow = ({"fc1.weight": np.array(w)[:, None], "fc2.weight": np.ones((1, len(w)))} for w in weights)
+    found = otfusion([narrow, wide])
+    M, T, K = (getattr(found.transports[0], of)["fc1"] for of in ("costs", "plans", "maps"))
     rows, columns = ([_g(w) for w in some] for some in weights)
     y, x = 90.0, 60.0
     body = [_text(16, 24, "otfusion: three units into two", INK, "bold")]
-    body.append(_text(16, 42, "by their weights: 0, 6, 12 of model 0 and 3, 12 of model 1", FAINT))
+    body.append(_text(16, 42, "by their weights: 0, 6, 12, and 3, 12 of the first model", FAINT))
     body += grid(x, y, "cost M", M, rows, columns, np.zeros_like(M))
     x += CELL * 2 + GAP
     body += strands(x, y, "plan T, shown by width", T, rows, columns, 3 * CELL)
     x += 220 + GAP
-    body += grid(x, y, "map K", K, rows, [_g(v) for v in found.transported["fc1.weight"].ravel()], K)
+    body += grid(x, y, "map K", K, rows, [_g(v) for v in found.models[1]["fc1.weight"].ravel()], K)
     description = (
         "Costs of pairs of units, the plan as lines as wide as what they carry, and its columns divided by their sums."
     )

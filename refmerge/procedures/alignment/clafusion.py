@@ -14,8 +14,8 @@ __all__ = ["CrossLayerFusion", "add_layers", "clafusion", "cost_matrix", "diagon
 @dataclass(frozen=True)
 class CrossLayerFusion:
     """What `clafusion` gives. map: for each hidden layer of the shallow model the number of its layer in the deep one, from
-    1 on. costs: the matrix of each chunk. deep, shallow: the models, made equally deep. fusion: of the first into the
-    second. swapped: whether the deep one is model 1."""
+    1 on. costs: the matrix of each chunk. deep, shallow: the models, made equally deep. fusion: of the deep into the
+    shallow one. swapped: whether the deep one is model 1."""
 
     map: np.ndarray
     costs: list
@@ -26,7 +26,8 @@ class CrossLayerFusion:
 
     @property
     def merged(self):
-        return self.fusion.merged
+        """In the order of the layers."""
+        return {name: self.fusion.merged[name] for name in self.shallow}
 
 
 @procedure("clafusion", paper="arXiv:2110.15538")
@@ -85,8 +86,8 @@ def clafusion(
     else:
         deep = merge_layers(deep, A, activations(deep) if activations else {}, shallow, relu=relu)
     # 5. fusion
-    taps = (activations(deep), activations(shallow)) if match == "activations" else None
-    found = otfusion(deep, shallow, list(shallow), activations=taps, **(fusion or {}))
+    taps = [activations(shallow), activations(deep)] if match == "activations" else None
+    found = otfusion([shallow, deep], list(shallow), activations=taps, **(fusion or {}))
     return CrossLayerFusion(np.array(A), costs, deep, shallow, found, swapped)
 
 
