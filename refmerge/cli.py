@@ -187,7 +187,8 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
     )
     click.echo(f"writes      {size(figures['bytes_written'])}")
-    click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads")
+    compiled = ", compiled programs" if figures["compiled"] else ""
+    click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
     if expected is not None:
         disk = size(round(expected.needs_per_second))
         click.echo(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")

@@ -26,8 +26,8 @@ waits = False  # for tests: compile at once
 
 @cache
 def command() -> str | None:
-    """The compiler, or None where there is none or REFMERGE_COMPILE=0 forbids it."""
-    if os.environ.get("REFMERGE_COMPILE") == "0":
+    """The compiler of a POSIX system; None where there is none or REFMERGE_COMPILE=0 forbids it."""
+    if os.environ.get("REFMERGE_COMPILE") == "0" or not hasattr(os, "getuid"):
         return None
     return shutil.which(os.environ.get("CC") or "cc")
 
