@@ -20,8 +20,8 @@ from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_arr
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator",
-    "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
+    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum", "expansion", "host",
+    "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
     "value_of",
 ]  # fmt: skip
 
@@ -61,6 +61,11 @@ def stacked_sum(xs: Iterable[Any]) -> Any:
 def mean(xs: Sequence[Any]) -> Any:
     """(1/N) x_1 + ... + (1/N) x_N, the coefficient computed on the host."""
     return total((1 / len(xs)) * x for x in xs)
+
+
+def divided(x: Any, c: float) -> Any:
+    """x / c, rounded once, for tools that divide: as torch does it on a CPU; elsewhere it multiplies by the reciprocal."""
+    return x / c if isinstance(x, Rounded) or is_numpy_array(x) else x / array_namespace(x).full_like(x, c)
 
 
 def clamp(x: float, low: float, high: float) -> float:
