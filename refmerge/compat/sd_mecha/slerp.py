@@ -31,8 +31,8 @@ def slerp(models, group, *, alpha: float = 0.5):
 
 
 def shares(alpha, c):
-    """Of the unit vectors in the point of the arc; between opposite ones, which their formula divides by 0, its limit."""
-    if c == -1:
-        return math.cos(alpha * math.pi), 0.0
+    """Of the unit vectors in the point of the arc; their limit within 1e-6 of opposite, where rounding decides about them."""
     omega = math.acos(c)
+    if c < 0 and math.sin(omega) < 1e-6:
+        return math.cos(alpha * math.pi), 0.0
     return math.sin((1 - alpha) * omega) / math.sin(omega), math.sin(alpha * omega) / math.sin(omega)
