@@ -130,7 +130,8 @@ def page(name: str) -> Page:
 
 
 def example_for(method: Method) -> Example:
-    """The worked example of a method's page; for another tool's entry that of the paper's method, as far as it fits."""
+    """The worked example of a method's page; for another tool's entry that of the paper's method, as far as it fits: with the
+    parameters that the example says for it under `tools`, where its defaults do not."""
     tool, _, bare = method.name.rpartition(":")
     if bare not in _found() or page(bare).kind != "method":
         count = max(2, method.models[0]) if method.models[1] is None else method.models[1]
@@ -148,6 +149,8 @@ def example_for(method: Method) -> Example:
     for key, p in method.params.items():
         if p.required or key in ours.params:
             params[key] = ours.params.get(key, 1.0)
+    if bare in _found():
+        params |= page(bare).front.get("example", {}).get("tools", {}).get(method.name, {})
     return Example(base, models, params)
 
 

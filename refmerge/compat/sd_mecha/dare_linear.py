@@ -5,7 +5,6 @@ from refmerge.numeric import array_namespace, divided, total
 @method(
     "sd_mecha:dare_linear",
     paper="ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/ties.py:dropout",
-    work="float32",
     widens=True,
     stats={"mask": "draw"},
     domain={"probability": (0.0, 1.0)},

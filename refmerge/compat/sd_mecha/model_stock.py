@@ -10,7 +10,6 @@ from refmerge.numeric import array_namespace, at_precision, divided, host, like,
 @method(
     "sd_mecha:model_stock",
     paper="ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/ties.py:model_stock",
-    work="float32",
     widens=True,
     models=(2, None),
     view="tensor",

@@ -8,7 +8,6 @@ from refmerge.method import method
 @method(
     "sd_mecha:slerp",
     paper="ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/linear.py:slerp",
-    work="float32",
     widens=True,
     models=(2, 2),
 )
@@ -31,7 +30,7 @@ def slerp(models, group, *, alpha: float = 0.5):
 
 
 def shares(alpha, c):
-    """Of the unit vectors in the point of the arc; their limit within 1e-6 of opposite, where rounding decides about them."""
+    """Of the unit vectors in the point of the arc; their limit within 1e-6 of opposite, where they are rounding alone."""
     omega = math.acos(c)
     if c < 0 and math.sin(omega) < 1e-6:
         return math.cos(alpha * math.pi), 0.0

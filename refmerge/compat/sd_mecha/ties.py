@@ -8,7 +8,6 @@ from refmerge.numeric import array_namespace
 @method(
     "sd_mecha:ties",
     paper="ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/ties.py:ties_sum",
-    work="float32",
     widens=True,
     domain={"k": (0.0, 1.0)},
 )
