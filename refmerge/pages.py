@@ -130,8 +130,8 @@ def page(name: str) -> Page:
 
 
 def example_for(method: Method) -> Example:
-    """The worked example of a method's page; for another tool's entry that of the paper's method, as far as it fits: with the
-    parameters that the example says for it under `tools`, where its defaults do not."""
+    """The worked example of a method's page; for another tool's entry that of the paper's method, as far as it fits, and
+    with the parameters that the example has for it under `tools`."""
     tool, _, bare = method.name.rpartition(":")
     if bare not in _found() or page(bare).kind != "method":
         count = max(2, method.models[0]) if method.models[1] is None else method.models[1]
