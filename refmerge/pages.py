@@ -130,8 +130,7 @@ def page(name: str) -> Page:
 
 
 def example_for(method: Method) -> Example:
-    """The worked example of a method's page; for another tool's entry that of the paper's method, as far as it fits, and
-    with the parameters that the example has for it under `tools`."""
+    """The worked example of a method's page; for another tool's entry that of the paper's method, as far as it fits."""
     tool, _, bare = method.name.rpartition(":")
     if bare not in _found() or page(bare).kind != "method":
         count = max(2, method.models[0]) if method.models[1] is None else method.models[1]
@@ -149,8 +148,6 @@ def example_for(method: Method) -> Example:
     for key, p in method.params.items():
         if p.required or key in ours.params:
             params[key] = ours.params.get(key, 1.0)
-    if bare in _found():
-        params |= page(bare).front.get("example", {}).get("tools", {}).get(method.name, {})
     return Example(base, models, params)
 
 

@@ -204,8 +204,8 @@ def test_methods(tmp_path: Path) -> None:
     assert "lambda_ (lambda in a recipe): float" in shown
     missing = refmerge("methods", "tise", cwd=tmp_path)
     assert missing.returncode == 2 and "ties" in one_line(missing)
-    tool = refmerge("methods", "fusion_bench:ties", cwd=tmp_path)
-    assert tool.returncode == 2 and "mergekit:ties" in one_line(tool)
+    tool = refmerge("methods", "fusion_bench:widen", cwd=tmp_path)
+    assert tool.returncode == 2 and "official:widen" in one_line(tool)
 
 
 SOMEONES = """\

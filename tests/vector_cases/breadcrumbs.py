@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper
+from vector_cases import OPEN, REFUSED, Hand, Paper
 
 CODE = {
     "mergellm:breadcrumbs": "yule-BUAA/MergeLLM@9178ef9 "
@@ -100,7 +100,7 @@ def hand() -> Hand:
         [four],
         [0.0] * 4,
         ("breadcrumbs", plain(0.75, 0.25), [1.0, -2.0, 3.0, 0.0], "-4 removed, the rest kept"),
-        ("mergellm:breadcrumbs", mergellm(0.75, 0.2), REFUSED, "int(4 * 0.2) = 0: the 0th smallest does not exist"),
+        ("mergellm:breadcrumbs", mergellm(0.75, 0.2), OPEN, "int(4 * 0.2) = 0: the 0th smallest does not exist"),
         flags="BreadcrumbsNoSmallEntry",
     )
     h.case(

@@ -217,7 +217,7 @@ def hand() -> Hand:
         ("mergekit:ties", mergekit_ties(1.0, [1.0]), [1.0, -2.0, 0.0], "nothing is trimmed"),
         ("fusion_bench:ties", fusion_bench_ties(100.0), REFUSED, "the 0th smallest does not exist"),
         ("mergelm:ties", mergelm_ties(0.0), REFUSED, "the 0th smallest does not exist"),
-        ("mergellm:ties", mergelm_ties(0.25), REFUSED, "int(3 * 0.25) = 0"),
+        ("mergellm:ties", mergelm_ties(0.25), OPEN, "int(3 * 0.25) = 0: the 0th smallest does not exist"),
         ("peft:ties", peft_ties(1.0, [1.0]), [1.0, -2.0, 0.0], "nothing is trimmed"),
         ("sd_mecha:ties", sd_mecha_ties(1.0), [1.0, -2.0, 0.0], "|tau| >= the smallest"),
         flags="TiesDensityOne",

@@ -1,4 +1,4 @@
-from refmerge.compat.official._steps import at_least_kth_smallest
+from refmerge.compat.mergellm._steps import without_smallest
 from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.numeric import array_namespace, indicator, total
@@ -19,7 +19,7 @@ def breadcrumbs(
     scaling_coefficient: float = 1.0,
 ):
     """Breadcrumbs for each tensor: param_density is what stays, param_value_mask_rate the share of small entries that goes;
-    what is left to go are the largest."""
+    what is left to go are the largest. A tensor of which no small entry is to go loses none, where their code fails."""
     # 1. task vectors
     tau = [x - base for x in models]
     # 2. drop the small and the large entries; both thresholds stay
@@ -30,9 +30,13 @@ def breadcrumbs(
             f"mergellm:breadcrumbs: of {group.size} entries param_density {param_density:g} drops fewer than "
             f"param_value_mask_rate {param_value_mask_rate:g} alone"
         )
-    magnitude = list(map(array_namespace(*tau).abs, tau))
-    most = group.kth_largest(*magnitude, k=[large + 1] * len(tau))
-    tau = at_least_kth_smallest(tau, [small] * len(tau), group, "mergellm:breadcrumbs")
-    tau = [indicator(a <= c, like=a) * x for a, c, x in zip(magnitude, most, tau)]
+    tau = without_largest(without_smallest(tau, small, group), large, group)
     # 3. add
     return base + scaling_coefficient * total(tau)
+
+
+def without_largest(tau, k, group):
+    """0 above the (k + 1)-th largest magnitude of the tensor."""
+    magnitude = list(map(array_namespace(*tau).abs, tau))
+    most = group.kth_largest(*magnitude, k=[k + 1] * len(tau)) if group.size else magnitude
+    return [indicator(a <= c, like=a) * x for a, c, x in zip(magnitude, most, tau)]

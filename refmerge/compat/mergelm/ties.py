@@ -7,6 +7,7 @@ from refmerge.methods.task_vectors.ties import disjoint_mean, elect
     "mergelm:ties",
     paper="yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.ties_merging",
     over="model",
+    domain={"param_value_mask_rate": (0.0, 1.0)},
 )
 def ties(models, base, group, *, param_value_mask_rate: float = 0.8, scaling_coefficient: float = 1.0):
     """The authors' TIES with a rate of what is dropped in place of a percentage kept; nothing where no sign is elected and
