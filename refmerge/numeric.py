@@ -21,7 +21,7 @@ from refmerge.fused import Lazy, compute, mask, run, stretch_sums
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "hosts",
+    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum", "expansion", "host", "hosts",
     "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
     "value_of",
 ]  # fmt: skip
@@ -65,6 +65,11 @@ def stacked_sum(xs: Iterable[Any]) -> Any:
 def mean(xs: Sequence[Any]) -> Any:
     """(1/N) x_1 + ... + (1/N) x_N, the coefficient computed on the host."""
     return total((1 / len(xs)) * x for x in xs)
+
+
+def divided(x: Any, c: float) -> Any:
+    """x / c, rounded once, for tools that divide: as torch does it on a CPU; elsewhere it multiplies by the reciprocal."""
+    return x / c if isinstance(x, Rounded) or is_numpy_array(x) else x / array_namespace(x).full_like(x, c)
 
 
 def clamp(x: float, low: float, high: float) -> float:

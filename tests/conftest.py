@@ -136,6 +136,10 @@ VARIANTS = [
     ("mergekit:model_stock", {"filter_wise": True}),
     ("mergekit:ties", {"rescale": True}),
     ("mergekit:breadcrumbs", {"rescale": True}),
+    ("fusion_bench:dare", {"threshold": 30.0}),
+    ("fusion_bench:dare", {"only_on_linear_weights": True}),
+    ("fusion_bench:linear", {"weights": 0.375}),
+    ("fusion_bench:ties", {"merge_func": "max"}),
     ("official:breadcrumbs", {"remove_first": False}),
     ("official:dare", {"mask_strategy": "magnitude"}),
     ("official:dare", {"mask_apply_method": "ties_merging", "use_weight_rescale": True}),
@@ -146,6 +150,8 @@ VARIANTS = [
     ("official:ties", {"reset_type": "std"}),
     ("official:ties", {"resolve_method": "normfrac", "merge_func": "dis-max"}),
     ("official:ties", {"resolve_method": "normmass", "merge_func": "dis-sum"}),
+    ("peft:ties", {"majority_sign_method": "frequency"}),
+    ("sd_mecha:ties", {"vote_sgn": True}),
 ]
 
 

@@ -100,6 +100,9 @@ def paper(test: Test, how: Paper) -> Test:
     if how.drop_masks:
         assert stats
         stats = [{f"{name}.mask": np.asarray(1 - x, np.uint8) for name, x in one.items()} for one in stats]
+    if how.keep_masks:
+        assert stats
+        stats = [{f"{name}.mask": x for name, x in one.items()} for one in stats]
     return replace(
         test,
         id=f"{test.id}-paper",

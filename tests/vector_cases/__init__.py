@@ -80,13 +80,15 @@ class Paper:
     """A result that the paper's semantics give as well: how to ask for it under the plain name.
 
     names: of the tensors that agree; all, if empty. base_first: the tool's base is the first model. entry: the plain name,
-    where it is not the tool's. drop_masks: recorded masks say what is dropped.
+    where it is not the tool's. drop_masks: recorded masks say what is dropped; keep_masks: they say what is kept, and bear
+    the tensor's own name.
     """
 
     params: dict[str, Any]
     names: tuple[str, ...] = ()
     base_first: bool = False
     drop_masks: bool = False
+    keep_masks: bool = False
     comment: str = ""
     entry: str = ""
 
@@ -123,7 +125,7 @@ class Hand:
                 given = [arrays(mask, "U8") for mask in masks]
                 if entry == "official:dare":
                     given = [{name: np.array(1 - x, np.float32) for name, x in one.items()} for one in given]
-                else:
+                elif entry != "fusion_bench:dare":
                     given = [{f"{name}.mask": x for name, x in one.items()} for one in given]
             if (refused := expect is REFUSED) or expect is OPEN:
                 expect = {}
