@@ -17,13 +17,13 @@ import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name)
 import numpy as np
 from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.fused import Lazy, compute, mask, run, stretch_sums
+from refmerge.fused import Lazy, compute, mask, run, stretch_sums, support
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum", "expansion", "host", "hosts",
-    "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
-    "value_of",
+    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum", "expansion", "host",
+    "hosts", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total",
+    "tree_sum", "value_of",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -69,7 +69,7 @@ def mean(xs: Sequence[Any]) -> Any:
 
 def divided(x: Any, c: float) -> Any:
     """x / c, rounded once, for tools that divide: as torch does it on a CPU; elsewhere it multiplies by the reciprocal."""
-    return x / c if isinstance(x, Rounded) or is_numpy_array(x) else x / array_namespace(x).full_like(x, c)
+    return x / c if isinstance(x, Rounded | Lazy) or is_numpy_array(x) else x / array_namespace(x).full_like(x, c)
 
 
 def clamp(x: float, low: float, high: float) -> float:
@@ -290,14 +290,16 @@ def ranks(x: Any, axis: int = -1) -> np.ndarray:
 
 def at_ranks(values: np.ndarray, x: Any, axis: int = -1) -> Any:
     """values[r] at each entry of x that has rank r along the axis, as an array like x."""
-    return like(_at_ranks(like(values, host(x)), host(x), axis), x)
+    return like(_at_ranks(like(values, host(x)), host(x), axis, type(x) is Lazy), x)
 
 
-def _at_ranks(values: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:
+def _at_ranks(values: np.ndarray, x: np.ndarray, axis: int, compiled: bool = False) -> np.ndarray:
     if x.size == 0:
         return np.empty(x.shape, values.dtype)
     across = np.moveaxis(x, axis, -1)
     rows = np.ascontiguousarray(across).reshape(-1, x.shape[axis])
+    if compiled and (found := support.at_ranks(values, rows)) is not None:
+        return np.moveaxis(found.reshape(across.shape), -1, axis)
     result = np.empty(rows.shape, values.dtype)
     step = max(1, RANKED // rows.shape[1])
     for start in range(0, rows.shape[0], step):

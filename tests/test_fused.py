@@ -241,6 +241,17 @@ def test_between(compiled, size):
     assert keys_of(inside).size == inside.size
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 896), (2, 9000)])
+def test_at_ranks(compiled, shape):
+    x = nasty(shape[1], max(shape[0] * shape[1], 8))[: shape[0] * shape[1]].reshape(shape)
+    for rows in (x, np.abs(x), np.zeros_like(x)):
+        order = np.argsort(rows + np.float32(0), axis=1, kind="stable")
+        expected = np.empty(shape, np.float32)
+        values = np.linspace(0, 1, shape[1], dtype=np.float32)
+        np.put_along_axis(expected, order, np.broadcast_to(values, shape), axis=1)
+        same_bits(support.at_ranks(values, rows), expected)
+
+
 # --- Methods ----------------------------------------------------------------------------------------------------------
 
 
