@@ -155,7 +155,7 @@ def between(values: np.ndarray, low: float, high: float) -> tuple[int, np.ndarra
 
 
 def at_ranks(values: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
-    """values[r] at the entry of rank r in each row of a float32 matrix, as numeric.at_ranks; None where it was left undone."""
+    """values[r] at the entry of rank r in each row of a float32 matrix; None where that was left undone."""
     if rows.dtype != np.float32 or values.dtype != np.float32 or rows.shape[1] >= 1 << 32:
         return None
     values, spare = np.ascontiguousarray(values), np.empty(2 * rows.shape[1], np.uint64)
