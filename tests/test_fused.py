@@ -139,6 +139,10 @@ def test_what_is_not_noted_down_is_computed_by_numpy():
     same_bits((2.0 * lazy)[::2], 2.0 * x[::2])
     assert (lazy > 0).any() and not (lazy > 0).all()
     assert list(lazy) == list(x)
+    three = graph.NAMESPACE.full_like(lazy, 3)
+    same_bits(np.asarray(three), np.full(3, 3, np.float32))
+    same_bits(np.asarray(lazy / three), x / np.full(3, 3, np.float32))
+    same_bits(three[:1], np.full(1, 3, np.float32))
 
 
 # --- The compiler -----------------------------------------------------------------------------------------------------
