@@ -266,7 +266,8 @@ def methods(name: str | None, json: bool) -> None:
     if json:
         click.echo(jsonlib.dumps(_described(m), indent=2))
         return
-    click.echo(f"{m.name}({', '.join(m.asks)})   {m.paper}\n\n{m.doc}\n")
+    asks = [f"{a}=None" if a == "base" and m.optional_base else a for a in m.asks]
+    click.echo(f"{m.name}({', '.join(asks)})   {m.paper}\n\n{m.doc}\n")
     for p in m.params.values():
         name = f"{p.name} ({p.name.rstrip('_')} in a recipe)" if p.name.endswith("_") else p.name
         default = "required" if p.required else f"default {p.default!r}"
@@ -279,7 +280,8 @@ def methods(name: str | None, json: bool) -> None:
 
 def _described(m: Any) -> dict[str, Any]:
     return {
-        "name": m.name, "source": m.paper, "doc": m.doc, "asks": list(m.asks), "models": list(m.models),
+        "name": m.name, "source": m.paper, "doc": m.doc, "asks": list(m.asks),
+        "optional_base": m.optional_base, "models": list(m.models),
         "parameters": {
             p.name: {"type": p.type.__name__, "default": None if p.required else p.default, "required": p.required,
                      "per_model": p.per_model, "domain": p.domain}
