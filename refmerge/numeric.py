@@ -20,9 +20,9 @@ from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_arr
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator",
-    "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
-    "value_of",
+    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum",
+    "expansion", "host", "in_float64", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum",
+    "top_along", "total", "tree_sum", "value_of",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -73,6 +73,13 @@ def at_precision(value: Any, x: Any) -> Any:
     kind = str(x.dtype).rpartition(".")[2]
     rounded = np.asarray(value, dtype=np.float64).astype(np.dtype(kind)).astype(np.float64)
     return rounded if isinstance(value, np.ndarray | np.generic) else float(rounded)
+
+
+def divided(x: Any, number: float) -> Any:
+    """x / number, the quotient rounded once on all libraries, and where x has 16 bits once more."""
+    wide = at_least_float32(x)
+    quotient = wide / array_namespace(wide).full_like(wide[:1], float(number))
+    return quotient if wide is x else array_namespace(x).astype(quotient, x.dtype)
 
 
 def indicator(condition: Any, like: Any) -> Any:
@@ -144,7 +151,7 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
     """
     if not xs:
         return []
-    arrays = [_at_least_float32(x) for x in xs]
+    arrays = [at_least_float32(x) for x in xs]
     xp, size = array_namespace(arrays[0]), arrays[0].shape[0]
     whole = size // STRETCH * STRETCH
     leaves = []
@@ -165,11 +172,20 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
     return [x.reshape(-1) for x in joined]
 
 
-def _at_least_float32(x: Any) -> Any:
+def at_least_float32(x: Any) -> Any:
+    """x as it is, 16-bit floats widened to float32: a product of them is then not rounded to 16 bits before it is summed."""
     if isinstance(x, Rounded):
         return x.values
     xp = array_namespace(x)
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+
+
+def in_float64(x: Any) -> Any:
+    """x in float64, where products of float32 are exact."""
+    if isinstance(x, Rounded):
+        x = x.values
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float64, copy=False)
 
 
 def tree_sum(x: Any, axis: int | None = None) -> Any:
