@@ -320,7 +320,8 @@ def weight_scale(t: Trial) -> None:
     params = t.params(len(models), normalize=True)
     assert "weight" in params, f"{t.method.name} has no weights"
     params["weight"] = [t.choose(1.0, 0.5, 2.0, 0.0, -1.0) for _ in models]
-    factor = t.choose(0.5, 2.0, 8.0, -4.0)
+    lowest = (t.method.params["weight"].domain or (-np.inf,))[0]
+    factor = t.choose(*(f for f in (0.5, 2.0, 8.0, -4.0) if f > lowest))
     scaled = params | {"weight": [factor * w for w in params["weight"]]}
     t.same(t.merge(models, base, scaled), t.merge(models, base, params), *models)
 

@@ -34,7 +34,7 @@ def nuslerp(
     straight = at(1 - at(c * c, a), a) <= 1e-16
     # 4. arc
     theta = at(np.arccos(np.where(straight, 0.0, c)), a)
-    sines = (at(np.sin(x), a) for x in (at((1 - t) * theta, a), at(t * theta, a), theta))
+    sines = [at(np.sin(x), a) for x in (at((1 - t) * theta, a), at(t * theta, a), theta)]
     s_a, s_b, s = (like(np.expand_dims(x, axis), a) for x in sines)
     merged = (s_a * a + s_b * b) / s
     # 5. line, where the cosine is 1 or -1

@@ -8,13 +8,14 @@ from refmerge.methods.averaging.linear import normalized
 from refmerge.methods.averaging.slerp import angle, arc
 from refmerge.numeric import host, like, tree_sum
 
+EPS = 1e-3  # of an angle's sine, and of the mean of unit vectors: what is shorter is little more than rounding
+
 
 @method(
     "nuslerp",
     paper="no paper: mergekit 0.1.5",
     models=(2, 2),
     view=lambda per, ndim: "flat" if per == "tensor" else "tensor" if per == "column" and ndim else "rows",
-    domain={"eps": (0.0, 1.0)},
 )
 def nuslerp(
     models,
@@ -23,7 +24,6 @@ def nuslerp(
     *,
     weight: PerModel[float] = 1.0,
     per: Literal["tensor", "row", "column"] = "tensor",
-    eps: float = 1e-3,
 ):
     """SLERP of two models, or of their task vectors where there is a base, at the place on the arc that two weights say.
 
@@ -36,7 +36,7 @@ def nuslerp(
     # 3. angle
     omega = [angle(*products) for products in inner_products(a, b, group, per)]
     # 4. coefficients
-    c_a, c_b = coefficients(t, omega, eps, a, per)
+    c_a, c_b = coefficients(t, omega, a, per)
     # 5. interpolate
     merged = c_a * a + c_b * b
     return merged if base is None else base + merged
@@ -51,9 +51,9 @@ def inner_products(a, b, group, per):
     return list(zip(*(host(tree_sum(x * y, axis=along)).reshape(-1).tolist() for x, y in pairs)))
 
 
-def coefficients(t, omega, eps, x, per):
+def coefficients(t, omega, x, per):
     """What is taken of a and of b: two numbers, or arrays of one number for each row or column of x."""
-    pairs = [(1 - t, t) if math.sin(w) <= eps else arc(t, w) for w in omega]
+    pairs = [(1 - t, t) if math.sin(w) <= EPS else arc(t, w) for w in omega]
     if per == "tensor":
         return pairs[0]
     shape = (-1, 1) if per == "row" else (1, *x.shape[1:])
