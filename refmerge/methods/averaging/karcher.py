@@ -39,8 +39,8 @@ def karcher(
 
 @lru_cache(maxsize=64)  # the blocks of a tensor all walk the same way
 def walk(c, alpha, C, max_iter, tol):
-    """From u along the weighted mean of the arcs to the u_n, until no cosine D_n = <u, u_n> moves by more than tol: then u is
-    parallel to sum_n f_n u_n. None where one of the u_n is opposite to u, within EPS, or u is no minimum."""
+    """From u along the weighted mean of the arcs to the u_n, until no cosine D_n = <u, u_n> moves by more than tol: then u
+    is parallel to sum_n f_n u_n. None where one of the u_n is opposite to u, within EPS, or u is no minimum."""
     some = [alpha_n if C_n[n] else 0.0 for n, (alpha_n, C_n) in enumerate(zip(alpha, C))]  # a zero has no direction
     alpha = [alpha_n / total(some) for alpha_n in some]
     D, f, s = clamped(times(C, c)), c, 1.0
