@@ -21,9 +21,9 @@ from refmerge.fused import Lazy, compute, mask, run, stretch_sums, support
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum", "expansion", "host",
-    "hosts", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total",
-    "tree_sum", "value_of",
+    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum",
+    "expansion", "host", "hosts", "in_float64", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores",
+    "stacked_sum", "top_along", "total", "tree_sum", "value_of",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -67,11 +67,6 @@ def mean(xs: Sequence[Any]) -> Any:
     return total((1 / len(xs)) * x for x in xs)
 
 
-def divided(x: Any, c: float) -> Any:
-    """x / c, rounded once, for tools that divide: as torch does it on a CPU; elsewhere it multiplies by the reciprocal."""
-    return x / c if isinstance(x, Rounded | Lazy) or is_numpy_array(x) else x / array_namespace(x).full_like(x, c)
-
-
 def clamp(x: float, low: float, high: float) -> float:
     """A host number held inside [low, high]; NaN stays NaN."""
     return low if x < low else high if x > high else x
@@ -82,6 +77,16 @@ def at_precision(value: Any, x: Any) -> Any:
     kind = str(x.dtype).rpartition(".")[2]
     rounded = np.asarray(value, dtype=np.float64).astype(np.dtype(kind)).astype(np.float64)
     return rounded if isinstance(value, np.ndarray | np.generic) else float(rounded)
+
+
+def divided(x: Any, number: float) -> Any:
+    """x / number, the quotient rounded once on all libraries, and where x has 16 bits once more: torch multiplies by the
+    reciprocal on a device, and not on a CPU."""
+    if isinstance(x, Rounded | Lazy) or is_numpy_array(x):
+        return x / float(number)
+    wide = at_least_float32(x)
+    quotient = wide / array_namespace(wide).full_like(wide, float(number))
+    return quotient if wide is x else array_namespace(x).astype(quotient, x.dtype)
 
 
 def indicator(condition: Any, like: Any) -> Any:
@@ -164,7 +169,7 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
         return []
     if all(type(x) is Lazy for x in xs):
         return _lazy_sums(xs)
-    arrays = [_at_least_float32(x if type(x) is not Lazy else host(x)) for x in xs]
+    arrays = [at_least_float32(x if type(x) is not Lazy else host(x)) for x in xs]
     xp, size = array_namespace(arrays[0]), arrays[0].shape[0]
     whole = size // STRETCH * STRETCH
     leaves = []
@@ -197,11 +202,20 @@ def _lazy_sums(xs: Sequence[Lazy]) -> list[np.ndarray]:
     return [np.concatenate(both) for both in zip(found, rest)]
 
 
-def _at_least_float32(x: Any) -> Any:
+def at_least_float32(x: Any) -> Any:
+    """x as it is, 16-bit floats widened to float32: a product of them is then not rounded to 16 bits before it is summed."""
     if isinstance(x, Rounded):
         return x.values
     xp = array_namespace(x)
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+
+
+def in_float64(x: Any) -> Any:
+    """x in float64, where products of float32 are exact."""
+    if isinstance(x, Rounded):
+        x = x.values
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float64, copy=False)
 
 
 def tree_sum(x: Any, axis: int | None = None) -> Any:

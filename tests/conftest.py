@@ -128,6 +128,11 @@ def torch():
 VARIANTS = [
     ("linear", {"normalize": False}),
     ("model_stock", {"filter_wise": True}),
+    ("nuslerp", {"per": "row"}),
+    ("nuslerp", {"per": "column"}),
+    ("multislerp", {"normalize": False}),
+    ("mergekit:nuslerp", {"nuslerp_flatten": False}),
+    ("mergekit:nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
     ("dare_linear", {"density": 0.3}),
     ("dare_ties", {"density": 0.3}),
     ("tall_masks", {"multitask": "ties"}),

@@ -77,7 +77,7 @@ def results(folder: Path, cases: Any) -> list[Test]:
             source=origin(meta["source"]),
             flags=getattr(cases, "FLAGS", {}).get(id, []),
             # Tools round bfloat16 after every operation: one ulp of the largest value, where we round once.
-            tolerance=2.0**-7 if "-bf16-" in id else float(meta["tolerance"]),
+            tolerance=getattr(cases, "TOLERANCE", {}).get(id, 2.0**-7 if "-bf16-" in id else float(meta["tolerance"])),
             result="acceptable" if loose else "valid",
             stats=stats if any(stats) else None,
             registered=tool in tools,

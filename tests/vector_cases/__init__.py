@@ -9,6 +9,7 @@ STEMS: how result files of this method are called, where that is not its name al
 TOOLS: whose results are taken, beside the authors' and mergekit's.
 FLAGS: id of a result -> the flags it shows.
 PAPER: id of a result -> how to ask for it under the plain name (see Paper).
+TOLERANCE: id of a result in 16 bits -> its tolerance, where the tool's rounding is more than an ulp of the largest value.
 EVIDENCE: ids of results of tools that have no entry, kept because they show a disagreement.
 several: function (id, arrays, header) -> Tests, of a result that is no merge of tensors into tensors: several outputs, say.
 accepts: function Test -> whether a result belongs to this method, where the file's name does not tell.
