@@ -108,6 +108,7 @@ class Method:
     outputs: names of several outputs, or empty where the function returns one array.
     work: the dtype in which the method insists on computing, or None.
     widens: whether 16-bit inputs are computed in float32 even where arithmetic="native" is asked for.
+    least: the dtype that results have at least where the caller asks for none, or None: that of the inputs.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Method:
     outputs: tuple[str, ...] = ()
     work: str | None = None
     widens: bool = False
+    least: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -231,6 +233,7 @@ def method(
     domain: Mapping[str, tuple[float, float]] | None = None,
     work: str | None = None,
     widens: bool = False,
+    least: str | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""
 
@@ -256,7 +259,7 @@ def method(
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
         return Method(
             name, fn, paper, tuple(asks), MappingProxyType(params), view, over, models,
-            MappingProxyType(dict(stats or {})), outputs, work, widens,
+            MappingProxyType(dict(stats or {})), outputs, work, widens, least,
         )  # fmt: skip
 
     return wrap
@@ -291,5 +294,5 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
         name, run, source, ours.asks, MappingProxyType(renamed), view, ours.over, ours.models, ours.stats,
-        ours.outputs, ours.work, ours.widens,
+        ours.outputs, ours.work, ours.widens, ours.least,
     )  # fmt: skip

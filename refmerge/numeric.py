@@ -20,7 +20,7 @@ from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_arr
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator",
+    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator",
     "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
     "value_of",
 ]  # fmt: skip
@@ -48,14 +48,15 @@ def total(xs: Iterable[Any]) -> Any:
 
 
 def stacked_sum(xs: Iterable[Any]) -> Any:
-    """The sum over a stack of tensors, for tools that make one: 16-bit tensors are added in float32 and rounded once."""
+    """The sum over a stack of tensors, for tools that make one: it begins with 0, so that it is never -0.0, and 16-bit tensors
+    are added in float32 and rounded once."""
     xs = list(xs)
     if isinstance(xs[0], Rounded):
-        return Rounded(total(x.values for x in xs), xs[0].dtype)
+        return Rounded(total(x.values for x in xs) + 0.0, xs[0].dtype)
     xp = array_namespace(xs[0])
     if is_torch_array(xs[0]) and xs[0].dtype in (xp.float16, xp.bfloat16):
-        return xp.astype(total(xp.astype(x, xp.float32) for x in xs), xs[0].dtype)
-    return total(xs)
+        return xp.astype(total(xp.astype(x, xp.float32) for x in xs) + 0.0, xs[0].dtype)
+    return total(xs) + 0.0
 
 
 def mean(xs: Sequence[Any]) -> Any:
@@ -144,7 +145,7 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
     """
     if not xs:
         return []
-    arrays = [_at_least_float32(x) for x in xs]
+    arrays = [at_least_float32(x) for x in xs]
     xp, size = array_namespace(arrays[0]), arrays[0].shape[0]
     whole = size // STRETCH * STRETCH
     leaves = []
@@ -165,7 +166,8 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
     return [x.reshape(-1) for x in joined]
 
 
-def _at_least_float32(x: Any) -> Any:
+def at_least_float32(x: Any) -> Any:
+    """16-bit and smaller floats widened to float32; others as they are."""
     if isinstance(x, Rounded):
         return x.values
     xp = array_namespace(x)

@@ -1,0 +1,43 @@
+import numpy as np
+
+from refmerge.method import method
+from refmerge.numeric import array_namespace, like, scores, tree_sum
+
+
+@method("arcee_fusion", paper="none; mergekit 0.1, arcee.ai", models=(1, 1), view="rows")
+def arcee_fusion(models, base, group):
+    """Arcee Fusion: take the entries whose change is important, and leave the others at the base.
+
+    Important is an outlier of |change| times the divergence of its row, above the median plus 1.5 interquartile ranges.
+    """
+    (theta,) = models
+    xp = array_namespace(base)
+    # 1. divergence of each row
+    K = divergence(theta, base)
+    # 2. importance
+    importance = xp.abs(theta - base) * like(K, base)[:, None]
+    # 3. threshold
+    q_1, median, q_3 = quartiles(importance, group)
+    threshold = median + 1.5 * (q_3 - q_1)
+    # 4. fuse
+    return xp.where(importance < threshold, base, theta)
+
+
+def divergence(theta, base):
+    """KL(p, q) of the softmaxes p and q of each row, as sum q (d e^d - (e^d - 1)) with d = log p - log q: no term of it is
+    negative, where sum p log(p / q) cancels."""
+    x, b = scores(theta), scores(base)
+    norm_x, norm_b = log_sum_exp(x), log_sum_exp(b)
+    p, q, d = np.exp(x - norm_x), np.exp(b - norm_b), (x - b) - (norm_x - norm_b)
+    return np.maximum(tree_sum(p * d - np.where(d < 1, q * np.expm1(d), p - q), axis=-1), 0.0)
+
+
+def log_sum_exp(x):
+    top = np.max(x, axis=-1, keepdims=True)
+    return top + np.log(tree_sum(np.exp(x - top), axis=-1))[:, None]
+
+
+def quartiles(x, group):
+    """The entries that come after a quarter, a half and three quarters of the others in ascending order, rounded down."""
+    last = group.size - 1
+    return group.kth_largest(x, x, x, k=[group.size - last * i // 4 for i in (1, 2, 3)])
