@@ -20,9 +20,9 @@ from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_arr
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "indicator",
-    "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
-    "value_of",
+    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion",
+    "host", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total",
+    "tree_sum", "value_of",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -48,8 +48,8 @@ def total(xs: Iterable[Any]) -> Any:
 
 
 def stacked_sum(xs: Iterable[Any]) -> Any:
-    """The sum over a stack of tensors, for tools that make one: it begins with 0, so that it is never -0.0, and 16-bit tensors
-    are added in float32 and rounded once."""
+    """The sum over a stack of tensors, for tools that make one: it begins with 0, so that it is never -0.0, and 16-bit
+    tensors are added in float32 and rounded once."""
     xs = list(xs)
     if isinstance(xs[0], Rounded):
         return Rounded(total(x.values for x in xs) + 0.0, xs[0].dtype)

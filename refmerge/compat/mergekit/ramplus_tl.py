@@ -21,7 +21,7 @@ def ramplus_tl(models, base, group, *, r: float = 0.1, alpha: float = 0.2, epsil
 
 
 def scales(changed, group, r, alpha, epsilon):
-    """1 + r times shared over unique changes, at most alpha, in float32. NaN where epsilon is 0 and a model has no change."""
+    """1 + r times shared over unique changes, at most alpha, in float32. NaN where epsilon is 0 and a model has neither."""
     f = np.float32
     counts = group.count(*overlapping(changed), *changed)
     shared, every = counts[: len(changed)], counts[len(changed) :]

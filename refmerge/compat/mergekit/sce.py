@@ -20,11 +20,8 @@ def sce(models, base, group, *, select_topk: float = 1.0, int8_mask: bool = Fals
     # 4. calculate
     weight = shares(delta, group)
     # 5. merge
-    xp = array_namespace(base)
     share = [w * a for w, a in zip(weight, agrees)]
-    divisor = stacked_sum(share)
-    least = xp.full_like(divisor, at_precision(1e-6, base))
-    return base + stacked_sum(d * s for d, s in zip(delta, share)) / xp.maximum(divisor, least)
+    return base + stacked_sum(d * s for d, s in zip(delta, share)) / at_least(stacked_sum(share), 1e-6)
 
 
 def most_variable(delta, density, group):
@@ -53,6 +50,12 @@ def shares(delta, group):
     def p(x):
         return at_precision(x, delta[0])
 
-    squares = [p(s / group.size) for s in np.atleast_1d(group.dot(*((d, d) for d in delta)))]
+    squares = [p(s / group.size) for s in np.atleast_1d(group.dot(*((d, d) for d in delta))).tolist()]
     whole = p(sum(squares))
     return [p(1 / len(delta)) if abs(whole) < 1e-6 else p(s / whole) for s in squares]
+
+
+def at_least(x, low):
+    """x with no entry below low, which is no finer than the tensors' numbers."""
+    xp = array_namespace(x)
+    return xp.maximum(x, xp.full_like(x, at_precision(low, x)))

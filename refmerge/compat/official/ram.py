@@ -1,6 +1,5 @@
 from typing import Literal
 
-from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.methods.task_vectors.ram import changes, over_count
 from refmerge.numeric import array_namespace, indicator, stacked_sum, total
@@ -21,8 +20,8 @@ def ram(
     rescale_factor: float = 1.05,
     threshold: float = 1e-5,
 ):
-    """The authors' RAM ("arm", or a factor of 1) and RAM+: unique changes are enlarged up to rescale_factor, by the part of a
-    model's changes that others share ("arm-r"), or by shared over unique ("arm-r-v2"), counted over the model."""
+    """The authors' RAM ("arm", or a factor of 1) and RAM+: unique changes are enlarged up to rescale_factor, by the part of
+    a model's changes that others share ("arm-r"), or by shared over unique ("arm-r-v2"), counted over the model."""
     # 1. task vectors
     tau = [theta_n - base for theta_n in models]
     # 2. changes
@@ -42,12 +41,9 @@ def ram(
 
 
 def ratios(changed, count, group, merge_mode):
-    """Of each model's changes the shared ones, over all or over the unique ones."""
+    """Of each model's changes the shared ones, over all or over the unique ones; 0 where it has none to enlarge."""
     counts = group.count(*changed, *(c_n & (count >= 2) for c_n in changed))
-    found = []
-    for every, shared in zip(counts[: len(changed)], counts[len(changed) :]):
-        whole = every if merge_mode == "arm-r" else every - shared
-        if every and not whole:
-            raise UsageError("official:ram: all changes of a model are shared, where the authors' code divides by 0 and fails")
-        found.append(shared / whole if every else 0.0)
-    return found
+    pairs = list(zip(counts[: len(changed)], counts[len(changed) :]))
+    if merge_mode == "arm-r":
+        return [shared / every if every else 0.0 for every, shared in pairs]
+    return [shared / (every - shared) if every > shared else 0.0 for every, shared in pairs]

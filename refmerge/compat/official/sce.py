@@ -29,6 +29,7 @@ def sce(models, base, group, *, select_topk: float = 1.0):
 
 def shares(delta, group):
     """Shares of the sum of squares, in the precision of the tensors at first and at last; equal where that sum is 0."""
-    squares = [at_precision(s, delta[0]) / group.size for s in np.atleast_1d(group.dot(*((d, d) for d in delta)))]
+    sums = np.atleast_1d(group.dot(*((d, d) for d in delta))).tolist()
+    squares = [at_precision(s, delta[0]) / group.size for s in sums]
     whole = sum(squares)
     return [at_precision(1 / len(delta) if whole == 0 else s / whole, delta[0]) for s in squares]

@@ -11,16 +11,15 @@ def arcee_fusion(models, base, group):
     Important is an outlier of |change| times the divergence of its row, above the median plus 1.5 interquartile ranges.
     """
     (theta,) = models
-    xp = array_namespace(base)
     # 1. divergence of each row
     K = divergence(theta, base)
     # 2. importance
-    importance = xp.abs(theta - base) * like(K, base)[:, None]
+    importance = array_namespace(base).abs(theta - base) * like(K, base)[:, None]
     # 3. threshold
     q_1, median, q_3 = quartiles(importance, group)
     threshold = median + 1.5 * (q_3 - q_1)
     # 4. fuse
-    return xp.where(importance < threshold, base, theta)
+    return array_namespace(base).where(importance < threshold, base, theta)
 
 
 def divergence(theta, base):
