@@ -26,14 +26,17 @@ def divergence(theta, base):
     """KL(p, q) of the softmaxes p and q of each row, as sum q (d e^d - (e^d - 1)) with d = log p - log q: no term of it is
     negative, where sum p log(p / q) cancels."""
     x, b = scores(theta), scores(base)
-    norm_x, norm_b = log_sum_exp(x), log_sum_exp(b)
-    p, q, d = np.exp(x - norm_x), np.exp(b - norm_b), (x - b) - (norm_x - norm_b)
+    (p, norm_x), (q, norm_b) = softmax(x), softmax(b)
+    d = (x - b) - (norm_x - norm_b)
     return np.maximum(tree_sum(p * d - np.where(d < 1, q * np.expm1(d), p - q), axis=-1), 0.0)
 
 
-def log_sum_exp(x):
+def softmax(x):
+    """(e^x / sum e^x, log sum e^x) of each row."""
     top = np.max(x, axis=-1, keepdims=True)
-    return top + np.log(tree_sum(np.exp(x - top), axis=-1))[:, None]
+    e = np.exp(x - top)
+    whole = tree_sum(e, axis=-1)[:, None]
+    return e / whole, top + np.log(whole)
 
 
 def quartiles(x, group):
