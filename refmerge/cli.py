@@ -187,7 +187,8 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
     )
     click.echo(f"writes      {size(figures['bytes_written'])}")
-    click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads")
+    compiled = ", compiled programs" if figures["compiled"] else ""
+    click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
     if expected is not None:
         disk = size(round(expected.needs_per_second))
         click.echo(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
@@ -244,61 +245,40 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
 
 @main.command()
 @click.argument("name", required=False)
+@click.option("--bibtex", is_flag=True, help="only the BibTeX entry of the paper")
+@click.option("--page", is_flag=True, help="all of the page, with its examples and exercises")
 @_options("json")
-def methods(name: str | None, json: bool) -> None:
-    """List the methods, or show one: its parameters and its page."""
-    from refmerge import registry
+def methods(name: str | None, bibtex: bool, page: bool, json: bool) -> None:
+    """List the methods, procedures, recipes and other tools' entries, or show what is known of one: definition, parameters,
+    needs, laws, who disagrees, citation."""
+    from refmerge import catalogue
     from refmerge.errors import UsageError
 
+    if bibtex + page + json > 1:
+        raise click.UsageError("--bibtex, --page and --json exclude each other")
     if name is None:
-        rows = []
-        for n in registry.names():
-            with contextlib.suppress(UsageError):  # a plug-in that is broken: a warning has named it
-                rows.append(registry.get(n))
+        if bibtex or page:
+            raise click.UsageError("--bibtex and --page want the NAME of a method")
+        listed = catalogue.entries()
         if json:
-            click.echo(jsonlib.dumps([_described(m) for m in rows], indent=2))
-            return
-        width = max(len(m.name) for m in rows)
-        for m in rows:
-            click.echo(f"{m.name:{width}}  {m.doc.splitlines()[0]}")
+            click.echo(jsonlib.dumps([catalogue.described(e) for e in listed], indent=2))
+        else:
+            from refmerge import show
+
+            click.echo(show.catalogue(listed))
         return
-    m = registry.get(name)
+    entry = catalogue.find(name)
     if json:
-        click.echo(jsonlib.dumps(_described(m), indent=2))
-        return
-    click.echo(f"{m.name}({', '.join(m.asks)})   {m.paper}\n\n{m.doc}\n")
-    for p in m.params.values():
-        name = f"{p.name} ({p.name.rstrip('_')} in a recipe)" if p.name.endswith("_") else p.name
-        default = "required" if p.required else f"default {p.default!r}"
-        domain = f", in [{p.domain[0]:g}, {p.domain[1]:g}]" if p.domain else ""
-        click.echo(f"  {name}: {p.type.__name__}{', one or one per model' if p.per_model else ''}, {default}{domain}")
-    text = _page(m.name)
-    if text:
-        click.echo("\n" + text)
+        click.echo(jsonlib.dumps(catalogue.described(entry), indent=2))
+    elif bibtex:
+        click.echo(catalogue.bibtex(entry))
+    elif page and entry.tool:
+        own = " and ".join(f"`refmerge methods {p.name} --page`" for p in entry.pages)
+        raise UsageError(f"{name} has no page of its own{own and ': see ' + own}")
+    else:
+        from refmerge import show
 
-
-def _described(m: Any) -> dict[str, Any]:
-    return {
-        "name": m.name, "source": m.paper, "doc": m.doc, "asks": list(m.asks), "models": list(m.models),
-        "parameters": {
-            p.name: {"type": p.type.__name__, "default": None if p.required else p.default, "required": p.required,
-                     "per_model": p.per_model, "domain": p.domain}
-            for p in m.params.values()
-        },
-    }  # fmt: skip
-
-
-def _page(name: str) -> str:
-    """The text of a method's page; another tool's entries have none of their own."""
-    if ":" in name:
-        return ""
-    from importlib.resources import files
-
-    for family in files("refmerge.spec").iterdir():
-        page = family / f"{name}.md"
-        if family.is_dir() and page.is_file():
-            return page.read_text(encoding="utf-8").split("+++", 2)[-1].strip()
-    return ""
+        click.echo(show.printed(show.sheet(entry, whole=page)))
 
 
 @main.command()
@@ -337,11 +317,17 @@ def explain(
     On the worked example of its page, or on numbers given with --base and --models. The method's parameters are
     options: --density 0.5, or one value per model, --weight 1,0.5.
     """
-    from refmerge import registry
+    from refmerge import catalogue
+    from refmerge.errors import UsageError
     from refmerge.explain import explain as trace
     from refmerge.explain import render
 
-    params = _parameters(context.args, registry.get(method))
+    entry = catalogue.find(method)
+    if entry.kind != "method":
+        raise UsageError(
+            f"{method} is a {entry.kind}, and only methods have steps to explain: `refmerge methods {method}` shows its page"
+        )
+    params = _parameters(context.args, entry.code)
     given = [_numbers("--models", m) for m in models] or None
     params |= {name: value for name, value in options.items() if value is not None}
     steps = trace(method, base=None if base is None else _numbers("--base", base), models=given, **params)

@@ -125,6 +125,7 @@ class _Trial:
             max_memory=self._plan.max_memory,
             nonfinite=work.nonfinite, params=self._tensor.params,
         )  # fmt: skip
+        plan.fused = self._plan.is_fused
         start = time.perf_counter()
         plan.run(self._folder / "merged.safetensors", overwrite=True)
         return time.perf_counter() - start

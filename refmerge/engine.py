@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from refmerge.block import run_block, run_model
 from refmerge.errors import ResourceError
+from refmerge.fused import compiler
 from refmerge.group import Log, Pause, Place, State, condense
 from refmerge.method import Method
 from refmerge.numeric import LEAF, STRETCH, host
@@ -97,6 +98,8 @@ class Context:
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        if self._work.fused:
+            compiler.finish()
         return self._scratch.__exit__(*error)
 
     def compute(self, task: Task) -> Outcome:
@@ -190,15 +193,16 @@ class _Group:
 
     def _start_pass(self, places: list[Place]) -> None:
         """Queue a pass over these blocks. Where it is not known what they will ask, one sample runs first to see."""
-        self._pass, self._samples = places, []
+        self._pass, samples = places, []
         if places and self._sampled and self.log.pending is None:
-            self._samples = self._sample_places()
+            samples = self._sample_places()
         for log in self._logs:
-            log.sampling = bool(self._samples)
-        self._queue(self._samples[:1] or places)
+            log.sampling = bool(samples)
+        self._rest = samples[1:]
+        self._queue(samples[:1] or places)
 
     def _queue(self, places: Sequence[Place]) -> None:
-        self._queued, self.waiting = len(places), {}
+        self.waiting = {}
         for p in places:
             self.waiting.setdefault(self._had.get(p.ordinal), deque()).append(p)
 
@@ -216,15 +220,14 @@ class _Group:
 
     def end_of_wave(self) -> None:
         """All that was queued has run: queue the rest of the samples, or the pass itself, or the next pass."""
-        if self._samples:
+        if self.log.sampling:
             pending = [log.pending for log in self._logs if log.pending is not None]
-            rest = self._samples[1:] if self._queued == 1 else []
+            rest, self._rest = self._rest, []
             if rest and any(q.wants_samples for q in pending):
                 self._queue(rest)
                 return
             for log in self._logs:
                 log.end_of_samples()
-            self._samples = []
             self._queue(self._pass)
             return
         self.passes += 1

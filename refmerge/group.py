@@ -24,7 +24,8 @@ import numpy as np
 from array_api_compat import is_numpy_array
 
 from refmerge.errors import UsageError
-from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, keys_of, leaf_sums
+from refmerge.fused import Lazy
+from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, hosts, keys_of, leaf_sums
 from refmerge.selection import Selection, count_equal, first_want, flat, kth_largest, top_mask
 
 __all__ = ["Group", "Log", "Pause", "Place", "State"]
@@ -296,7 +297,12 @@ class _Sum(_Question):
         size = place.stop - place.start
         first = min(-place.start % STRETCH, size)
         last = size if place.stop >= place.size else max(first, size - place.stop % STRETCH)
-        parts = [expansion(sums.tolist()) for sums in leaf_sums(*(x[first:last] for x in xs))]
+        if first == 0 and last == size:  # without a slice, which would have to be computed first
+            whole: Sequence[Any] = xs
+        else:
+            xs = hosts(xs) if type(xs[0]) is Lazy else xs
+            whole = [x[first:last] for x in xs]
+        parts = [expansion(sums.tolist()) for sums in leaf_sums(*whole)]
         cut = [
             ((place.tensor, (place.start + a) // STRETCH), place.start + a, [np.array(host(x[a:b])) for x in xs])
             for a, b in ((0, first), (last, size))
@@ -393,11 +399,12 @@ class _KthLargest(_Question):
 
     @staticmethod
     def sample(xs: Sequence[Any]) -> Any:
-        return [keys_of(host(flat(x))) for x in xs]
+        return [keys_of(x) for x in hosts([flat(x) for x in xs])]
 
     @staticmethod
     def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
-        return [w.part(host(flat(x))) for w, x in zip(want, xs)]
+        compiled = type(xs[0]) is Lazy
+        return [w.part(x, compiled) for w, x in zip(want, hosts([flat(x) for x in xs]))]
 
     def add_sample(self, part: Any) -> None:
         for s, sample in zip(self._states, part):
@@ -420,7 +427,7 @@ class _KthLargest(_Question):
 
     @classmethod
     def at_once(cls, asked: Asked, place: Place, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
-        return tuple(kth_largest(host(flat(x)), k) for x, k in zip(xs, asked.k))
+        return tuple(kth_largest(x, k) for x, k in zip(hosts([flat(x) for x in xs]), asked.k))
 
 
 class _Top(_KthLargest):
@@ -438,10 +445,9 @@ class _Top(_KthLargest):
     @classmethod
     def at_once(cls, asked: Asked, place: Place, xs: Sequence[Any], size: int) -> tuple[Any, ...]:
         replies = []
-        for x, k in zip(xs, asked.k):
+        for values, k in zip(hosts([flat(x) for x in xs]), asked.k):
             kth, kept, tied = math.nan, 0, 0
             if 0 < k < size:
-                values = host(flat(x))
                 kth = kth_largest(values, k)
                 tied = count_equal(values, kth)
                 above = 0 if math.isnan(kth) else values.size - int(np.count_nonzero(values <= kth))

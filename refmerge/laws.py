@@ -99,12 +99,14 @@ class Trial:
         if p.type is float:
             low, high = p.domain or (-np.inf, np.inf)
             return self.choose(*default, *(x for x in (1.0, 0.5, 0.0, 0.25, 2.0, -1.0) if low <= x <= high))
+        if p.type is int and p.domain is not None:
+            return self.choose(*default, *(n for n in (1, 0, 2, 3) if p.domain[0] <= n <= p.domain[1]))
         return p.default
 
     @property
     def along(self) -> str:
         """The parameter that goes from the first input (0) to the last (1)."""
-        return next(key for key in ("t", "alpha") if key in self.method.params)
+        return next(key for key in ("t", "alpha", "mu") if key in self.method.params)
 
     # What comes out.
 
@@ -414,7 +416,7 @@ def task_arithmetic(t: Trial) -> None:
 
 @law()
 def endpoints(t: Trial) -> None:
-    """t (or alpha) 0 gives the first input and 1 the last."""
+    """t (or alpha, or mu) 0 gives the first input and 1 the last."""
     models, base = t.inputs()
     first = models[0] if base is None else base
     t.same(t.merge(models, base, t.params(len(models)) | {t.along: 0.0}), first)

@@ -17,12 +17,13 @@ import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name)
 import numpy as np
 from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
 
+from refmerge.fused import Lazy, compute, mask, run, stretch_sums
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion",
-    "host", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total",
-    "tree_sum", "value_of",
+    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum",
+    "expansion", "host", "hosts", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum",
+    "top_along", "total", "tree_sum", "value_of",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -36,6 +37,9 @@ def array_namespace(*xs: Any) -> Any:
     takes a tenth of a second to import; array-api-compat's for all others. TypeError for a mixture."""
     if all(type(x) is np.ndarray for x in xs):
         return np
+    for x in xs:
+        if type(x) is Lazy:
+            return x.__array_namespace__()
     return array_api_compat.array_namespace(*xs)
 
 
@@ -64,6 +68,11 @@ def mean(xs: Sequence[Any]) -> Any:
     return total((1 / len(xs)) * x for x in xs)
 
 
+def divided(x: Any, c: float) -> Any:
+    """x / c, rounded once, for tools that divide: as torch does it on a CPU; elsewhere it multiplies by the reciprocal."""
+    return x / c if isinstance(x, Rounded) or is_numpy_array(x) else x / array_namespace(x).full_like(x, c)
+
+
 def clamp(x: float, low: float, high: float) -> float:
     """A host number held inside [low, high]; NaN stays NaN."""
     return low if x < low else high if x > high else x
@@ -78,7 +87,7 @@ def at_precision(value: Any, x: Any) -> Any:
 
 def indicator(condition: Any, like: Any) -> Any:
     """1 where the condition holds and 0 elsewhere, in the dtype of `like`: a mask is a factor, as the papers write it."""
-    return array_namespace(like).astype(condition, like.dtype)
+    return array_namespace(condition, like).astype(condition, like.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- host
@@ -98,6 +107,12 @@ def host(x: Any) -> np.ndarray:
     return x
 
 
+def hosts(xs: Sequence[Any]) -> list[np.ndarray]:
+    """`host` of several arrays, which are computed in one pass where they are not there yet."""
+    compute(*(x for x in xs if type(x) is Lazy))
+    return [host(x) for x in xs]
+
+
 def scores(x: Any) -> np.ndarray:
     """A float64 copy in host memory. Scores on which a discrete choice rests are computed once, in one place, so that all
     backends choose alike."""
@@ -106,6 +121,9 @@ def scores(x: Any) -> np.ndarray:
 
 def like(values: np.ndarray, x: Any) -> Any:
     """Host values as an array of x's library, dtype and device."""
+    if type(x) is Lazy:
+        is_mask = values.dtype == bool and values.shape == x.shape
+        return mask(values, x.shape) if is_mask else values.astype(x.dtype, copy=False)
     if is_numpy_array(x):
         return values.astype(x.dtype, copy=False)
     xp = array_namespace(x)
@@ -145,7 +163,9 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
     """
     if not xs:
         return []
-    arrays = [at_least_float32(x) for x in xs]
+    if all(type(x) is Lazy for x in xs):
+        return _lazy_sums(xs)
+    arrays = [at_least_float32(x if type(x) is not Lazy else host(x)) for x in xs]
     xp, size = array_namespace(arrays[0]), arrays[0].shape[0]
     whole = size // STRETCH * STRETCH
     leaves = []
@@ -164,6 +184,18 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
         return [np.zeros(0) for _ in arrays]
     joined = host(leaves[0] if len(leaves) == 1 else xp.concat(leaves, axis=1))
     return [x.reshape(-1) for x in joined]
+
+
+def _lazy_sums(xs: Sequence[Lazy]) -> list[np.ndarray]:
+    """Whole stretches without arrays in between, where that can be; the rest of a tensor as arrays."""
+    whole = xs[0].size // STRETCH * STRETCH
+    found = stretch_sums(xs) if whole else None
+    if found is None:
+        return leaf_sums(*hosts(xs))
+    if whole == xs[0].size:
+        return found
+    rest = leaf_sums(*(run(x, slice(whole, None)) for x in xs))
+    return [np.concatenate(both) for both in zip(found, rest)]
 
 
 def at_least_float32(x: Any) -> Any:

@@ -78,6 +78,17 @@ class Page:
         return self.front.get("kind", "method")
 
     @property
+    def title(self) -> str:
+        found = re.search(r"^# (.+)$", self.text, re.MULTILINE)
+        return found[1].strip() if found else self.name
+
+    @property
+    def arxiv(self) -> str | None:
+        """The paper's number there: 2306.01708."""
+        found = re.search(r"\barXiv:([\w.-]+/\d{7}|\d{4}\.\d{4,5})", self.front["paper"])
+        return found[1] if found else None
+
+    @property
     def steps(self) -> list[tuple[int, str]]:
         """Numbers and titles of the steps in the Definition."""
         return [(int(number), title) for number, title in STEP.findall(self.sections.get("Definition", ""))]

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_che
 from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import UsageError
 from refmerge.executors import can_fork
+from refmerge.fused.compiler import command
 from refmerge.method import Method, Over
 from refmerge.sources import ArraySink, ArraySource, DiskSink, DiskSource, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work
@@ -27,6 +28,7 @@ ARRAYS_BLOCK_BYTES = 1 << 19  # of arrays in memory, where no backend says more
 # Threads of one interpreter wait for each other more than they compute in smaller ones; and whole rows end where they do,
 # so that each border of blocks cuts a stretch of a sum.
 LARGER_BLOCK_BYTES = 1 << 20
+WORTH_COMPILING = 1 << 25  # entries; fewer are merged before a compiler has started
 INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
@@ -43,7 +45,7 @@ class Plan:
     example: an array of that library. checkpoints: the inputs on disk; donor: the one whose config and tokenizer files the
     result gets. out_dtype: the dtype that was asked for. block_bytes: of a block in the
     work dtype, as the backend has it. max_memory: what all blocks may take, in bytes. elements: of a block; None leaves it
-    to what computes.
+    to what computes. fused: whether blocks of files are computed by compiled programs; None where they are worth compiling.
     """
 
     work: Work
@@ -54,6 +56,7 @@ class Plan:
     block_bytes: int = ARRAYS_BLOCK_BYTES
     max_memory: int | None = None
     elements: int | None = None
+    fused: bool | None = None
     example: Any = None
     checkpoints: tuple[Checkpoint, ...] = ()
     donor: Checkpoint | None = None
@@ -129,19 +132,28 @@ class Plan:
         numpy = self.backend is not None and self.backend.name == "numpy"
         return numpy and all(isinstance(s, DiskSource) for s in sources)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether blocks are computed by compiled programs, where the method sees no tensor as a whole."""
+        if self.fused is not None:
+            return self.fused
+        size = sum(t.size for t in self.work.tensors if self.work.view(t) in ("flat", "rows") and t.work == "float32")
+        return self._on_files and size >= WORTH_COMPILING and command() is not None
+
     def _block_elements(self, processes: bool) -> int:
         if self.elements is not None:
             return self.elements
         block_bytes = self.block_bytes
         rows = any(self.work.view(t) == "rows" for t in self.work.tensors)
-        if rows or (self.threads > 1 and not processes):
+        if rows or self.is_fused or (self.threads > 1 and not processes):
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
 
     def _fill(self, sinks: Mapping[str, Any]) -> None:
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
+        work = replace(self.work, fused=self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values()))
         self.ran = run(
-            self.work, sinks, elements=self._block_elements(processes), threads=self.threads, processes=processes
+            work, sinks, elements=self._block_elements(processes), threads=self.threads, processes=processes
         )
         for name, source in self.copied.items():
             if "" in sinks:
@@ -173,6 +185,7 @@ class Plan:
             + INTERPRETER * (1 + self.threads * (self.threads > 1 and self._on_files and can_fork())),
             "threads": self.threads,
             "backend": "arrays" if self.backend is None else self.backend.name,
+            "compiled": self.is_fused,
         }
 
 

@@ -67,6 +67,11 @@ def names() -> list[str]:
     return sorted({*_files(), *_entry_points("refmerge.methods")}, key=lambda n: (":" in n, n))
 
 
+def comes_with(name: str) -> bool:
+    """Whether refmerge brings the method of that name; others are other packages' entry points."""
+    return name in _files()
+
+
 def _load_plugin(group: str, name: str) -> Any:
     """The object behind an entry point. A plug-in that breaks is a warning that names it, and None."""
     try:
@@ -97,6 +102,11 @@ def get(name: str) -> Method:
         also = [n for n in known if n == bare or n.endswith(":" + bare)]
         others = f"; {bare} exists as {', '.join(also)}" if also else ""
         raise UsageError(f"no method {name!r}: {has}{others}")
+    from refmerge import pages  # which imports this module
+
+    for kind in ("procedure", "recipe"):
+        if name in pages.names(kind):
+            raise UsageError(f"{name} is a {kind} and not a method: `refmerge methods {name}` shows how it is used")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UsageError(f"no method {name!r}{hint} (available: {', '.join(n for n in known if ':' not in n)})")

@@ -16,6 +16,7 @@ import numpy as np
 from array_api_compat import device, is_numpy_array, is_torch_array
 
 from refmerge.errors import InputError, UsageError
+from refmerge.fused import Lazy, support
 from refmerge.numeric import array_namespace, host, like
 
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -43,9 +44,11 @@ def key_for(seed: int, name: str, model: int) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
-def digits_numpy(key: tuple[int, int], start: int, stop: int, j: int) -> np.ndarray:
-    """Digit j of the elements [start, stop), uint16, by NumPy's own generator."""
+def digits_numpy(key: tuple[int, int], start: int, stop: int, j: int, compiled: bool = False) -> np.ndarray:
+    """Digit j of the elements [start, stop), uint16, by NumPy's own generator or, where it is there, a compiled one."""
     first, last = start // PER_BLOCK, -(-stop // PER_BLOCK)
+    if compiled and (words := support.philox(key, first, j, last - first)) is not None:
+        return words.astype("<u8", copy=False).view("<u2")[start - PER_BLOCK * first : stop - PER_BLOCK * first]
     before = ((j << 64) + first - 1) % (1 << 256)  # the generator counts up before it draws
     words = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=_words(before)).random_raw(4 * (last - first))
     return words.astype("<u8", copy=False).view("<u2")[start - PER_BLOCK * first : stop - PER_BLOCK * first]
@@ -151,7 +154,7 @@ class Rng:
 
     def _on_numpy(self) -> bool:
         x = self._like
-        return is_numpy_array(x) or (is_torch_array(x) and x.device.type == "cpu")
+        return is_numpy_array(x) or type(x) is Lazy or (is_torch_array(x) and x.device.type == "cpu")
 
     def keep(self, p: Any, model: int) -> Any:
         """0/1 in the block's shape, 1 with probability p: a number, an array of the block's shape, or a function that makes
@@ -194,7 +197,7 @@ class Rng:
         place = (self._name, start, stop, self._calls)
         packed = self._memo.get(place)
         if packed is not None:
-            return np.unpackbits(packed, count=stop - start)
+            return np.unpackbits(packed, count=stop - start).view(bool)
         mask = self._keep_numpy(key, p)
         self._memo.put(place, mask)
         return mask
@@ -203,7 +206,7 @@ class Rng:
         start, stop = self._span()
         p = p() if callable(p) else p
         p = p if isinstance(p, float | int) else host(p).reshape(-1)
-        d = digits_numpy(key, start, stop, 0)
+        d = digits_numpy(key, start, stop, 0, type(self._like) is Lazy)
         rest = p * 65536.0
         # Integers, and 16-bit ones where they fit: a float would widen every digit to float64 before it is compared.
         limit: Any = int(rest) if np.ndim(rest) == 0 else rest.astype(np.uint16 if _below(rest, 65536) else np.int32)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refmerge.fused import support
 from refmerge.numeric import array_namespace, host, indicator, keys_of, like, value_of
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ def count_equal(x: np.ndarray, value: float) -> int:
     return int(np.count_nonzero(np.isnan(x) if math.isnan(value) else x == value))
 
 
+def _float_of(x: Any) -> Any:
+    """NumPy's scalar type of the dtype of an array of any library."""
+    return np.float64 if str(x.dtype).endswith("float64") else np.float32
+
+
 def top_mask(x: Any, k: int, size: int, kth: float, kept: int, tied: int) -> Any:
     """1 where x is above `kth`, and at the first `kept` of the `tied` elements equal to it."""
     xp = array_namespace(x)
@@ -66,9 +72,10 @@ def top_mask(x: Any, k: int, size: int, kth: float, kept: int, tied: int) -> Any
         return xp.ones_like(x)
     if math.isnan(kth):
         above, equal = xp.zeros_like(x, dtype=xp.bool), xp.isnan(x)
-    elif kept in (0, tied):
+    elif kept in (0, tied) and kth < math.inf:
         # NaN is above everything: "not below", where a comparison with NaN would say no.
-        return indicator(xp.logical_not(x < kth if kept else x <= kth), like=x)
+        bound = kth if kept else float(np.nextafter(_float_of(x)(kth), np.inf))
+        return indicator(xp.logical_not(x < bound), like=x)
     else:
         above, equal = xp.logical_not(x <= kth), x == kth
     chosen = host(flat(above)).copy()
@@ -92,7 +99,7 @@ class Want:
     known: int = 0  # leading bits of the key that are known
     value: float = math.nan
 
-    def part(self, values: np.ndarray) -> Any:
+    def part(self, values: np.ndarray, compiled: bool = False) -> Any:
         """This block's part of the answer."""
         if self.phase == "done":
             return None
@@ -100,10 +107,13 @@ class Want:
             return count_equal(values, self.value)
         if self.phase == "bracket":
             low, high = (values.dtype.type(value_of(key, 8 * values.itemsize)) for key in (self.low, self.high))
-            at_most = values <= high  # no for NaN, which is above
-            above = values.size - int(np.count_nonzero(at_most))
-            np.logical_and(at_most, values >= low, out=at_most)
-            keys = keys_of(values[at_most])
+            found = support.between(values, low, high) if compiled else None
+            if found is None:
+                at_most = values <= high  # no for NaN, which is above
+                above = values.size - int(np.count_nonzero(at_most))
+                found = above, values[at_most & (values >= low)]
+            above, inside = found
+            keys = keys_of(inside)
             at_high = int(np.count_nonzero(keys == self.high))
             inside = keys[(keys > self.low) & (keys < self.high)]
             return above, at_high, inside, keys.size - at_high - inside.size

@@ -14,6 +14,7 @@ from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, it
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS
 from refmerge.checkpoint.dtypes import finite as finite_bytes
 from refmerge.errors import InputError
+from refmerge.fused import Lazy, leaf, store, support
 from refmerge.native import Rounded
 from refmerge.numeric import array_namespace, host
 
@@ -33,6 +34,16 @@ def dtype_name(x: Any, name: str) -> str:
     return _NAMES[word]
 
 
+def stored_bytes(x: Any, dtype: str) -> np.ndarray:
+    """A whole array of any library as the bytes of a tensor of this safetensors dtype; floats are rounded once."""
+    flat = np.ascontiguousarray(host(x)).reshape(-1)
+    if dtype not in FLOATS:
+        return flat.view(np.uint8)
+    raw = np.empty(flat.size * itemsize(dtype), dtype=np.uint8)
+    encode(flat, dtype, raw)
+    return raw
+
+
 def all_finite(x: Any) -> bool:
     """Whether no element of an array of any library is infinite or NaN."""
     x = x.values if isinstance(x, Rounded) else x
@@ -44,6 +55,11 @@ def all_finite(x: Any) -> bool:
     # A sum tells at a tenth of the price, unless it overflows.
     with np.errstate(all="ignore"):
         return math.isfinite(float(xp.sum(x))) or bool(xp.all(xp.isfinite(x)))
+
+
+def _finite(raw: np.ndarray, dtype: str, compiled: bool) -> bool:
+    found = support.finite(raw, dtype) if compiled else None
+    return finite_bytes(raw, dtype) if found is None else found
 
 
 class NotFinite(Exception):
@@ -90,6 +106,7 @@ class Scratch:
 
 
 WORK = ("float32", "float64")
+LAZY = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32}  # what a lazy block may be stored as
 
 
 def _numpy_block(x: np.ndarray, work: str) -> Any:
@@ -109,9 +126,11 @@ class Source(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
     def load(
-        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
+        finite: bool = False, lazy: bool = False,
     ) -> Any:
-        """Elements [start, stop). NotFinite if `finite` is asked for and one is not."""
+        """Elements [start, stop). NotFinite if `finite` is asked for and one is not. lazy: as they are stored, to be widened
+        where they are used, if that can be."""
 
     def ahead(self, name: str, start: int, stop: int) -> None:
         """These elements will be asked for next."""
@@ -149,7 +168,8 @@ class ArraySource:
         return self._flat[name]
 
     def load(
-        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
+        finite: bool = False, lazy: bool = False,
     ) -> Any:
         flat = self.flat(name)[start:stop]
         if is_numpy_array(flat):
@@ -184,7 +204,8 @@ class ByteSource:
         return self._cast if self._cast and stored in FLOATS else stored
 
     def load(
-        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *, finite: bool = False
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
+        finite: bool = False, lazy: bool = False,
     ) -> Any:
         stored, count = self.stored(name), stop - start
         raw = scratch.raw(slot, count * itemsize(stored))
@@ -203,13 +224,15 @@ class ByteSource:
             encode(wide, to, raw)
             stored = to
         on_device = hasattr(self._backend, "lane")  # then looking there is cheaper than one more pass over host memory
-        if finite and not on_device and not finite_bytes(raw, stored):
+        if finite and not on_device and not _finite(raw, stored, lazy):
             raise NotFinite
         if self._backend.name != "numpy":
             x = self._backend.put(raw, stored, (count,), work)
             if finite and on_device and not all_finite(x):
                 raise NotFinite
             return x
+        if lazy and work == "float32" and stored in LAZY:
+            return leaf(raw.view(LAZY[stored]), stored, (count,))
         at_least = work if work in WORK else "float32"
         out = scratch.work(slot, count, at_least)
         return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
@@ -382,8 +405,9 @@ class DiskSink:
     def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
         dtype = self._specs[name][0]
         raw = scratch.raw("out", math.prod(block.shape) * itemsize(dtype))
-        self._backend.take(block, dtype, raw)
-        if finite and not finite_bytes(raw, dtype):
+        if not (type(block) is Lazy and store(block, dtype, raw)):
+            self._backend.take(block, dtype, raw)
+        if finite and not _finite(raw, dtype, type(block) is Lazy):
             raise NotFinite
         self._writer.put(name, start, raw)
 

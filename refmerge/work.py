@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from refmerge.checkpoint import itemsize
@@ -25,7 +26,7 @@ class Tensor:
     params: Mapping[str, Any]
     out: str = "F64"
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
 
@@ -41,7 +42,8 @@ class Tensor:
 @dataclass
 class Work:
     """A merge, ready to run. stats: per model the statistics file or mapping as a Source, or None. backend: where blocks of
-    files are computed; None for arrays, which stay where they are. kernels: fast twins of methods for arrays on a device."""
+    files are computed; None for arrays, which stay where they are. kernels: fast twins of methods for arrays on a device.
+    fused: whether the operations on a block of a file are noted down first and computed in one pass (see refmerge.fused)."""
 
     method: Method
     models: Sequence[Source]
@@ -54,6 +56,7 @@ class Work:
     progress: Callable[[int], None] | None = None
     backend: Any = None
     kernels: Mapping[str, Any] = field(default_factory=dict)
+    fused: bool = False
     recorded: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

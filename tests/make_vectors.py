@@ -55,6 +55,9 @@ def results(folder: Path, cases: Any) -> list[Test]:
     for path in sorted(path for stem in stems for path in folder.glob(f"{stem}--*.safetensors")):
         tensors, meta = read(path)
         id = path.stem.replace("--", "-")
+        if meta["registry"] == "function" and hasattr(cases, "several"):
+            tests += cases.several(id, tensors, meta)
+            continue
         tool = meta["registry"].partition(":")[0]
         if tool not in tools and id not in getattr(cases, "EVIDENCE", ()):
             continue
@@ -100,6 +103,9 @@ def paper(test: Test, how: Paper) -> Test:
     if how.drop_masks:
         assert stats
         stats = [{f"{name}.mask": np.asarray(1 - x, np.uint8) for name, x in one.items()} for one in stats]
+    if how.keep_masks:
+        assert stats
+        stats = [{f"{name}.mask": x for name, x in one.items()} for one in stats]
     return replace(
         test,
         id=f"{test.id}-paper",

@@ -122,6 +122,8 @@ def test_files_through_a_backend(case, backend, tmp_path):
         paths.append(tmp_path / f"in{i}.safetensors")
         save(t, paths[-1])
     options = {"base": paths[-1] if base else None, "seed": 5, **given}
+    if case.name == "official:rws":  # 0 / 0: float8 rounds a clean model's number to the base's
+        options["nonfinite"] = "propagate"
     paths = paths[: len(models)]
     merge(paths, m, out=tmp_path / "numpy.safetensors", backend="numpy", **options)
     merge(paths, m, out=tmp_path / "other.safetensors", backend=backend.spec, threads=2, **options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -197,15 +199,114 @@ def test_plan_finds_what_a_merge_would_refuse(folder: Path) -> None:
 
 
 def test_methods(tmp_path: Path) -> None:
-    listed = {m["name"] for m in json.loads(refmerge("methods", "--json", cwd=tmp_path).stdout)}
-    assert {"linear", "ties", "widen", "mergekit:ties", "official:ties"} <= listed
+    told = json.loads(refmerge("methods", "--json", cwd=tmp_path).stdout)
+    listed = {m["name"]: m for m in told}
+    assert {"linear", "ties", "widen", "mergekit:ties", "official:ties", "rws_signature"} <= listed.keys()
+    assert [listed["ties"][k] for k in ("kind", "family", "tool")] == ["method", "task_vectors", None]
+    assert [listed["mergekit:ties"][k] for k in ("kind", "family", "tool")] == ["method", "task_vectors", "mergekit"]
+    assert listed["rws_signature"]["kind"] == "procedure"
+    assert listed["rws_signature"]["parameters"]["levels"] == {"default": 256, "required": False}
+    one = json.loads(refmerge("methods", "ties", "--json", cwd=tmp_path).stdout)
+    assert one == listed["ties"] and one["parameters"]["density"]["domain"] == [0.0, 1.0]
+
+
+def test_the_catalogue_is_a_line_an_entry_by_family_and_tool(tmp_path: Path) -> None:
+    shown = refmerge("methods", cwd=tmp_path).stdout.splitlines()
+    names = {m["name"] for m in json.loads(refmerge("methods", "--json", cwd=tmp_path).stdout)}
+    assert sorted(line.split()[0] for line in shown if line.startswith("  ")) == sorted(names)
+    headings = [line for line in shown if line and not line.startswith(" ")]
+    assert headings.index("averaging") < headings.index("task_vectors") < headings.index("mergekit: as mergekit computes it")
+    (ties,) = [line for line in shown if line.split()[:1] == ["ties"]]
+    assert ties.endswith("TIES-Merging: trim, elect sign, disjoint merge.")
+    (kept,) = [line for line in shown if line.split()[:1] == ["rws_signature"]]
+    assert "  procedure: The signature of one robust model" in kept
+    assert "\033" not in "".join(shown)
+
+
+def test_methods_shows_what_is_known_of_one(tmp_path: Path) -> None:
     shown = refmerge("methods", "ties", cwd=tmp_path).stdout
-    assert "density: float, default 0.2, in [0, 1]" in shown and "arXiv:2306.01708" in shown and "Edge cases" in shown
-    assert "lambda_ (lambda in a recipe): float" in shown
-    missing = refmerge("methods", "tise", cwd=tmp_path)
-    assert missing.returncode == 2 and "ties" in one_line(missing)
-    tool = refmerge("methods", "fusion_bench:ties", cwd=tmp_path)
-    assert tool.returncode == 2 and "mergekit:ties" in one_line(tool)
+    assert "float, default 0.2, in [0, 1]; k / d in the paper" in shown and "arXiv:2306.01708" in shown
+    assert "lambda_  float, default 1.0; lambda in a recipe" in shown
+    for heading in ("Purpose", "Needs", "Definition", "Parameters", "Edge cases", "Laws", "Who disagrees", "Citation"):
+        assert f"\n{heading}\n" in shown, heading
+    assert "\n  2. trim: k = int(density d)." in shown
+    assert "\n  models  1 or more\n" in shown and "\n  draws   none\n" in shown
+    assert "  identical_models" in shown and "(within 2 ulps)" in shown
+    assert "  TiesSumNotMean: The agreeing entries are summed.\n    paper           mean\n" in shown
+    assert "Prateek Yadav, Derek Tam, Leshem Choshen" in shown
+    assert "Exercises" not in shown and ">>> " not in shown
+    whole = refmerge("methods", "ties", "--page", cwd=tmp_path).stdout
+    assert "\nExercises\n" in whole and "  >>> import refmerge\n" in whole and len(whole) > 1.5 * len(shown)
+
+
+def test_methods_shows_another_tools_entry(tmp_path: Path) -> None:
+    shown = refmerge("methods", "mergekit:ties", cwd=tmp_path).stdout
+    assert "weight     float, one or one per model, required" in shown and "int8_mask" in shown
+    assert "\nDiffers from ties\n" in shown and "refmerge methods ties " in shown and "\n  2.  keep the largest\n" in shown
+    zero = "  TiesZeroSumSign: The sign that is elected where the sum is zero.\n"
+    assert zero + "    paper           none: nothing is added\n    mergekit 0.1.5  +\n" in shown
+    agrees = shown.partition("As the paper in what others differ in\n")[2].splitlines()[0]
+    assert "TiesZeroDensity" in agrees and "    official " not in shown
+    none = refmerge("methods", "mergekit:ties", "--page", cwd=tmp_path)
+    assert none.returncode == 2 and "refmerge methods ties --page" in one_line(none)
+
+
+def test_bibtex_is_all_that_is_printed(tmp_path: Path) -> None:
+    expected = [
+        "@misc{yadav2023ties,",
+        "  title         = {{TIES-Merging: Resolving Interference When Merging Models}},",
+        "  author        = {Prateek Yadav and Derek Tam and Leshem Choshen and Colin Raffel and Mohit Bansal},",
+        "  year          = {2023},",
+        "  eprint        = {2306.01708},",
+        "  archivePrefix = {arXiv},",
+        "  url           = {https://arxiv.org/abs/2306.01708}",
+        "}",
+    ]
+    for name in ("ties", "mergekit:ties"):
+        assert refmerge("methods", name, "--bibtex", cwd=tmp_path).stdout.splitlines() == expected
+    for wrong in (["--bibtex"], ["ties", "--bibtex", "--json"]):
+        assert refmerge("methods", *wrong, cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("tise", "did you mean ties?"),
+        ("rws_signatures", "did you mean rws_signature"),
+        ("dare", "official:dare or dare_ties"),
+        ("fusion_bench:ties_merging", "'fusion_bench:ties_merging'"),
+        ("mergekit:tise", "mergekit:ties"),
+    ],
+)
+def test_unknown_names(tmp_path: Path, name: str, near: str) -> None:
+    for command in ("methods", "explain"):
+        missing = refmerge(command, name, cwd=tmp_path)
+        assert missing.returncode == 2 and near in one_line(missing)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+@pytest.mark.parametrize(("arguments", "columns"), [([], 80), ([], 120), (["ties"], 80), (["ties"], 120)])
+def test_on_a_terminal_nothing_is_wider_and_there_is_colour(tmp_path: Path, arguments: list[str], columns: int) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "refmerge", "methods", *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux ends a terminal that nobody writes to any more
+        while chunk := os.read(ours, 1 << 16):
+            shown += chunk
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    text = shown.decode()
+    assert "\033[1m" in text
+    lines = re.sub(r"\033\[[0-9;]*m", "", text).splitlines()
+    assert columns - 20 < max(map(len, lines)) <= columns
 
 
 SOMEONES = """\
@@ -235,6 +336,12 @@ def test_a_broken_plug_in_does_not_hide_the_others(folder: Path, someones: dict[
     assert listed.returncode == 0 and "split" in listed.stdout and "ties" in listed.stdout
     assert "broken" not in listed.stdout
     assert one_line(listed).startswith("refmerge: warning: plug-in 'broken' of refmerge.methods failed to load")
+    lines = listed.stdout.splitlines()
+    assert lines[lines.index("from other packages") + 1].split() == ["split", "A", "mask", "and", "what", "it", "keeps."]
+    shown = refmerge("methods", "split", cwd=folder, env=someones).stdout
+    assert "A mask and what it keeps." in shown and "outputs  mask, model" in shown
+    cited = refmerge("methods", "split", "--bibtex", cwd=folder, env=someones)
+    assert cited.returncode == 2 and "split has no page with a citation" in cited.stderr.splitlines()[-1]
 
 
 def test_several_outputs(folder: Path, someones: dict[str, str]) -> None:
@@ -260,6 +367,8 @@ def test_explain(tmp_path: Path) -> None:
     assert len(set(draws)) > 1
     listed = refmerge("explain", "widen", "--embeddings", "x", cwd=tmp_path)
     assert listed.returncode == 0 and "embeddings[0]" in listed.stdout
+    procedure = refmerge("explain", "rws_signature", cwd=tmp_path)
+    assert procedure.returncode == 2 and "rws_signature is a procedure" in one_line(procedure)
     misspelt = refmerge("explain", "ties", "--densty", "1", cwd=tmp_path)
     assert misspelt.returncode == 2 and "did you mean density?" in one_line(misspelt)
 

@@ -543,9 +543,9 @@ def test_a_mask_is_drawn_once_for_all_passes(monkeypatch):
     drawn = []
     digits = refmerge.rng.digits_numpy
 
-    def counted(key, start, stop, j):
+    def counted(key, start, stop, j, compiled=False):
         drawn.append(stop - start if j == 0 else 0)
-        return digits(key, start, stop, j)
+        return digits(key, start, stop, j, compiled)
 
     monkeypatch.setattr(refmerge.rng, "digits_numpy", counted)
     x = {"x": np.random.default_rng(0).standard_normal(10_000)}
@@ -589,6 +589,18 @@ def test_each_pass_reads_everything_once(name, passes, make_case):
         assert plan.ran.passes == times
         assert plan.ran.bytes_read == times * (len(models) + m.needs_base) * 8000 * 2
         assert sum(moved) == plan.ran.bytes_read + plan.ran.bytes_sampled
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_a_group_is_sampled_whatever_the_number_of_its_blocks(blocks):
+    """The k-th largest of as many entries as are sampled, against a sort."""
+    size = 1 << 18
+    tau = np.random.default_rng(blocks).permutation(size).astype(np.float32) - size // 2
+    plan = prepare([{"x": tau}], "ties", base={"x": np.zeros_like(tau)}, threads=1, params={"density": 0.25})
+    plan.elements = size // blocks + 1024
+    kept = plan.run()["x"]
+    assert plan.ran.bytes_sampled > 0
+    assert np.array_equal(np.flatnonzero(kept), np.sort(np.argsort(-np.abs(tau), kind="stable")[: size // 4]))
 
 
 def test_small_tensors_are_read_once_even_where_large_ones_are_not(make_case):

@@ -97,7 +97,7 @@ def test_front_matter(both):
     page, method = both
     front = page.front
     assert front.keys() <= KEYS, front.keys() - KEYS
-    assert KEYS - front.keys() <= {"params", "flags", "confidence", "law_ulps", "cite"}, KEYS - front.keys()
+    assert KEYS - front.keys() <= {"params", "flags", "confidence", "law_ulps"}, KEYS - front.keys()
     assert front["name"] == method.name
     assert front["family"] == page.family
     assert front["paper"] == method.paper
@@ -106,6 +106,21 @@ def test_front_matter(both):
     assert (front["models"][0], None if front["models"][1] == "any" else front["models"][1]) == method.models
     assert isinstance(front["ulps"], int | float)
     assert all(isinstance(front[k], str) and front[k] for k in ("source", "passes"))
+
+
+@pytest.mark.parametrize("name", [name for kind in pages.SECTIONS_OF for name in pages.names(kind)])
+def test_citation(name):
+    """Enough for a BibTeX entry: the arXiv number comes from `paper`, where there is one. One paper has one entry."""
+    cite = pages.page(name).front["cite"]
+    assert {"key", "title", "author", "year"} <= cite.keys() <= {"key", "title", "author", "year", "url"}
+    assert re.fullmatch(r"[A-Za-z][\w:-]*", cite["key"]) and type(cite["year"]) is int
+    assert all(cite[k] == cite[k].strip() and cite[k] for k in ("title", "author")) and not cite["title"].endswith(".")
+    assert not re.search(r",| & |\bet al\b|\band\s*$", cite["author"]), "A and B and C, first names first"
+    assert ("url" in cite) or pages.page(name).arxiv, "a paper that is not on arXiv needs a url"
+    assert cite.get("url", "https://").startswith("https://")
+    for other in (pages.page(n) for kind in pages.SECTIONS_OF for n in pages.names(kind)):
+        theirs = other.front["cite"]
+        assert theirs["key"] != cite["key"] or theirs == cite, f"{name} and {other.name} cite {cite['key']} differently"
 
 
 def test_each_input_byte_is_read_as_often_as_the_page_says(both):
@@ -286,6 +301,14 @@ def test_links_lead_somewhere():
     for page in (ROOT / "spec").rglob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_path_through_the_pages_links_what_there_is():
+    text = (ROOT / "spec" / "README.md").read_text(encoding="utf-8")
+    path = text.partition("## A path through the pages")[2].partition("\n## ")[0]
+    unlinked = set(re.findall(r"(?<!\[)`(\w+)`", path))
+    there = {name for kind in pages.SECTIONS_OF for name in pages.names(kind)}
+    assert unlinked.isdisjoint(there), f"link {sorted(unlinked & there)}: they have pages now"
 
 
 # --- The picture ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 from refmerge.compat.official._steps import at_least_kth_smallest, with_majority
 from refmerge.errors import UsageError
 from refmerge.method import method
-from refmerge.numeric import array_namespace, indicator, total
+from refmerge.numeric import array_namespace, indicator, stacked_sum, total
 
 
 @method("official:ties", paper="prateeky2806/ties-merging@44e7891 src/utils/merge_utils.py:merge_methods", over="model")
@@ -29,7 +29,7 @@ def ties(
     return base + lam * merged
 
 
-def reset(T, group, kind, threshold):
+def reset(T, group, kind, threshold, name="official:ties"):
     """Zero what the authors call noise. "topk" keeps one entry more than int(K d), and all ties with it."""
     if threshold == "none" or threshold is None or not any(word in kind for word in ("nf", "topk", "std")):
         return T
@@ -37,7 +37,7 @@ def reset(T, group, kind, threshold):
         return [share_of_norm(T_n, group, threshold) * T_n for T_n in T]
     if "topk" in kind:
         K = threshold / 100 if threshold > 1 else threshold
-        return at_least_kth_smallest(T, [group.size - int(group.size * K)] * len(T), group, "official:ties")
+        return at_least_kth_smallest(T, [group.size - int(group.size * K)] * len(T), group, name)
     xp = array_namespace(*T)
     d = group.size
     kept = []
@@ -73,7 +73,7 @@ def signs(T, group, how):
     """The elected sign of each entry, before zeros are resolved."""
     xp = array_namespace(*T)
     if how == "mass":
-        return xp.sign(total(T))
+        return xp.sign(stacked_sum(T))
     if how not in ("normfrac", "normmass"):
         raise UsageError(f"official:ties: resolve_method = {how!r} is none of 'mass', 'normfrac', 'normmass', 'none'")
     norms = [group.sum(T_n * T_n) for T_n in T]
@@ -95,10 +95,10 @@ def disjoint(T, gamma, how):
     else:
         selected = [indicator(xp.where(gamma > 0, T_n > 0, T_n < 0), like=T_n) * T_n for T_n in T]
     if how == "sum":
-        return total(selected)
+        return stacked_sum(selected)
     if how == "mean":
         count = total(indicator(s != 0, like=s) for s in selected)
-        return total(selected) / xp.maximum(count, xp.ones_like(count))
+        return stacked_sum(selected) / xp.maximum(count, xp.ones_like(count))
     if how != "max":
         raise UsageError(f"official:ties: merge_func = 'dis-{how}' is none of 'dis-mean', 'dis-sum', 'dis-max'")
     if gamma is None:

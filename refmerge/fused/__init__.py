@@ -1,0 +1,6 @@
+"""Blocks whose operations are noted down and computed in one pass: graph.py the arrays, program.py the C, compiler.py."""
+
+from refmerge.fused import support
+from refmerge.fused.graph import Lazy, compute, leaf, mask, run, store, stretch_sums
+
+__all__ = ["Lazy", "compute", "leaf", "mask", "run", "store", "stretch_sums", "support"]

@@ -1,0 +1,138 @@
+"""A soup of those models that a score says help: each is tried once, or over and over, and kept if the score allows."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from refmerge.api import merge, prepare
+from refmerge.checkpoint import Checkpoint, open_checkpoint, same_or_inside
+from refmerge.errors import UsageError
+from refmerge.procedure import procedure
+
+__all__ = ["Soup", "Trial", "greedy_soup"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """model: its place in the list. score: of the soup with it. taken: whether it stayed in."""
+
+    model: int
+    score: float
+    taken: bool
+
+
+@dataclass(frozen=True)
+class Soup:
+    """merged: the average of the ingredients, as refmerge.merge gives it. ingredients: places in the list of models, in
+    the order in which they were taken, a place for each time. score: of the soup. scores: of each model alone."""
+
+    merged: Any
+    ingredients: tuple[int, ...]
+    score: float
+    scores: tuple[float, ...]
+    trials: tuple[Trial, ...]
+
+
+@procedure("greedy_soup", paper="arXiv:2203.05482")
+def greedy_soup(
+    models: Sequence[Any],
+    score: Callable[[Mapping[str, Any]], float],
+    *,
+    rule: Literal["strict", "at_least", "repeats"] = "strict",
+    trials: int = 20,
+    scores: Sequence[float] | None = None,
+    method: Any = "linear",
+    out: str | Path | None = None,
+    **options: Any,
+) -> Soup:
+    """Add models to an average one by one, the best first, and keep those with which it does not score worse.
+
+    models: as for refmerge.merge: paths, open checkpoints, or mappings name -> array. score: a function of a mapping name ->
+    array; more is better. options: what else refmerge.merge takes.
+    """
+    models = models if isinstance(models, str | Path | Mapping) else list(models)
+    check(models, rule, trials, scores, method, out, options)
+    models = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
+
+    # 1. scores of the models alone
+    if scores is None:
+        alone = [number(score(m if isinstance(m, Checkpoint) else dict(m))) for m in models]
+    else:
+        alone = [number(s) for s in scores]
+    if all(map(math.isnan, alone)):
+        raise UsageError("greedy_soup: every model scores NaN: there is no best one to start from")
+
+    # 2. the best first, NaN last; of equal ones the later first under the strict rule, else the earlier
+    def rank(k: int) -> tuple[bool, float]:
+        return (False, 0.0) if math.isnan(alone[k]) else (True, alone[k])
+
+    places = range(len(models))
+    order = sorted(places, key=rank)[::-1] if rule == "strict" else sorted(places, key=rank, reverse=True)
+
+    # 3. trials
+    queue, soup, best, record = deque(order), [], -math.inf, []
+    most, in_vain = trials if rule == "repeats" else len(models), 0
+    while len(record) < most and in_vain < len(models):
+        k = queue.popleft()
+        s = score_of([models[i] for i in (*soup, k)], score, method, out, options) if soup else alone[k]
+        taken = not soup or (s > best if rule == "strict" else s >= best)
+        record.append(Trial(k, s, taken))
+        if taken:
+            soup.append(k)
+            best = s
+        if rule == "repeats":
+            queue.append(k)
+            in_vain = 0 if taken else in_vain + 1  # after a whole round in vain the next would repeat it
+
+    # 4. the soup
+    merged = merge([models[i] for i in soup], method, out=out, **options)
+    return Soup(merged, tuple(soup), best, tuple(alone), tuple(record))
+
+
+def check(models: Any, rule: str, trials: int, scores: Any, method: Any, out: Any, options: Mapping[str, Any]) -> None:
+    """Complain before the first score of what would come up only after many."""
+    if rule not in ("strict", "at_least", "repeats"):
+        raise UsageError(f"greedy_soup: rule = {rule!r} is none of 'strict', 'at_least', 'repeats'")
+    if type(trials) is not int or trials < 1:
+        raise UsageError(f"greedy_soup: trials = {trials!r} is no whole number above 0")
+    of_merge = inspect.signature(merge).parameters.keys()
+    of_both = inspect.signature(prepare).parameters.keys() & of_merge - {"params"}
+    params = {key: x for key, x in options.items() if key not in of_merge}
+    plan = prepare(models, method, **{key: x for key, x in options.items() if key in of_both}, params=params)
+    if scores is not None and len(scores) != len(models):
+        raise UsageError(f"greedy_soup: {len(scores)} scores for {len(models)} models")
+    if out is None:
+        return
+    if Path(out).exists() and not options.get("overwrite", False):
+        raise UsageError(f"greedy_soup: output {str(out)!r} exists; overwrite=True replaces it")
+    for c in plan.checkpoints:
+        if same_or_inside(Path(out), c.path):
+            raise UsageError(f"greedy_soup: output {str(out)!r} lies in an input, {str(c.path)!r}")
+
+
+def score_of(ingredients: Sequence[Any], score: Any, method: Any, out: Any, options: Mapping[str, Any]) -> float:
+    """The score of their average: in memory, or, where the soup is to be written, of a checkpoint beside its place."""
+    if out is None:
+        return number(score(merge(ingredients, method, **options)))
+    target = Path(out).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.trial-", dir=target.parent) as folder:
+        with merge(ingredients, method, out=Path(folder) / target.name, **options) as candidate:
+            return number(score(candidate))
+
+
+def number(value: Any) -> float:
+    """A score as a float, which may be NaN. UsageError for what is no number."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise UsageError(f"greedy_soup: a score is a number, not {type(value).__name__}")

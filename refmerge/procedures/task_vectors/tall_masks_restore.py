@@ -1,0 +1,52 @@
+import numpy as np
+
+from refmerge.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, same_or_inside
+from refmerge.errors import InputError, UsageError
+from refmerge.numeric import host
+from refmerge.procedure import procedure
+from refmerge.sources import stored_bytes
+
+
+@procedure("tall_masks_restore", paper="arXiv:2405.07813")
+def tall_masks_restore(stored, out=None, *, task: int = 0, overwrite: bool = False):
+    """The model of one task, from what `tall_masks_store` wrote: a mapping name -> NumPy array, or the open checkpoint at
+    `out`."""
+    # 1. open
+    stored = stored if isinstance(stored, Checkpoint) else open_checkpoint(stored)
+    specs = {n.removeprefix("base/"): (t.dtype, t.shape) for n, t in stored.tensors.items() if n.startswith("base/")}
+    counts = {t.shape[0] for n, t in stored.tensors.items() if n.startswith("mask/")}
+    if not specs or len(counts) > 1 or any(f"base/{n.partition('/')[2]}" not in stored for n in stored):
+        raise InputError(f"{stored.path}: was not written by tall_masks_store")
+    if counts and task not in range(*counts):
+        raise UsageError(f"tall_masks_restore: task = {task} is none of 0 to {max(counts) - 1}, the tasks of {stored.path}")
+    # 2. recover, tensor by tensor
+    if out is None:
+        return {name: recovered(stored, name, task) for name in specs}
+    if same_or_inside(out, stored.path):
+        raise UsageError(f"output {str(out)!r} lies in the input: inputs are never written to")
+    with CheckpointWriter(out, specs, overwrite=overwrite) as writer:
+        for name in specs:
+            writer.write(name, 0, recovered(stored, name, task).reshape(-1).view(np.uint8))
+    return open_checkpoint(out)
+
+
+def recovered(stored, name, task):
+    """theta_0 + m_t tau_MTL in the precision of tau_MTL, rounded once to the base's."""
+    base = stored[f"base/{name}"]
+    if f"mask/{name}" not in stored:
+        return base
+    tau_MTL = stored[f"multitask/{name}"]
+    with np.errstate(all="ignore"):
+        m_t = unpacked(stored, name, task).astype(tau_MTL.dtype)
+        theta_t = host(base).astype(tau_MTL.dtype, copy=False) + m_t * tau_MTL
+    return stored_bytes(theta_t, stored.tensors[f"base/{name}"].dtype).view(base.dtype).reshape(base.shape)
+
+
+def unpacked(stored, name, task):
+    """The mask of a task on one tensor, as booleans of its shape."""
+    shape = stored.tensors[f"base/{name}"].shape
+    size = stored.tensors[f"base/{name}"].size
+    row = stored.tensors[f"mask/{name}"].shape[1]
+    packed = np.empty(row, np.uint8)
+    stored.read(f"mask/{name}", task * row, (task + 1) * row, packed)
+    return np.unpackbits(packed, count=size).reshape(shape).astype(bool)

@@ -1,0 +1,127 @@
+"""Vectors of low_rank_residual."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from vector_cases import REFUSED, Hand, Tensors, Test, i64, origin
+
+STEMS = ("lora_extraction",)
+SLACK = 1e-6  # singular vectors are rounded
+
+
+def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
+    """Adapters that mergekit extracted from float32 matrices: the base plus the product of its two factors."""
+    given = json.loads(meta["params"])
+    base, model, delta = tensors["base/w"], tensors["model0/w"], tensors["out/delta"]
+    if given.keys() != {"max_rank"} or base.dtype != np.float32 or base.shape != delta.shape:
+        return []
+    test = Test(
+        id=f"low_rank_residual-{id}",
+        entry="low_rank_residual",
+        params={"rank": given["max_rank"]},
+        models=[{"w": model}],
+        base={"w": base},
+        expect={"w": (base + delta).astype(np.float32)},
+        comment=f"{meta['notes'].partition(',')[0].partition('. ')[0]}; expected is the base plus the factors' product",
+        source=origin(meta["source"]),
+        tolerance=1e-5,
+    )
+    return [test]
+
+
+def hand() -> Hand:
+    h = Hand("low_rank_residual", {})
+
+    def case(id: str, comment: str, model: Any, base: Any, rank: int, expect: Any, why: str = "", **more: Any) -> None:
+        h.case(id, comment, [model], base, ("low_rank_residual", {"rank": rank}, expect, why), tolerance=SLACK, **more)
+
+    six = (
+        "18 sqrt(2) u v^T + 9 sqrt(2) u' v'^T, u = (1, 1)/sqrt(2), v = (4, 4, 7)/9, u' = (1, -1)/sqrt(2), v' = (1, -8, 4)/9"
+    )
+    model, ones = [[10.0, 1.0, 19.0], [8.0, 17.0, 11.0]], [[1.0] * 3] * 2
+    case("rank-one", six, model, ones, 1, [[9.0, 9.0, 15.0], [9.0, 9.0, 15.0]], "base + (8, 8, 14) in both rows")
+    case("rank-two", six, model, ones, 2, model, "all of it")
+    case("rank-above", six, model, ones, 5, model, "there are no more terms")
+    case("rank-zero", six, model, ones, 0, ones, "the base")
+    case(
+        "transposed",
+        six + ", transposed",
+        [[10.0, 8.0], [1.0, 17.0], [19.0, 11.0]],
+        [[1.0] * 2] * 3,
+        1,
+        [[9.0, 9.0], [9.0, 9.0], [15.0, 15.0]],
+        "the same, transposed",
+    )
+    hadamard = [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0]]
+    change = [[sum(w * h[i] * h[j] for w, h in zip((8, 4, 2, 1), hadamard)) for j in range(4)] for i in range(4)]
+    kept = [[sum(w * h[i] * h[j] for w, h in zip((8, 4), hadamard)) for j in range(4)] for i in range(4)]
+    case(
+        "four-terms",
+        "the terms are 8, 4, 2 and 1 times h h^T for the four rows h of a Hadamard matrix",
+        change,
+        [[0.0] * 4] * 4,
+        2,
+        kept,
+        "the first two",
+    )
+    case("diagonal", "diag(3, -4, 1): the terms are the entries", [[3.0, 0, 0], [0, -4.0, 0], [0, 0, 1.0]],
+         [[0.0] * 3] * 3, 2, [[3.0, 0, 0], [0, -4.0, 0], [0, 0, 0]], "by magnitude")  # fmt: skip
+    case(
+        "vector",
+        "a vector is one row, of one term",
+        {"b": [3.0, 4.0], "w": [[2.0, 0.0], [0.0, 1.0]]},
+        {"b": [0.0, 0.0], "w": [[0.0, 0.0], [0.0, 0.0]]},
+        1,
+        {"b": [3.0, 4.0], "w": [[2.0, 0.0], [0.0, 0.0]]},
+        flags="LowRankVector",
+    )
+    case(
+        "vector-rank-zero",
+        "a vector is one row, of one term",
+        [3.0, 4.0],
+        [0.0, 0.0],
+        0,
+        [0.0, 0.0],
+        "extract_lora would keep (3, 4) whole",
+        flags="LowRankVector",
+    )
+    case(
+        "convolution",
+        "shape (2, 1, 2): one 2 x 2 matrix",
+        [[[2.0, 0.0]], [[0.0, 1.0]]],
+        [[[0.0, 0.0]], [[0.0, 0.0]]],
+        1,
+        [[[2.0, 0.0]], [[0.0, 0.0]]],
+        "two matrices of one row each would keep all",
+        flags="LowRankConvolution",
+    )
+    case(
+        "difference",
+        "bfloat16: 1 + 2^-7 less 2^-8 is 1 + 2^-8, which bfloat16 does not hold",
+        [1.0078125],
+        [0.00390625],
+        1,
+        [1.0078125],
+        "kept in float64; rounded to bfloat16 the change would be 1, and 1.0 would come back",
+        flags="LowRankDifference",
+        dtype="BF16",
+    )
+    case(
+        "empty-scalar-integers",
+        "a number is one row of one entry",
+        {"e": [], "s": 8.0, "ids": i64(3, 4)},
+        {"e": [], "s": 1.0, "ids": i64(3, 4)},
+        1,
+        {"e": [], "s": 8.0, "ids": i64(3, 4)},
+    )
+    case("unchanged", "no change, no terms", [[1.0, 2.0]], [[1.0, 2.0]], 1, [[1.0, 2.0]])
+    case("nan", "NaN has no singular values", [[float("nan"), 2.0]], [[1.0, 2.0]], 1, REFUSED)
+    case("infinite", "infinity has no singular values", [[float("inf"), 2.0]], [[1.0, 2.0]], 1, REFUSED)
+    case("rank-negative", "rank -1", [[1.0]], [[0.0]], -1, REFUSED)
+    h.case("two-models", "one fine-tune at a time", [[1.0], [2.0]], [0.0], ("low_rank_residual", {"rank": 1}, REFUSED, ""))
+    h.case("no-base", "a residual is a difference from a base", [[1.0]], None, ("low_rank_residual", {}, REFUSED, ""))
+    return h
