@@ -87,7 +87,8 @@ def at_precision(value: Any, x: Any) -> Any:
 
 def indicator(condition: Any, like: Any) -> Any:
     """1 where the condition holds and 0 elsewhere, in the dtype of `like`: a mask is a factor, as the papers write it."""
-    return array_namespace(condition, like).astype(condition, like.dtype)
+    rounded = isinstance(like, Rounded)  # whose tests are NumPy's
+    return (array_namespace(like) if rounded else array_namespace(condition, like)).astype(condition, like.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- host

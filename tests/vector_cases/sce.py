@@ -95,9 +95,16 @@ def hand() -> Hand:
         [[4.0, 2.0, 0.0], [2.0, -6.0, 2.0]],
         [0.0] * 3,
         paper(0.1, [0.0, 0.0, 0.0], ""),
-        paper(0.1, [3.0, -6.0, 2.0], "equal weights, since no square is selected", weights_only=True),
-        official(0.1, [3.0, -6.0, 2.0], ""),
+        official(0.1, [3.0, -6.0, 2.0], "equal weights, since no square is selected"),
         mergekit(0.1, [0.0, 0.0, 0.0], ""),
+        flags="SceNothingSelected",
+    )
+    h.case(
+        "small-tensor-weights-only",
+        "density 1/10 of three entries is none; equal weights of (4, 2, 0) and (2, -6, 2): 3, -6, 2",
+        [[4.0, 2.0, 0.0], [2.0, -6.0, 2.0]],
+        [0.0] * 3,
+        paper(0.1, [3.0, -6.0, 2.0], "equal weights, since no square is selected", weights_only=True),
         flags="SceNothingSelected",
     )
     h.case(

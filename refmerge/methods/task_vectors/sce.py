@@ -35,8 +35,8 @@ def select(delta, group, density):
 
 def spread(delta):
     """N^2 times the variance over the models, as the sum of all squared differences: exactly 0 where the models agree."""
-    first = array_namespace(*delta).zeros_like(delta[0])
-    return total([first, *((a - b) * (a - b) for a, b in combinations(delta, 2))])
+    pairs = [(a - b) * (a - b) for a, b in combinations(delta, 2)]
+    return total(pairs) if pairs else array_namespace(*delta).zeros_like(delta[0])
 
 
 def shares(delta, group):
