@@ -110,6 +110,7 @@ class Method:
     work: the dtype in which the method insists on computing, or None.
     widens: whether 16-bit inputs are computed in float32 even where arithmetic="native" is asked for.
     optional_base: whether the base may be left out.
+    least: the dtype that results have at least where the caller asks for none, or None: that of the inputs.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Method:
     work: str | None = None
     widens: bool = False
     optional_base: bool = False
+    least: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -238,6 +240,7 @@ def method(
     domain: Mapping[str, tuple[float, float]] | None = None,
     work: str | None = None,
     widens: bool = False,
+    least: str | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""
 
@@ -266,7 +269,7 @@ def method(
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
         return Method(
             name, fn, paper, tuple(asks), MappingProxyType(params), view, over, models,
-            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base,
+            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base, least,
         )  # fmt: skip
 
     return wrap
@@ -301,5 +304,5 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
         name, run, source, ours.asks, MappingProxyType(renamed), view, ours.over, ours.models, ours.stats,
-        ours.outputs, ours.work, ours.widens, ours.optional_base,
+        ours.outputs, ours.work, ours.widens, ours.optional_base, ours.least,
     )  # fmt: skip

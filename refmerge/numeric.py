@@ -52,14 +52,15 @@ def total(xs: Iterable[Any]) -> Any:
 
 
 def stacked_sum(xs: Iterable[Any]) -> Any:
-    """The sum over a stack of tensors, for tools that make one: 16-bit tensors are added in float32 and rounded once."""
+    """The sum over a stack of tensors, for tools that make one: it begins with 0, so that it is never -0.0, and 16-bit
+    tensors are added in float32 and rounded once."""
     xs = list(xs)
     if isinstance(xs[0], Rounded):
-        return Rounded(total(x.values for x in xs), xs[0].dtype)
+        return Rounded(total(x.values for x in xs) + 0.0, xs[0].dtype)
     xp = array_namespace(xs[0])
     if is_torch_array(xs[0]) and xs[0].dtype in (xp.float16, xp.bfloat16):
-        return xp.astype(total(xp.astype(x, xp.float32) for x in xs), xs[0].dtype)
-    return total(xs)
+        return xp.astype(total(xp.astype(x, xp.float32) for x in xs) + 0.0, xs[0].dtype)
+    return total(xs) + 0.0
 
 
 def mean(xs: Sequence[Any]) -> Any:
@@ -91,7 +92,8 @@ def divided(x: Any, number: float) -> Any:
 
 def indicator(condition: Any, like: Any) -> Any:
     """1 where the condition holds and 0 elsewhere, in the dtype of `like`: a mask is a factor, as the papers write it."""
-    return array_namespace(condition, like).astype(condition, like.dtype)
+    rounded = isinstance(like, Rounded)  # whose tests are NumPy's
+    return (array_namespace(like) if rounded else array_namespace(condition, like)).astype(condition, like.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- host

@@ -8,6 +8,7 @@ CODE: entry -> where its code is, as `owner/name@commit function`.
 STEMS: how result files of this method are called, where that is not its name alone.
 TOOLS: whose results are taken, beside the authors' and mergekit's.
 FLAGS: id of a result -> the flags it shows.
+OPTIONS: id of a result -> options that it needs, such as {"arithmetic": "native"}.
 PAPER: id of a result -> how to ask for it under the plain name (see Paper).
 TOLERANCE: id of a result in 16 bits -> its tolerance, where the tool's rounding is more than an ulp of the largest value.
 EVIDENCE: ids of results of tools that have no entry, kept because they show a disagreement.
