@@ -1,6 +1,6 @@
 """Times weight matching of two checkpoints of a language model's shape, as a ratio to the products and assignments in it.
 
-    python -m tests.bench.alignment [--millions 494] [--keep FOLDER] [--noise]
+    python -m tests.bench.alignment [--millions 494] [--keep FOLDER]
 
 A base and its fine-tunes of Qwen2's shape, as `python -m tests.bench` writes them, are written to a temporary folder, or to
 --keep FOLDER and used again from there. The first fine-tune's units are shuffled, all that may be: the residual stream, the
@@ -14,20 +14,22 @@ checkpoints. What is printed:
     MB            peak of anonymous memory of the process, and the largest cost matrix's
     found         which part of the shuffle the matching has undone
 
---noise shuffles nothing and matches the base with a fine-tune of another base, random to it, as all costs of two models that
-share nothing are: assignments then take longest.
+Before the residual stream is matched, costs are noise, on which assignments take longest; the first sweep has some of that.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 
 from refmerge import open_checkpoint
 from refmerge.checkpoint import Checkpoint, save
@@ -35,8 +37,8 @@ from refmerge.procedures.alignment import git_rebasin
 from refmerge.symmetry import Spec
 from refmerge.symmetry.architectures import detect
 from refmerge.symmetry.view import Permuted
-from tests.bench.__main__ import circumstances, folders
-from tests.bench.data import make, shapes
+from tests.bench.__main__ import cores, folders, processor
+from tests.bench.data import make
 from tests.bench.processes import measure
 
 
@@ -72,12 +74,13 @@ def match(a: Path, b: Path) -> dict[str, Any]:
     git_rebasin.linear_sum_assignment = lambda C: assignments(solve, C)
     with open_checkpoint(a) as first, open_checkpoint(b) as second:
         spec = detect(first, first.config)
-        largest = max(spec.sizes(first).values())
+        largest = max(n for name, n in spec.sizes(first).items() if not spec.owners[name])
         start, visits = time.perf_counter(), []
 
         def progress(visit: git_rebasin.Visit) -> None:
             visits.append(visit)
-            print(f"{time.perf_counter() - start:8.1f} s  sweep {visit.sweep}  {visit.permutation:32} {visit.gain:.6g}", file=sys.stderr)
+            seconds = time.perf_counter() - start
+            print(f"{seconds:8.1f} s  sweep {visit.sweep}  {visit.permutation:12} {visit.gain:.6g}", file=sys.stderr)
 
         found = git_rebasin.weight_matching(first, second, spec, progress=progress)
         seconds = time.perf_counter() - start
@@ -96,6 +99,11 @@ def match(a: Path, b: Path) -> dict[str, Any]:
     }
 
 
+def circumstances() -> str:
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, SciPy {scipy.__version__}"
+    return f"{datetime.date.today()}, {processor()}, {cores()} cores; {versions}."
+
+
 def report(told: dict[str, Any], peak: int) -> str:
     bare = told["products"] + told["assignments"]
     return "\n".join(
@@ -104,7 +112,7 @@ def report(told: dict[str, Any], peak: int) -> str:
             f"products      {told['products']:9.1f} s, {told['work'] / told['products'] / 1e9:.0f} GFLOP/s",
             f"assignments   {told['assignments']:9.1f} s, {told['assigned']} of them",
             f"ratio         {told['seconds'] / bare:9.2f}",
-            f"MB            {peak / 1e6:9.0f}, a cost matrix of {told['largest']} units {told['largest'] ** 2 * 8 / 1e6:.0f}",
+            f"MB            {peak / 1e6:9.0f}, of which {told['largest'] ** 2 * 8 / 1e6:.0f} are the largest cost matrix",
             f"found         {told['found']:9.1%}",
             f"objective     {told['objective'][0]:.6g} to {told['objective'][1]:.6g}",
         ]
@@ -117,7 +125,6 @@ def main() -> None:
     )
     p.add_argument("--millions", type=float, default=494, help="parameters of a model, in millions")
     p.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the checkpoints there, or use those that are")
-    p.add_argument("--noise", action="store_true", help="match models that have nothing in common")
     p.add_argument("--match", nargs=2, type=Path, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.match:
@@ -127,10 +134,11 @@ def main() -> None:
         make(root, a.millions)
         with open_checkpoint(root / "base") as base, open_checkpoint(root / "ft1") as tune:
             spec = detect(base, base.config)
-            if a.noise:
-                other = {name: _noise(name, x.shape, x.dtype) for name, x in tune.items()}
-                save(other, work / "other")
-            else:
-                save(Permuted(tune, spec, shuffled(spec, tune)), work / "other")
-        measured = measure([sys.executable, "-m", "tests.bench.alignment", "--match", str(root / "base"), str(work / "other")])
-        print(report(json.loads(measured.said), measured.peak))
+            save(Permuted(tune, spec, shuffled(spec, tune)), work / "shuffled")
+        command = [sys.executable, "-m", "tests.bench.alignment", "--match", str(root / "base"), str(work / "shuffled")]
+        measured = measure(command)
+        print(f"{circumstances()}\n\n{report(json.loads(measured.said), measured.peak)}")
+
+
+if __name__ == "__main__":
+    main()

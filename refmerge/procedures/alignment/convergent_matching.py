@@ -82,9 +82,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class UnitMatching:
-    """match[i]: the unit of b that unit i of a is paired with, -1 where b has too few. semi[i]: the one it is most like, which
-    others may have as well. value, semi_value: their sums of correlations. loops: the cycles of match, where both networks
-    have as many units. clusters: the cluster of each unit of a, then of each of b, or None. prediction: or None."""
+    """match[i]: the unit of b that unit i of a is paired with, -1 where b has too few. semi[i]: the one it is most like,
+    which others may have as well. value, semi_value: their sums of correlations. loops: the cycles of match, where both
+    networks have as many units. clusters: of each unit of a, then of each of b, or None. prediction: or None."""
 
     correlation: np.ndarray
     match: np.ndarray
@@ -239,8 +239,8 @@ def loops(match: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 def sparse_prediction(a: Any, b: Any, decay: float, *, steps: int = 10_000, tolerance: float = 1e-12) -> Prediction:
     """Each unit of b as a weighted sum of few units of a: the least of mean squared error / 2 + decay * sum |weights|.
 
-    Coordinate descent from 0, unit by unit of a, until no weight moves the prediction by more than `tolerance` of the largest
-    deviation of a unit of b. A constant unit of a has the weight 0.
+    Coordinate descent from 0, unit by unit of a, until no weight moves the prediction by more than `tolerance` of the
+    largest deviation of a unit of b. A constant unit of a has the weight 0.
     """
     if not decay >= 0:
         raise UsageError(f"sparse_prediction: decay = {decay!r} is no number from 0 on")
@@ -248,10 +248,10 @@ def sparse_prediction(a: Any, b: Any, decay: float, *, steps: int = 10_000, tole
     own, cross = moments(a, a), moments(a, b)
     G, c = own.scatter / own.count, cross.scatter / own.count
     variance, target = cross.scatter_b / own.count, np.sqrt(cross.scatter_b / own.count)
-    W, largest, step = np.zeros_like(c), np.max(target, initial=0.0), 0
+    W, largest, taken = np.zeros_like(c), np.max(target, initial=0.0), 0
     units = np.flatnonzero(np.diag(G) > 0)
-    for step in range(1, steps + 1):
-        moved = 0.0
+    while taken < steps:
+        moved, taken = 0.0, taken + 1
         for i in units:
             rho = c[i] - G[i] @ W + G[i, i] * W[i]
             w = np.sign(rho) * np.maximum(np.abs(rho) - decay, 0.0) / G[i, i]
@@ -260,7 +260,7 @@ def sparse_prediction(a: Any, b: Any, decay: float, *, steps: int = 10_000, tole
         if moved <= tolerance * largest:
             break
     error = np.maximum(variance - 2 * (W * c).sum(axis=0) + (W * (G @ W)).sum(axis=0), 0.0)
-    return Prediction(W, cross.mean_b - own.mean_a @ W, error, step)
+    return Prediction(W, cross.mean_b - own.mean_a @ W, error, taken)
 
 
 # ------------------------------------------------------------------------------------------------------------------ clusters

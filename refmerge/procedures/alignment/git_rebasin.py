@@ -179,11 +179,11 @@ def check(models: Any, spec: Any, by: str, start: Any, activations: Any, criteri
 
 
 def weight_matching(
-    a: Mapping[str, Any], b: Mapping[str, Any], spec: Spec, *, order: Sequence[Any] | None = None, start: Perms | None = None,
-    seed: int = 0, sweeps: int = 100, tolerance: float = 1e-12, leave: Sequence[str] = (), model: int = 1,
-    progress: Callable[[Visit], None] | None = None,
+    a: Mapping[str, Any], b: Mapping[str, Any], spec: Spec, *, order: Sequence[Any] | None = None,
+    start: Perms | None = None, seed: int = 0, sweeps: int = 100, tolerance: float = 1e-12, leave: Sequence[str] = (),
+    model: int = 1, progress: Callable[[Visit], None] | None = None,
 ) -> Matching:  # fmt: skip
-    """Coordinate descent: one permutation at a time, the best one with all others as they are, until a sweep gains nothing."""
+    """Coordinate descent: one permutation at a time, the best with all others as they are, until a sweep gains nothing."""
     perms = spec.identity(b) | dict(start or {})
     roots = [name for name in spec.permutations if not spec.owners[name]]
     beside = neighbours(spec)
@@ -210,8 +210,8 @@ def weight_matching(
 
 
 def in_turn(roots: Sequence[str], order: Sequence[Any] | None, sweep: int, seed: int) -> Sequence[str]:
-    """Who is visited in a sweep: as `order` says, one list or one for each sweep, of which the last holds on; else in an order
-    drawn from (seed, sweep)."""
+    """Who is visited in a sweep: as `order` says, one list or one for each sweep, of which the last holds on; else in an
+    order drawn from (seed, sweep)."""
     if order is None:
         return sorted(roots, key=lambda name: key_for(seed, name, sweep))
     turn = order if all(isinstance(name, str) for name in order) else order[min(sweep, len(order) - 1)]
@@ -279,8 +279,8 @@ def add_product(C: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
 def blocks(
     name: str, a: Any, b: Any, spec: Spec, held: Perms, leave: Sequence[str] = ()
 ) -> tuple[Spec | None, list[Any], list[Any]]:
-    """What a permutation's blocks hold that have permutations of their own: (the spec of one block, the blocks of a as models,
-    those of b); None where there is no such thing."""
+    """What a permutation's blocks hold that have permutations of their own: (the spec of one block, the blocks of a as
+    models, those of b); None where there is no such thing."""
     n, axes = spec.sizes(a)[name], {}
     of_a, of_b = [{} for _ in range(n)], [{} for _ in range(n)]
     for part, (tensor, axis, places, inner) in enumerate(_places(name, a, spec, leave)):
@@ -343,44 +343,42 @@ def _sum(C: np.ndarray, p: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------------ activation matching
 
 
-def activation_matching(a: Any, b: Any, spec: Spec, *, criterion: str = "inner") -> Matching:
+def activation_matching(a: Mapping[str, Any], b: Mapping[str, Any], spec: Spec, *, criterion: str = "inner") -> Matching:
     """One assignment for each permutation, by activations of both models on the same samples.
 
-    a, b: mappings permutation -> activations, whose last axis is the units' and whose others are samples, or a list of such
-    batches. A permutation without activations stays as it is. Of one that is owned the activations have a last axis for each
-    owner's units before that of the units.
+    a, b: mappings permutation -> activations, samples x units, or a list of such batches; what else they hold is not
+    looked at, so that the `taps` of refmerge.nets will do. A permutation without activations stays as it is. Where a unit
+    is a block of k places that have permutations of their own, its rows are the k places of the first sample, then of the
+    next.
     """
-    if a.keys() != b.keys() or (odd := sorted(a.keys() - set(spec.permutations))):
-        what = (
-            f"{odd[0]!r} is no permutation of the spec" if a.keys() == b.keys() else "they are not of the same permutations"
-        )
-        raise UsageError(f"git_rebasin: activations: {what}")
-    axes, likeness, units = {}, {}, {}
-    for name in a:
-        owners = spec.owners[name]
-        x, y, shape = *(_flattened(z[name], len(owners)) for z in (a, b)), _unit_shape(a[name], len(owners))
-        if shape != _unit_shape(b[name], len(owners)):
-            raise UsageError(
-                f"git_rebasin: activations of {name!r} are of {list(shape)} units and {_unit_shape(b[name], len(owners))}"
-            )
-        entry: grammar.Entry = name
-        for d in range(len(owners) - 1, -1, -1):
-            entry = Nested(owners[d], entry, int(np.prod(shape[d + 1 :])))
-        # Likenesses are matched with the identity as weights are with weights: C = C I
-        axes[name] = (entry, None)
-        likeness[name], units[name] = getattr(moments(x, y), criterion), np.eye(int(np.prod(shape)))
-    return weight_matching(likeness, units, Spec(axes))
+    axes: dict[str, Any] = {}
+    likeness, places = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    for name in (q for q in spec.permutations if not spec.owners[q] and (q in a or q in b)):
+        if not (name in a and name in b):
+            raise UsageError(f"git_rebasin: one model has activations of {name!r} and the other has not")
+        entry = widest(name, spec)
+        found = moments(*(in_places(z[name], entry) for z in (a, b)))
+        # Likenesses are matched with the identity as weights are with weights, since C = C I
+        axes[name], likeness[name], places[name] = (entry, None), getattr(found, criterion), np.eye(len(found.mean_b))
+    if not axes:
+        raise UsageError(f"git_rebasin: there are activations of none of {', '.join(spec.permutations)}")
+    return weight_matching(likeness, places, Spec(axes))
 
 
-def _flattened(x: Any, owners: int) -> list[np.ndarray]:
-    """Batches of samples x units, where the units of owners are axes of their own."""
+def widest(name: str, spec: Spec) -> grammar.Entry:
+    """What moves along activations: a permutation; of one whose blocks have their own, the entry with the most of these."""
+    entries = [(spec.axes[tensor] or ())[axis] for tensor, axis in spec.uses(name)]
+    owners = [e for e in entries if isinstance(e, Nested) and e.name == name and e.inner is not None]
+    return max(owners, key=lambda e: len({q for q, _ in grammar.names(e)}), default=name)
+
+
+def in_places(x: Any, entry: grammar.Entry) -> list[np.ndarray]:
+    """Batches of samples x places, from samples x units, or from places of samples x units where these are blocks."""
+    k = entry.k if isinstance(entry, Nested) else 1
     batches = [scores(z) for z in (x if isinstance(x, list | tuple) else [x])]
-    return [z.reshape(-1, int(np.prod(z.shape[z.ndim - owners - 1 :]))) for z in batches]
-
-
-def _unit_shape(x: Any, owners: int) -> tuple[int, ...]:
-    shape = tuple((x[0] if isinstance(x, list | tuple) else x).shape)
-    return shape[len(shape) - owners - 1 :]
+    if any(len(z.reshape(-1, z.shape[-1])) % k for z in batches):
+        raise UsageError(f"git_rebasin: activations of blocks of {k} places have {k} rows for each sample")
+    return [z.reshape(-1, k, z.shape[-1]).transpose(0, 2, 1).reshape(-1, k * z.shape[-1]) for z in batches]
 
 
 # --------------------------------------------------------------------------------------------------------------- merge many
@@ -447,7 +445,7 @@ def straight_through(
     for step in range(steps):
         # the forward takes pi(b), matched with T; the backward goes to T as if it were that
         found = weight_matching(T, b, spec, start=perms, **how)
-        perms, visits = found.permutations, visits + [*found.visits]
+        perms, visits = found.permutations, [*visits, *found.visits]
         moved = spec.apply(perms, b)
         value, slope = gradient({name: 0.5 * (a[name] + moved[name]) for name in a}, step)
         losses.append(float(value))
