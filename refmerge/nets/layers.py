@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 from refmerge.numeric import array_namespace, host, like
 from refmerge.symmetry.axes import Entry, names, places_of
@@ -106,8 +107,6 @@ def units_of(rows: Any, places: np.ndarray) -> Any:
 
 def like_ints(values: np.ndarray, x: Any) -> Any:
     """Whole numbers as an array of x's library and device."""
-    from array_api_compat import device
-
     xp = array_namespace(x)
     return xp.asarray(values, device=device(x)) if xp is not np else values
 
@@ -164,7 +163,7 @@ def padded(x: Any, by: int, value: float) -> Any:
     for axis in (2, 3):
         shape = [*x.shape]
         shape[axis] = by
-        edge = xp.full_like(xp.broadcast_to(x[:1, :1, :1, :1], tuple(shape)), value)
+        edge = xp.full(tuple(shape), value, dtype=x.dtype, device=device(x))
         x = xp.concat([edge, x, edge], axis=axis)
     return x
 
@@ -202,9 +201,9 @@ def attention(q: Any, k: Any, v: Any, heads: int, groups: int | None = None, hid
         q, k = turn(q), turn(k)
     xp, (n, _, t, width) = array_namespace(q), q.shape
     q = xp.reshape(q, (n, groups, heads // groups, t, width))
-    scores = width**-0.5 * (q @ xp.matrix_transpose(k)[:, :, None])
+    scores = width**-0.5 * (q @ xp.matrix_transpose(k)[:, :, None, ...])
     weights = softmax(scores if hidden is None else scores + hidden)
-    return joined(xp.reshape(weights @ v[:, :, None], (n, heads, t, width)))
+    return joined(xp.reshape(weights @ v[:, :, None, ...], (n, heads, t, width)))
 
 
 def causal(places: int, x: Any) -> Any:
