@@ -57,8 +57,8 @@ class Matching:
 class Rebasin:
     """models: each with its units reordered; open checkpoints as views that permute what is read. permutations: of each
     model. merged: their average, None for open checkpoints without `out`. visits: of all models, in order. objective: for
-    each model <A, pi(B)> at the start and after each visit, where A is what it was matched with; nothing for the first, which
-    stays, unless by "many". losses: of "straight_through"."""
+    each model <A, pi(B)> at the start and after each visit, where A is what it was matched with; nothing for the first,
+    which stays, unless by "many". losses: of "straight_through"."""
 
     models: tuple[Any, ...]
     permutations: tuple[dict[str, np.ndarray], ...]

@@ -54,6 +54,8 @@ def ws_mixup(
         raise UsageError(f"ws_mixup: align = {align!r} is none of 'weights', 'none', 'random'")
     if labels is not None and len(labels) != 2:
         raise UsageError(f"ws_mixup: {len(labels)} labels: one of a and one of b")
+    if labels is not None and np.shape(labels[0]) != np.shape(labels[1]):
+        raise UsageError(f"ws_mixup: labels of shape {list(np.shape(labels[0]))} and {list(np.shape(labels[1]))} do not mix")
     draw = np.random.default_rng(seed)
     # 1. position
     if alpha is None:
