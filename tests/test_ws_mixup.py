@@ -1,8 +1,8 @@
 """Mixup in weight space: the authors' result, and laws.
 
 tests/data/ws_mixup.npz holds what AvivSham/deep-weight-space-augmentations@429e372 gave, in `augmentations.py`, class
-ReBasinMixUpAugmentation, for two networks of 2, 8, 8 and 3 units: both, the alpha that was drawn, the order of the matching's
-visits, the permutations and the result, each under the name that it had there.
+ReBasinMixUpAugmentation, for two networks of 2, 8, 8 and 3 units: both, the alpha that was drawn, the order of the
+matching's visits, the permutations and the result, each under the name that it had there.
 """
 
 from __future__ import annotations
