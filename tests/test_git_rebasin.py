@@ -465,6 +465,8 @@ ACTS = [{"layers.0": np.ones((4, 6))}] * 2
         ([A, {**B, "x": np.ones(2)}], {}, UsageError, "'x' is in the model and not in the spec"),
         ([A, two(0, (3, 7, 5, 2))[0]], {}, UsageError, "'layers.0' has 6 units in model 0 and 7 in model 1"),
         ([A, two(0, (4, 6, 5, 2))[0]], {}, InputError, r"'layers.0.weight' is \[6, 3\] in model 0 and \[6, 4\] in model 1"),
+        ([A, B], {"seed": -1}, UsageError, "seed = -1 is no whole number in"),
+        ([A, B], {"sweeps": 0}, UsageError, "sweeps = 0 is no whole number above 0"),
         ([A, B], {"order": ["layers.0"]}, UsageError, "each of layers.0, layers.1 once"),
         (
             [A, {**B, "layers.0.bias": np.full(6, np.nan)}],

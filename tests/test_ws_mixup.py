@@ -122,6 +122,7 @@ def test_labels():
         ({"labels": [1.0]}, "1 labels: one of a and one of b"),
         ({"labels": [1.0, [1.0, 2.0]]}, "do not mix"),
         ({"order": ["x"]}, "order names"),
+        ({"seed": -1}, "seed = -1 is no whole number"),
     ],
 )
 def test_refusals(options, said):

@@ -182,6 +182,7 @@ def weight_matching(
     model: int = 1, progress: Callable[[Visit], None] | None = None,
 ) -> Matching:  # fmt: skip
     """Coordinate descent: one permutation at a time, the best with all others as they are, until a sweep gains nothing."""
+    check_search(seed, sweeps)
     perms = spec.identity(b) | dict(start or {})
     roots = [name for name in spec.permutations if not spec.owners[name]]
     beside = neighbours(spec)
@@ -205,6 +206,13 @@ def weight_matching(
         if not gained:
             break
     return Matching(perms, tuple(visits), tuple(objective))
+
+
+def check_search(seed: int, sweeps: int) -> None:
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        raise UsageError(f"git_rebasin: seed = {seed!r} is no whole number in [0, 2**64)")
+    if type(sweeps) is not int or sweeps < 1:
+        raise UsageError(f"git_rebasin: sweeps = {sweeps!r} is no whole number above 0")
 
 
 def in_turn(roots: Sequence[str], order: Sequence[Any] | None, sweep: int, seed: int) -> Sequence[str]:
@@ -422,6 +430,7 @@ def merge_many(
     turns: the order of the models, for each pass, of which the last holds on; else drawn from (seed, pass). how: as for
     weight_matching.
     """
+    check_search(seed, sweeps)
     perms = [spec.identity(model) for model in models]
     visits: list[list[Visit]] = [[] for _ in models]
     objective: list[list[float]] = [[] for _ in models]
