@@ -10,7 +10,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,17 @@ class Tensor:
 @dataclass(frozen=True)
 class Comparison:
     """tensors: those that both have in one shape, by name. whole: of all their floating-point entries together. only: names
-    that one model alone has. apart: name -> why the two cannot be compared."""
+    that one model alone has. apart: name -> why the two cannot be compared. from_base: whether there was a base."""
 
     tensors: dict[str, Tensor]
     whole: Tensor
     only: tuple[tuple[str, ...], tuple[str, ...]]
-    apart: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, str]
+    from_base: bool
 
     def most(self, by: str = "relative") -> list[Tensor]:
-        """Tensors that differ, the most different first: by relative, distance, largest, differing or cosine."""
+        """Tensors that differ, the most different first: by relative, distance, largest, differing or cosine. Before them
+        those that have no such number: of integers, or with values that are not finite."""
         differing = [x for x in self.tensors.values() if x.differing]
         if by == "cosine":
             return sorted(differing, key=lambda x: (x.cosine is not None, x.cosine or 0.0, x.name))
@@ -76,7 +78,7 @@ class Comparison:
 
     def text(self, top: int = 20, by: str = "relative") -> str:
         """For people."""
-        whole, from_base = self.whole, any(x.changes is not None for x in self.tensors.values())
+        whole = self.whole
         equal = sum(not x.differing for x in self.tensors.values())
         lines = [f"tensors   {len(self.tensors)} in both, {equal} of them equal"]
         for which, names in zip("AB", self.only):
@@ -86,11 +88,11 @@ class Comparison:
         norms = f"|A| = {_digits(whole.norm[0])}, |B| = {_digits(whole.norm[1])}"
         lines.append(f"distance  |A - B| = {_digits(whole.distance)}, {norms}, relative {_digits(whole.relative)}")
         lines.append(f"cosine    {_digits(whole.cosine, 6)}")
-        if from_base:
+        if self.from_base:
             lines.append(f"changes   cosine {_digits(whole.changes, 6)} of what A and B changed of the base")
         shown = self.most(by)[:top]
         if shown:
-            columns = ["relative", "cosine", "distance", "largest", "differing", *(["changes"] if from_base else [])]
+            columns = ["relative", "cosine", "distance", "largest", "differing", *(["changes"] if self.from_base else [])]
             finer = ("cosine", "changes")
             rows = [[f"most different, by {by}", *columns]]
             for x in shown:
@@ -134,7 +136,7 @@ def weights(
         else:
             tensors[name] = _integers(name, a, b, progress)
     dtypes = tuple("+".join(sorted({x.dtypes[i] for x in tensors.values()} & FLOATS)) for i in (0, 1))
-    return Comparison(tensors, sums.tensor("", (dtypes[0], dtypes[1]), ()), (only[0], only[1]), apart)
+    return Comparison(tensors, sums.tensor("", (dtypes[0], dtypes[1]), ()), (only[0], only[1]), apart, base is not None)
 
 
 def _as(base: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
@@ -276,14 +278,15 @@ def options_of(net: str, config: Mapping[str, Any] | None, heads: int | None) ->
 
 def _labelled(data: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(data, allow_pickle=False) as found:
+        found = np.load(data, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise InputError(f"{data}: is a single array, and an .npz with inputs and labels is wanted")
+        with found:
             if missing := {"inputs", "labels"} - set(found):
                 raise InputError(f"{data}: there is no array {sorted(missing)[0]!r}; inputs and labels are wanted")
             inputs, labels = found["inputs"], found["labels"]
     except (OSError, ValueError, EOFError) as e:
         raise InputError(f"{data}: cannot be read as .npz: {e}") from e
-    except AttributeError:
-        raise InputError(f"{data}: is a single array, and an .npz with inputs and labels is wanted") from None
     if labels.dtype.kind not in "iu" or not labels.size or len(labels) != len(inputs):
         raise InputError(
             f"{data}: labels are whole numbers, one or more for each of the inputs; these are {labels.dtype} of shape "
@@ -371,7 +374,8 @@ def _finite(x: Any) -> Any:
 
 
 def along(models: Sequence[Any], of: Task, points: int = 25, layers: bool = False) -> Line:
-    """The barriers of loss and error on the line between two models, and on request of each layer's loss."""
+    """The barriers of loss and error on the line between two models, and on request of each layer's loss. Counters and other
+    integers between the ends are the first model's, and weights that are not finite pass."""
     from refmerge.procedures.measures.layerwise_barrier import layerwise_barrier
     from refmerge.procedures.measures.loss_barrier import barrier_of, loss_barrier
 
@@ -381,6 +385,7 @@ def along(models: Sequence[Any], of: Task, points: int = 25, layers: bool = Fals
         errors.append(of.error(model))
         return of.loss(model)
 
-    found = loss_barrier(models, loss, points=points)
+    options: dict[str, Any] = {"integers": "base", "nonfinite": "propagate"}
+    found = loss_barrier(models, loss, points=points, **options)
     error = barrier_of(found.t, errors)
-    return Line(found, error, layerwise_barrier(models, of.loss) if layers else None, of.samples)
+    return Line(found, error, layerwise_barrier(models, of.loss, **options) if layers else None, of.samples)

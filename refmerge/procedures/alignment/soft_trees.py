@@ -69,7 +69,7 @@ def soft_trees(
     if any(A[key].shape != B[key].shape for key in A):
         raise UsageError("soft_trees: the two ensembles differ in shape")
     # 1. weigh each split by the leaves below it
-    theta_A, theta_B = weighted(A, tree), weighted(B, tree)
+    theta_A, theta_B = parts(A), weighted(parts(B), tree)
     # 2. the best operation for each pair of trees
     S, best = best_operations(theta_A, theta_B, tree, flip, order)
     plain = flat(theta_A) @ flat(theta_B).T
@@ -111,10 +111,14 @@ def split_weights(tree: str, splits: int) -> Array:
     return np.full(splits, 2.0**splits) if tree == "oblivious" else splits + 1.0 - n
 
 
-def weighted(e: Mapping[str, Array], tree: str) -> dict[str, Array]:
-    """Splits times the roots of their weights, with the threshold as one more feature; leaves as they are."""
-    split = np.concatenate([e["w"], e["b"][..., None]], axis=2)
-    return {"split": np.sqrt(split_weights(tree, split.shape[1]))[:, None] * split, "pi": e["pi"]}
+def parts(e: Mapping[str, Array]) -> dict[str, Array]:
+    """Splits, with the threshold as one more feature, and leaves."""
+    return {"split": np.concatenate([e["w"], e["b"][..., None]], axis=2), "pi": e["pi"]}
+
+
+def weighted(theta: Mapping[str, Array], tree: str) -> dict[str, Array]:
+    """Splits times their weights: in an inner product with trees as they are that is the root of them on either side."""
+    return {"split": split_weights(tree, theta["split"].shape[1])[:, None] * theta["split"], "pi": theta["pi"]}
 
 
 def flat(theta: Mapping[str, Array]) -> Array:
