@@ -18,7 +18,7 @@ import numpy as np
 
 from refmerge.checkpoint import FLOATS, Checkpoint, decode, itemsize
 from refmerge.errors import InputError, UsageError
-from refmerge.numeric import exact_sum, expansion, host, leaf_sums
+from refmerge.numeric import STRETCH, exact_sum, expansion, host, leaf_sums
 
 if TYPE_CHECKING:
     from refmerge.procedures.measures.layerwise_barrier import LayerBarriers
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Line", "Task", "Tensor", "along", "network", "networks", "options_of", "task", "weights"]
 
-BLOCK = 1 << 18  # elements: a few whole stretches of the library's sums
+BLOCK = STRETCH  # elements of a tensor at a time: whole stretches of the sums, in cache
 
 
 @dataclass(frozen=True)
@@ -357,12 +357,19 @@ class Line:
             f"barrier   {_digits(self.loss.barrier, 4)} in the loss, at t = {_digits(self.loss.at)} of {points} points"
         )
         lines.append(f"          {100 * self.error.barrier:.1f} % in the error, at t = {_digits(self.error.at)}")
+        lowest = min(range(len(self.loss.t)), key=lambda i: _key(self.loss.losses[i]))
+        wrong = f"{100 * self.error.losses[lowest]:.1f} % wrong"
+        lines.append(f"lowest    {_digits(self.loss.losses[lowest], 4)}, {wrong}, at t = {_digits(self.loss.t[lowest])}")
         if self.layers is not None:
             lines += ["", "one layer alone half-way, above the mean loss of A and B: in A, and in B"]
             width = max(map(len, self.layers.layers))
             for label, x in self.layers.layers.items():
                 lines.append(f"  {_shown(label):{width}}  {_digits(x.barriers[0]):>9}  {_digits(x.barriers[1]):>9}")
         return "\n".join(lines)
+
+
+def _key(x: float) -> float:
+    return math.inf if math.isnan(x) else x
 
 
 def _finite(x: Any) -> Any:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from refmerge import InputError, UsageError, open_checkpoint, registry
 from refmerge.checkpoint import save
 from refmerge.nets import mlp
+from refmerge.procedures.measures.layerwise_barrier import with_layer
 
 layerwise_barrier = registry.procedure("layerwise_barrier")
 loss_barrier = registry.procedure("loss_barrier")
@@ -63,6 +64,16 @@ def test_losses_of_the_authors_code():
         for label, layer in found.layers.items():
             listed = [layer.second[0], layer.first[1], layer.second[1], layer.first[2]]
             np.testing.assert_allclose(listed, LAYERS[label][which], rtol=2e-6)
+
+
+def test_a_point_of_the_authors_code():
+    """interpolate_layer_state_dicts(1, ..., 0.25): two values of its fc2.bias and one of its fc2.weight."""
+    models, _, _ = published()
+    got = with_layer(models, ["fc2.weight", "fc2.bias"], 0.25, into=1)
+    assert got["fc2.bias"][:2].tolist() == [0.0010424256324768066, -0.10281442105770111]
+    assert got["fc2.weight"][0, 0] == 0.09977884590625763
+    assert all(got[k] is models[1][k] for k in ("fc1.weight", "fc3.bias"))
+    assert with_layer(models, ["fc2.bias"], 0.0, into=1)["fc2.bias"] is models[0]["fc2.bias"]
 
 
 # --- By hand ----------------------------------------------------------------------------------------------------------

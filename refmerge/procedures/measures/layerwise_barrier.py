@@ -20,7 +20,7 @@ from refmerge.procedures.measures._common import (
 )  # fmt: skip
 from refmerge.procedures.measures.loss_barrier import largest
 
-__all__ = ["LayerBarrier", "LayerBarriers", "layerwise_barrier"]
+__all__ = ["LayerBarrier", "LayerBarriers", "layerwise_barrier", "with_layer"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,12 @@ def layerwise_barrier(
         above = [largest([sign * (x - mean) for x in losses[1:-1]]) for losses in (first, second)]
         found[label] = LayerBarrier(tuple(tensors), first, second, (above[0], above[1]))
     return LayerBarriers(ends, t, found)
+
+
+def with_layer(models: Sequence[Any], tensors: Sequence[str], t: float, into: int, **options: Any) -> Mapping[str, Any]:
+    """Model `into`, 0 or 1, with these tensors (1 - t) of model 0 plus t of model 1: what a loss is taken of."""
+    a, b = pair(models, "layerwise_barrier", options)
+    return with_tensors((a, b)[into], between(part(a, tensors), part(b, tensors), t, options))
 
 
 def grown(layers: Mapping[str, Sequence[str]], cumulative: str) -> dict[str, list[str]]:
