@@ -9,14 +9,14 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refmerge.checkpoint import FLOATS, Checkpoint, decode, itemsize
+from refmerge.checkpoint import DTYPES, FLOATS, Checkpoint, decode, itemsize
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import STRETCH, exact_sum, expansion, host, leaf_sums
 
@@ -130,7 +130,7 @@ def weights(
             here = _Sums()
             from_base = base if base is not None and _as(base, name, one.shape) else None
             for block in _blocks(name, one.size, [a, b] + ([from_base] if from_base is not None else []), progress):
-                here.add(*block)
+                here.add(*map(_widened, block))
             sums.join(here)
             tensors[name] = here.tensor(name, (one.dtype, other.dtype), one.shape)
         else:
@@ -144,8 +144,10 @@ def _as(base: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
     return found is not None and found.shape == shape and found.dtype in FLOATS
 
 
-def _blocks(name: str, size: int, models: list[Checkpoint], progress: Callable[[int], None]) -> Any:
-    """Float64 blocks of a tensor, of each model."""
+def _blocks(
+    name: str, size: int, models: list[Checkpoint], progress: Callable[[int], None]
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Blocks of a tensor: of each model its dtype, and the bytes."""
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         found = []
@@ -153,18 +155,25 @@ def _blocks(name: str, size: int, models: list[Checkpoint], progress: Callable[[
             dtype = model.tensors[name].dtype
             raw = np.empty((stop - start) * itemsize(dtype), np.uint8)
             model.read(name, start, stop, raw)
-            wide = np.empty(stop - start, np.float64)
-            decode(raw, dtype, wide)
-            found.append(wide)
+            found.append((dtype, raw))
             progress(raw.size)
         yield found
 
 
+def _widened(block: tuple[str, np.ndarray]) -> np.ndarray:
+    """Floats, in float64."""
+    dtype, raw = block
+    wide = np.empty(raw.size // itemsize(dtype), np.float64)
+    decode(raw, dtype, wide)
+    return wide
+
+
 def _integers(name: str, a: Checkpoint, b: Checkpoint, progress: Callable[[int], None]) -> Tensor:
-    x, y = a[name], b[name]
-    progress(x.nbytes + y.nbytes)
-    dtypes = (a.tensors[name].dtype, b.tensors[name].dtype)
-    return Tensor(name, dtypes, a.tensors[name].shape, differing=int(np.count_nonzero(x != y)))
+    differing = 0
+    for block in _blocks(name, a.tensors[name].size, [a, b], progress):
+        x, y = (raw.view(DTYPES[dtype]) for dtype, raw in block)
+        differing += int(np.count_nonzero(x != y))
+    return Tensor(name, (a.tensors[name].dtype, b.tensors[name].dtype), a.tensors[name].shape, differing=differing)
 
 
 class _Sums:
@@ -174,7 +183,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.parts: dict[str, list[float]] = {}
-        self.largest, self.differing, self.finite = 0.0, 0, True
+        self.largest, self.differing = 0.0, 0
 
     def add(self, a: np.ndarray, b: np.ndarray, base: np.ndarray | None = None) -> None:
         with np.errstate(all="ignore"):
@@ -188,11 +197,15 @@ class _Sums:
             size = size[~np.isnan(size)]
         self.largest = max(self.largest, float(size.max()) if size.size else 0.0)
         for key, sums in zip(products, leaf_sums(*products.values())):
-            self.parts[key] = expansion([*self.parts.get(key, ()), *sums.tolist()])
+            self._add(key, sums.tolist())
+
+    def _add(self, key: str, sums: Sequence[float]) -> None:
+        parts = expansion([*self.parts.get(key, ()), *sums])
+        self.parts[key] = parts if len(parts) < 64 else [exact_sum(parts)]  # many only where infinities of both signs met
 
     def join(self, other: _Sums) -> None:
         for key, parts in other.parts.items():
-            self.parts[key] = expansion([*self.parts.get(key, ()), *parts])
+            self._add(key, parts)
         self.largest, self.differing = max(self.largest, other.largest), self.differing + other.differing
 
     def tensor(self, name: str, dtypes: tuple[str, str], shape: tuple[int, ...]) -> Tensor:

@@ -84,6 +84,13 @@ def test_what_has_no_number(tmp_path):
     assert [x.name for x in found.most()] == ["inf", "nan", "zero"]
 
 
+def test_infinities_of_both_signs_in_many_blocks(tmp_path):
+    x, y = np.ones(300_000), np.full(300_000, np.inf)
+    y[::2] = -np.inf
+    found = compare.weights(*opened(tmp_path, a={"x": x}, b={"x": y})).tensors["x"]
+    assert (found.norm[1], found.distance, found.cosine, found.differing) == (None, None, None, 300_000)
+
+
 def test_dtypes_are_compared_by_value(tmp_path):
     x = np.array([1.0, 1.5, -0.0], np.float32)
     one, two = opened(tmp_path, a={"x": x}, b={"x": x.astype(ml_dtypes.bfloat16)})
@@ -123,10 +130,11 @@ def test_many_blocks(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path):
-    one, two = opened(tmp_path, a={"x": np.zeros(1 << 22, np.float32)}, b={"x": np.ones(1 << 22, np.float32)})
+    a, b = ({"x": np.full(1 << 22, v, np.float32), "n": np.full(1 << 22, v, np.int32)} for v in (0, 1))
+    one, two = opened(tmp_path, a=a, b=b)
     tracemalloc.start()
     try:
-        assert compare.weights(one, two).whole.differing == 1 << 22
+        assert [x.differing for x in compare.weights(one, two).tensors.values()] == [1 << 22, 1 << 22]
         assert tracemalloc.get_traced_memory()[1] < 12_000_000
     finally:
         tracemalloc.stop()
