@@ -511,7 +511,8 @@ def test_a_recipe_aligns_by_it(tmp_path):
     spec = architectures.llama(model, 4, 2)
     config = b'{"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}'
     save(model, tmp_path / "a", extra_files={"config.json": config})
-    save(spec.apply(spec.random(model, np.random.default_rng(1)), model), tmp_path / "b", extra_files={"config.json": config})
+    shuffled = spec.apply(spec.random(model, np.random.default_rng(1)), model)
+    save(shuffled, tmp_path / "b", extra_files={"config.json": config})
     recipe = "refmerge: 1\nmerge_method: linear\nmodels: [{model: ./a}, {model: ./b}]\nalign: {method: git_rebasin}\n"
     (tmp_path / "recipe.yml").write_text(recipe)
     merged = refmerge.run_recipe(tmp_path / "recipe.yml", tmp_path / "merged")
