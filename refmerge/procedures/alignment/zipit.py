@@ -88,10 +88,9 @@ def zipit(
 
 
 def by_unit(x: Any) -> np.ndarray:
-    """Activations as a float64 matrix, a row for each sample and position and a column for each unit. Units are axis 1 of
-    images, which have four axes, and the last axis of anything else. UsageError where they are not finite."""
+    """Activations as a float64 matrix: a row for each sample and place, a column for each unit, which are the last axis.
+    UsageError where they are not finite."""
     x = scores(x)
-    x = np.moveaxis(x, 1, -1) if x.ndim == 4 else x
     if not np.isfinite(x).all():
         raise UsageError("activations that are infinite or NaN have no statistics")
     return x.reshape(-1, x.shape[-1])
@@ -158,11 +157,11 @@ def zip_features(
     for _ in range(len(S) - n):
         # the pair that is most alike, of equal ones the first; a barred one only where no other is left
         pairs = apart & ~barred
-        if not pairs.any():
-            if semantics == "official":
-                raise UsageError("zipit: all pairs are barred, where the authors' code loses features: change alpha or beta")
+        if not pairs.any() and semantics == "paper":
             pairs = apart
         r, c = sorted(divmod(int(np.argmax(np.where(pairs, S, -np.inf))), len(S)))
+        if not pairs.any():
+            r = c = int(np.argmax(kept))  # the authors' code takes the first feature for a pair, and loses it
         # becomes one feature, as like another as the less like of its two, times alpha
         U[:, r] += U[:, c]
         for T, bars in ((S, barred), (S.T, barred.T)):
