@@ -20,7 +20,7 @@ def forward(params: Params, batch: Any, taps: Any = None, *, heads: int, eps: fl
     xp, (n, t) = array_namespace(batch), batch.shape
     embedding = params[f"{at}wte.weight"]
     d = embedding.shape[1]
-    x = xp.reshape(xp.take(embedding, xp.reshape(batch, (-1,)), axis=0), (n, t, d)) + params[f"{at}wpe.weight"][:t]
+    x = xp.reshape(xp.take(embedding, xp.reshape(batch, (-1,)), axis=0), (n, t, d)) + params[f"{at}wpe.weight"][:t, :]
     x = net.units("residual", x)
     for i in range(depth(params)):
         block = f"{at}h.{i}"

@@ -202,9 +202,9 @@ def attention(q: Any, k: Any, v: Any, heads: int, groups: int | None = None, hid
         q, k = turn(q), turn(k)
     xp, (n, _, t, width) = array_namespace(q), q.shape
     q = xp.reshape(q, (n, groups, heads // groups, t, width))
-    scores = width**-0.5 * (q @ xp.matrix_transpose(k)[:, :, None])
+    scores = width**-0.5 * (q @ xp.matrix_transpose(k)[:, :, None, ...])
     weights = softmax(scores if hidden is None else scores + hidden)
-    return joined(xp.reshape(weights @ v[:, :, None], (n, heads, t, width)))
+    return joined(xp.reshape(weights @ v[:, :, None, ...], (n, heads, t, width)))
 
 
 def causal(places: int, x: Any) -> Any:

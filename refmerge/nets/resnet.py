@@ -58,7 +58,7 @@ def forward(params: Params, batch: Any, taps: Any = None) -> Any:
 def widened(x: Any, channels: int, stride: int) -> Any:
     """Every pixel at that stride, between channels of zeros."""
     xp, x = array_namespace(x), x[:, :, ::stride, ::stride]
-    zeros = xp.zeros_like(xp.broadcast_to(x[:, :1], (x.shape[0], (channels - x.shape[1]) // 2, *x.shape[2:])))
+    zeros = xp.zeros_like(xp.broadcast_to(x[:, :1, ...], (x.shape[0], (channels - x.shape[1]) // 2, *x.shape[2:])))
     return xp.concat([zeros, x, zeros], axis=1)
 
 

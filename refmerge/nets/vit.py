@@ -32,7 +32,7 @@ def forward(params: Params, batch: Any, taps: Any = None, *, heads: int, eps: fl
         x = net.units("residual", x + net.linear(f"{block}.attn.proj", y))
         y = gelu(net.linear(f"{block}.mlp.fc1", net.norm(f"{block}.norm2", x, eps=eps)))
         x = net.units("residual", x + net.linear(f"{block}.mlp.fc2", net.units(f"ffn.{i}", y)))
-    return net.linear("head", net.norm("norm", x, eps=eps)[:, 0])
+    return net.linear("head", net.norm("norm", x, eps=eps)[:, 0, :])
 
 
 def depth(params: Params) -> int:
