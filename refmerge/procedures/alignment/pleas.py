@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment, minimize
+from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 
 from refmerge.errors import UsageError
 from refmerge.numeric import host, scores
 from refmerge.procedure import procedure
+from refmerge.procedures.alignment.git_rebasin import assignment, cost
 from refmerge.procedures.alignment.zipit import along, by_unit, of_axis, rounded, shared_sizes, through
 from refmerge.symmetry import Spec
 
@@ -78,7 +79,7 @@ def pleas(
     check(similarity, perms, sizes)
     # 1. match
     if perms is None:
-        perms = {p: linear_sum_assignment(scores(C), maximize=True)[1] for p, C in similarity.items()}
+        perms = {p: assignment(scores(C), p) for p, C in similarity.items()}
     # 2. budget
     if ratios is None:
         ratios = ratios_for(budget, models[0], spec, similarity, importance=importance, uses=uses, transposed=transposed)
@@ -95,9 +96,8 @@ def pleas(
     # 5. least squares
     merged, losses = dict(start), {}
     if inputs is not None:
-        for name, (T, rows) in gathered(inputs, models, spec, merge, transposed).items():
-            if name in merged:
-                losses[name] = fit(merged, name, T, rows, allowed(name, models, spec, merge, transposed), transposed)
+        for name, (T, rows) in gathered(inputs, start, models, spec, merge, transposed).items():
+            losses[name] = fit(merged, name, T, rows, allowed(name, models, spec, merge, transposed), transposed)
     return Pleas(merged, heads, start, losses, dict(perms), dict(rho), blocks)
 
 
@@ -114,29 +114,30 @@ def check(similarity: Mapping[str, Any], perms: Mapping[str, Any] | None, sizes:
 # ------------------------------------------------------------------------------------------------------------- similarity
 
 
-def distances(batches: Iterable[Sequence[Mapping[str, Any]]], names: Iterable[str]) -> dict[str, np.ndarray]:
-    """name -> minus the Euclidean distance of the activations of units of two models, summed over batches: in a batch a
-    mapping name -> activations (rows, units) for both models."""
-    total: dict[str, Any] = dict.fromkeys(names)
+def distances(
+    batches: Iterable[Sequence[Mapping[str, Any]]], names: Iterable[str] | Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """permutation -> minus the Euclidean distance of the activations of units of two models, summed over batches: in a batch
+    a mapping name -> activations (rows, units) for both models. names: of permutations, under which activations lie, or
+    permutation -> names of the activations whose distances are summed."""
+    names = names if isinstance(names, Mapping) else {name: (name,) for name in names}
+    found: dict[str, list[np.ndarray]] = {p: [] for p in names}
     for first, second in batches:
-        for name, before in total.items():
-            d = -cdist(by_unit(first[name]).T, by_unit(second[name]).T)
-            total[name] = d if before is None else before + d
-    if any(d is None for d in total.values()):
+        for p, taps in names.items():
+            found[p] += [-cdist(by_unit(first[tap]).T, by_unit(second[tap]).T) for tap in taps]
+    if not all(found.values()):
         raise UsageError("pleas: no samples")
-    return total
+    return {p: sum(each) for p, each in found.items()}
 
 
-def weight_similarity(models: Sequence[Model], spec: Spec, perms: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """permutation -> inner products of all weights of the units of two models, the second's moved by all other permutations.
-    Running statistics do not count."""
-    kept = Spec({n: e for n, e in spec.axes.items() if not n.endswith(("running_mean", "running_var"))})
-    found = {}
-    for name in perms:
-        others = {q: p for q, p in perms.items() if q != name}
-        second = {tensor: kept.moved(others, tensor, scores(models[1][tensor])) for tensor in kept.axes}
-        found[name] = kept.rows(name, models[0]) @ kept.rows(name, second).T
-    return found
+def weight_similarity(
+    models: Sequence[Model], spec: Spec, perms: Mapping[str, np.ndarray], *,
+    leave: Sequence[str] = ("running_mean", "running_var"),
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """permutation -> inner products of all weights of the first model's units and of the second's, which is moved by all
+    other permutations. leave: parts of the names of tensors that do not count."""
+    held = {name: {q: p for q, p in perms.items() if q != name} for name in perms}
+    return {name: cost(name, *models, spec, held[name], leave) for name in perms}
 
 
 # ----------------------------------------------------------------------------------------------------------------- budget
@@ -165,32 +166,32 @@ def ratios_for(
     budget: float, model: Model, spec: Spec, names: Iterable[str], *, importance: Mapping[str, float] | None = None,
     uses: Mapping[str, float] | None = None, transposed: Sequence[str] = (),
 ) -> dict[str, float]:  # fmt: skip
-    """The share of units kept apart with which the model takes `budget` times the work: one for all permutations, or those
-    of which the sum, weighted by `importance`, is largest (a local optimum, from there)."""
+    """The shares of units kept apart with which the wide model takes `budget` times the work of one: the same for all
+    permutations, or those whose sum, weighted by `importance`, is largest (a local optimum, from there)."""
     names = list(names)
     if not budget >= 1:
         raise UsageError(f"pleas: budget = {budget} is the work of the wide model over that of one: at least 1")
 
-    def over(rho: Sequence[float]) -> float:
-        return work(dict(zip(names, rho)), model, spec, uses=uses, transposed=transposed) / base - budget
+    def left(shares: Sequence[float]) -> float:
+        share = dict(zip(names, shares))
+        one, wide = (work(rho, model, spec, uses=uses, transposed=transposed) for rho in (dict.fromkeys(names, 0.0), share))
+        return budget - (wide / one if one else 1.0)
 
-    base = 1.0
-    base = over([0.0] * len(names)) + budget or 1.0
     low, high = 0.0, 1.0
-    if over([1.0] * len(names)) <= 0:
-        low = 1.0
-    for _ in range(60 if low < high else 0):
-        middle = (low + high) / 2
-        low, high = (middle, high) if over([middle] * len(names)) <= 0 else (low, middle)
-    rho = [low] * len(names)
+    for _ in range(53):
+        middle = high if left([high] * len(names)) >= 0 else (low + high) / 2
+        low, high = (middle, high) if left([middle] * len(names)) >= 0 else (low, middle)
+    shares = [low] * len(names)
     if importance is not None:
         weight = np.array([importance[p] for p in names], np.float64)
-        limit = {"type": "ineq", "fun": lambda r: -over(r)}
-        bounds = [(0.0, 1.0)] * len(names)
-        found = minimize(lambda r: -weight @ r, rho, method="SLSQP", jac=lambda _: -weight, bounds=bounds, constraints=limit)
-        tried = [float(r) for r in np.clip(found.x, 0, 1)]
-        rho = tried if over(tried) <= 1e-6 and weight @ tried > weight @ rho else rho
-    return dict(zip(names, rho))
+        found = minimize(
+            lambda x: -weight @ x, shares, jac=lambda x: -weight, method="SLSQP", bounds=[(0.0, 1.0)] * len(names),
+            constraints={"type": "ineq", "fun": left},
+        )  # fmt: skip
+        tried = [float(x) for x in np.clip(found.x, 0.0, 1.0)]
+        if left(tried) >= -1e-9 and weight @ tried > weight @ shares:
+            shares = tried
+    return dict(zip(names, shares))
 
 
 # ----------------------------------------------------------------------------------------------------------------- blocks
@@ -310,13 +311,13 @@ def system(
 
 
 def gathered(
-    inputs: Iterable[Sequence[Mapping[str, Any]]], models: Sequence[Model], spec: Spec, merge: Mapping[str, Any],
-    transposed: Sequence[str],
+    inputs: Iterable[Sequence[Mapping[str, Any]]], shared: Iterable[str], models: Sequence[Model], spec: Spec,
+    merge: Mapping[str, Any], transposed: Sequence[str],
 ) -> dict[str, tuple[np.ndarray, int]]:  # fmt: skip
-    """weight -> (a triangle with the inner products of all inputs, a constant where there is a bias, and targets; rows)."""
+    """weight of the shared tensors -> (a triangle with the inner products of all inputs, a constant where there is a bias, and targets; rows)."""
     found: dict[str, tuple[np.ndarray, int]] = {}
     for batch in inputs:
-        for name in batch[0]:
+        for name in (n for n in batch[0] if n in shared):
             Z, Y = system([reads[name] for reads in batch], name, models, spec, merge, transposed)
             if bias_of(name) in models[0]:
                 Z = np.concatenate([Z, np.ones((len(Z), 1))], axis=1)

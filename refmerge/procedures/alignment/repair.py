@@ -151,6 +151,8 @@ def layers_of(model: Model, forward: Callable[..., Any], batch: Any) -> dict[str
     order = [tap for tap in written if tap in model and tap.endswith(".weight")]
     names = [tap.removesuffix(".weight") for tap in order]
     norms = {name: order[i - 1] for i, name in enumerate(names) if is_norm(model, name)}
+    if names and names[0] in norms:
+        raise UsageError(f"repair: no tap has what norm {names[0]!r} reads: give layers, module -> tap")
     return norms or {name: tap for name, tap in list(zip(names, order))[:-1] if model[tap].ndim > 1}
 
 
