@@ -98,22 +98,23 @@ def by_unit(x: Any) -> np.ndarray:
 
 def covariances(batches: Iterable[Sequence[Mapping[str, Any]]], names: Iterable[str]) -> dict[str, np.ndarray]:
     """name -> covariance of the features of all models, the first model's first: in a batch a mapping name -> activations
-    for each model, all of the same samples. Every sample and position counts alike, whatever the batches."""
+    for each model, all of the same samples. Every sample and place counts alike, whatever the batches."""
     names = tuple(names)
     count, mean, outer = dict.fromkeys(names, 0), {}, {}
     for batch in batches:
         for name in names:
             X = np.concatenate([by_unit(features[name]) for features in batch], axis=1)
-            m = X.mean(axis=0)
-            if not count[name]:
-                mean[name], outer[name] = np.zeros_like(m), np.zeros((m.size, m.size))
-            n = count[name] + len(X)
-            d = m - mean[name]
-            outer[name] += (X - m).T @ (X - m) + np.outer(d, d) * (count[name] * len(X) / n)
-            mean[name] += d * (len(X) / n)
-            count[name] = n
+            if len(X):
+                m = np.where((X == X[0]).all(axis=0), X[0], X.mean(axis=0))  # of equal numbers the mean is rounded
+                if not count[name]:
+                    mean[name], outer[name] = np.zeros_like(m), np.zeros((m.size, m.size))
+                n = count[name] + len(X)
+                Y, d = X - m, m - mean[name]
+                outer[name] += Y.T @ Y + np.outer(d, d) * (count[name] * len(X) / n)
+                mean[name] = mean[name] + d * (len(X) / n)
+                count[name] = n
     if not all(count.values()):
-        raise UsageError("covariances: no samples")
+        raise UsageError("zipit: there are no samples")
     return {name: outer[name] / count[name] for name in names}
 
 
