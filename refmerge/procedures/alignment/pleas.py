@@ -178,8 +178,10 @@ def ratios_for(
         return budget - (wide / one if one else 1.0)
 
     low, high = 0.0, 1.0
-    for _ in range(53):
-        middle = high if left([high] * len(names)) >= 0 else (low + high) / 2
+    if left([high] * len(names)) >= 0:
+        low = high
+    while high - low > 1e-12:
+        middle = (low + high) / 2
         low, high = (middle, high) if left([middle] * len(names)) >= 0 else (low, middle)
     shares = [low] * len(names)
     if importance is not None:
@@ -198,7 +200,7 @@ def ratios_for(
 
 
 def blocks_of(C: Any, p: Any, ratio: float, *, semantics: Semantics = "paper") -> Blocks:
-    """Of n pairs (i, p[i]) the int(ratio n) that are least alike stay apart; of equal ones those of higher i."""
+    """Of n pairs (i, p[i]) the int(ratio n + 1e-4) that are least alike stay apart; of equal ones those of higher i."""
     C, p = host(C), np.asarray(p)
     if not 0 <= ratio <= 1:
         raise UsageError(f"pleas: ratio = {ratio} is a share: between 0 and 1")
@@ -209,7 +211,7 @@ def blocks_of(C: Any, p: Any, ratio: float, *, semantics: Semantics = "paper") -
     else:
         c = C[np.arange(len(p)), p]
         kept = np.zeros(len(p), bool)
-        kept[np.argsort(-c, kind="stable")[: len(p) - int(ratio * len(p))]] = True
+        kept[np.argsort(-c, kind="stable")[: len(p) - int(ratio * len(p) + 1e-4)]] = True
     i = np.arange(len(p))
     return Blocks(i[kept], p[kept], i[~kept], p[~kept])
 
@@ -324,8 +326,11 @@ def gathered(
             T = np.concatenate([Z, Y], axis=1)
             if not np.isfinite(T).all():
                 raise UsageError(f"pleas: inputs of {name!r} are infinite or NaN")
-            before, rows = found.get(name, (T[:0], 0))
-            found[name] = np.linalg.qr(np.concatenate([before, T]), mode="r"), rows + len(T)
+            R, rows = found.get(name, (T[:0], 0))
+            step = 4 * T.shape[1]
+            for start in range(0, len(T), step):
+                R = np.linalg.qr(np.concatenate([R, T[start : start + step]]), mode="r")
+            found[name] = R, rows + len(T)
     return found
 
 
