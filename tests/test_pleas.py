@@ -1,8 +1,8 @@
 """PLeaS: results of the authors' code, numbers by hand, and laws.
 
 tests/data/pleas.npz holds what SewoongLab/PLeaS-Merging@8662119 gave on a CPU for two MLPs: `pleas-wm-00`, weight matching
-with its last costs; `pleas-partial-00` and `-03`, blocks, the partly merged model, and the inputs, targets and gradient masks
-of the least squares. Names are as in its state dicts, and permutations are called by their first axis.
+with its last costs; `pleas-partial-00` and `-03`, blocks, the partly merged model, and the inputs, targets and gradient
+masks of the least squares. Names are as in its state dicts, and permutations are called by their first axis.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from refmerge.procedures.alignment.pleas import (
     weight_similarity,
     work,
 )
-from refmerge.symmetry import Nested, Spec, architectures
+from refmerge.symmetry import Spec, architectures
 
 pleas = registry.procedure("pleas")
 FEW = settings(max_examples=15, deadline=None)
@@ -290,7 +290,7 @@ def test_batches_do_not_matter(name, seed, cut):
 @FEW
 @given(seeds, st.floats(0, 1))
 def test_each_block_of_outputs_is_a_least_squares_solution_of_its_own(seed, ratio):
-    forward, models, spec, x, taps = drawn("mlp", seed, samples=60)
+    _, models, spec, _, taps = drawn("mlp", seed, samples=60)
     got = pleas(models, spec, distances([taps], spec.permutations), [[t.reads for t in taps]], ratios=ratio)
     merge = {p: matrices(b, len(got.perms[p]))[0] for p, b in got.blocks.items()}
     X, Y = system([t.reads["layers.1.weight"] for t in taps], "layers.1.weight", models, spec, merge)
@@ -352,7 +352,6 @@ def test_integers_stay():
     assert pleas(models, spec, C, semantics="official").merged["steps"] == 3
 
 
-
 INFINITE = {"P": np.full((2, 2), np.inf)}
 
 
@@ -373,5 +372,3 @@ INFINITE = {"P": np.full((2, 2), np.inf)}
 def test_refusals(call, said):
     with pytest.raises(UsageError, match=said):
         call()
-
-

@@ -131,8 +131,8 @@ def test_alpha_decides_who_is_taken_again():
     T = np.full((4, 4), 0.1)
     T[0, 1] = T[1, 0] = T[0, 2] = T[2, 0] = T[1, 2] = T[2, 1] = 0.9
     T[0, 3] = T[3, 0] = 0.5
-    # a1, a2 and b1 are alike; b2 is like a1 by a half. (a1, a2) is .9, then with b1 alpha times .9; the first has .5 with b2,
-    # and the second .1, so that the merged feature has alpha times .1 with it.
+    # a1, a2 and b1 are alike; b2 is like a1 by a half. (a1, a2) is .9, then with b1 alpha times .9; a1 has .5 with b2 and a2
+    # has .1, so that the merged feature has alpha times .1 with it.
     assert groups(zip_features(T, 2, alpha=1.0, beta=1.0)) == [[0, 1, 2], [3]]
     T[2, 3] = T[3, 2] = 0.5
     assert groups(zip_features(T, 2, alpha=0.3, beta=1.0)) == [[0, 1], [2, 3]]  # .3 times .9 is less than .5
@@ -227,7 +227,10 @@ def test_merged_features_are_a_partition(seed, count, n, alpha, beta):
 def test_the_order_of_units_does_not_matter(seed, count, n, alpha, beta):
     rng, S = drawn(seed, count, n)
     p = np.concatenate([k * n + rng.permutation(n) for k in range(count)])
-    before, after = zip_features(S, count, alpha=alpha, beta=beta), zip_features(S[np.ix_(p, p)], count, alpha=alpha, beta=beta)
+    before, after = (
+        zip_features(S, count, alpha=alpha, beta=beta),
+        zip_features(S[np.ix_(p, p)], count, alpha=alpha, beta=beta),
+    )
     assert {tuple(c) for c in before[p].T} == {tuple(c) for c in after.T}
 
 
@@ -297,9 +300,9 @@ def test_identity_is_the_average(seed):
 def test_permute_is_rebasin_by_correlation(seed):
     rng = np.random.default_rng(seed)
     models = [mlp.init(rng, [5, 6, 4, 2]) for _ in range(2)]
-    spec, features = architectures.mlp(models[0]), []
+    spec, features, x = architectures.mlp(models[0]), [], rng.normal(size=(40, 5))
     for m in models:
-        mlp.forward(m, x := rng.normal(size=(40, 5)) if not features else x, taps := {})
+        mlp.forward(m, x, taps := {})
         features.append(taps)
     got = zipit(models, spec, covariances([features], spec.permutations), match="permute").merged
     other = git_rebasin(models, spec, by="activations", activations=features, criterion="correlation").merged

@@ -11,7 +11,9 @@ import numpy as np
 from refmerge.numeric import array_namespace, host, like
 from refmerge.symmetry.axes import Entry, names, places_of
 
-__all__ = ["Layers", "Reads", "causal", "drawn", "gelu", "gelu_tanh", "in_order", "max_pool", "relu", "rotated", "silu", "softmax"]
+__all__ = [
+    "Layers", "Reads", "causal", "drawn", "gelu", "gelu_tanh", "in_order", "max_pool", "relu", "rotated", "silu", "softmax",
+]  # fmt: skip
 
 Params = Mapping[str, Any]
 

@@ -67,7 +67,7 @@ def pleas(
     transposed: Sequence[str] = (),
     semantics: Semantics = "paper",
 ) -> Pleas:
-    """Merge the units of two models that are alike, keep the others side by side, and fit each layer to both models' outputs.
+    """Merge the units of two models that are alike, keep the others side by side, and fit each layer to what both's give.
 
     models: two checkpoints, open or mappings name -> array. similarity: permutation -> how alike the first model's units
     (rows) are to the second's, from `distances` or `weight_similarity`. inputs: batches of what the layers read, in each a
@@ -147,8 +147,8 @@ def work(
     rho: Mapping[str, float], model: Model, spec: Spec, *, uses: Mapping[str, float] | None = None,
     transposed: Sequence[str] = (),
 ) -> float:  # fmt: skip
-    """Multiplications of a wide model that keeps the share rho of each permutation's units apart. uses: how often a weight is
-    used for one sample, 1 where it is not given: a convolution's once for each pixel that it gives."""
+    """Multiplications of a wide model that keeps the share rho of each permutation's units apart. uses: how often a weight
+    is used for one sample, 1 where it is not given: a convolution's once for each pixel that it gives."""
     total = 0.0
     for name, entries in spec.axes.items():
         shape = getattr(model, "tensors", model)[name].shape
@@ -226,7 +226,7 @@ def quantile(c: np.ndarray, q: float) -> Any:
 
 
 def matrices(b: Blocks, n: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(M_1, M_2) and (U_1, U_2) of zipit: a merged unit is the mean of two, and stands for either; one kept apart is itself."""
+    """(M_1, M_2) and (U_1, U_2) of zipit: a merged unit is the mean of two, and stands for either; others are themselves."""
     m, s = len(b.m1), len(b.s1)
     merge, unmerge = [], []
     for k, (shared, own) in enumerate(((b.m1, b.s1), (b.m2, b.s2))):
@@ -244,7 +244,7 @@ def official_start(
     start: dict[str, np.ndarray], models: Sequence[Model], spec: Spec, blocks: Mapping[str, Blocks],
     merge: Mapping[str, Any], unmerge: Mapping[str, Any], transposed: Sequence[str],
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """What only reads takes the columns of units kept apart as they are, and what has no permuted axis is the first model's."""
+    """What only reads takes the columns of units kept apart as they are; what has no permuted axis is the first model's."""
     weight = {p: np.repeat([1.0, 2.0], [len(b.m1), len(b.s1) + len(b.s2)]) for p, b in blocks.items()}
     doubled = {p: tuple(U * weight[p] for U in unmerge[p]) for p in unmerge}
     summed, _ = through(models, spec, merge, doubled, transposed=transposed)
@@ -263,8 +263,8 @@ def official_start(
 
 
 class Layer(NamedTuple):
-    """A linear layer or convolution of both models: weights (outputs, inputs, ...) and biases, or None; the permutation of its
-    outputs and of its inputs, or None where that is not merged, with the places of each unit."""
+    """A linear layer or convolution of both models: weights (outputs, inputs, ...) and biases, or None; the permutation of
+    its outputs and of its inputs, or None where that is not merged, with the places of each unit."""
 
     weights: list[np.ndarray]
     biases: list[np.ndarray] | None
@@ -295,10 +295,15 @@ def bias_of(name: str) -> str:
 
 
 def system(
-    X: Sequence[Any], name: str, models: Sequence[Model], spec: Spec, merge: Mapping[str, Any], transposed: Sequence[str] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets) of one layer of the wide model where the models' layers read X, rows of as many numbers as a row of
-    the weight has. A unit kept apart is its model's, a merged one the mean of two, and what is no unit the models' mean."""
+    X: Sequence[Any],
+    name: str,
+    models: Sequence[Model],
+    spec: Spec,
+    merge: Mapping[str, Any],
+    transposed: Sequence[str] = (),
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(inputs, targets) of one layer of the wide model where the models' layers read X, rows of as many numbers as a row
+    of the weight has. A unit kept apart is its model's, a merged one the mean of two, and what is no unit the mean too."""
     found, (weights, biases, (p, k), (q, j)) = [], layer(name, models, spec, merge, transposed)
     for i, W in enumerate(weights):
         x, size = scores(X[i]), W[0].size
@@ -316,7 +321,8 @@ def gathered(
     inputs: Iterable[Sequence[Mapping[str, Any]]], shared: Iterable[str], models: Sequence[Model], spec: Spec,
     merge: Mapping[str, Any], transposed: Sequence[str],
 ) -> dict[str, tuple[np.ndarray, int]]:  # fmt: skip
-    """weight of the shared tensors -> (a triangle with the inner products of all inputs, a constant where there is a bias, and targets; rows)."""
+    """weight of the shared tensors -> (a triangle with the inner products of all inputs, of a constant where there is a
+    bias, and of targets; rows)."""
     found: dict[str, tuple[np.ndarray, int]] = {}
     for batch in inputs:
         for name in (n for n in batch[0] if n in shared):
@@ -359,8 +365,8 @@ def allowed(
 def fit(
     model: dict[str, np.ndarray], name: str, T: np.ndarray, rows: int, mask: np.ndarray, transposed: Sequence[str]
 ) -> tuple[float, float]:
-    """Put into the model, in place of a layer's weight and bias, those with the least squared error that are nearest to them.
-    Returns the mean squared error before and after."""
+    """Put into the model, in place of a layer's weight and bias, those with the least squared error that are nearest to
+    them. Returns the mean squared error before and after."""
     W, bias = turned(scores(model[name]), name, transposed), bias_of(name)
     theta, free = W.reshape(len(W), -1), mask
     if bias in model:

@@ -49,8 +49,8 @@ def repair(
     layers: Mapping[str, str] | None = None,
     eps: float = 1e-5,
 ) -> Repaired:
-    """Rescale and shift the layers of a merged model so that activations have the interpolated statistics of its parents, or,
-    of a model with batch norms, measure the norms' statistics anew.
+    """Rescale and shift the layers of a merged model so that activations have its parents' interpolated statistics, or, of
+    a model with batch norms, measure the norms' statistics anew.
 
     merged: the model, open or a mapping name -> array. parents: the two that were merged, aligned; norms need none. forward:
     (parameters, batch, taps) -> output, which writes activations (rows, units) into taps, as refmerge.nets has them. layers:
@@ -103,7 +103,9 @@ def targets_of(first: Statistics, second: Statistics, alpha: float = 0.5) -> tup
 # ------------------------------------------------------------------------------------------------------------- statistics
 
 
-def statistics_of(model: Model, forward: Callable[..., Any], batches: Iterable[Any], taps: Sequence[str]) -> dict[str, Statistics]:
+def statistics_of(
+    model: Model, forward: Callable[..., Any], batches: Iterable[Any], taps: Sequence[str]
+) -> dict[str, Statistics]:
     """tap -> the means of the batches' means and of their unbiased variances: every batch counts alike."""
     each: dict[str, list[Statistics]] = {tap: [] for tap in taps}
     for batch in batches:

@@ -105,7 +105,7 @@ def covariances(batches: Iterable[Sequence[Mapping[str, Any]]], names: Iterable[
         for name in names:
             X = np.concatenate([by_unit(features[name]) for features in batch], axis=1)
             if len(X):
-                m = np.where((X == X[0]).all(axis=0), X[0], X.mean(axis=0))  # of equal numbers the mean is rounded
+                m = np.where((X[0] == X).all(axis=0), X[0], X.mean(axis=0))  # of equal numbers the mean is rounded
                 if not count[name]:
                     mean[name], outer[name] = np.zeros_like(m), np.zeros((m.size, m.size))
                 n = count[name] + len(X)
@@ -227,7 +227,9 @@ def average_matrix(U: np.ndarray, *, semantics: Semantics = "paper") -> np.ndarr
 
 def with_constant(U: np.ndarray, count: int) -> np.ndarray:
     """U with a constant behind each model's features and one behind the merged ones, for a layer that reads its bias."""
-    parts = [np.block([[u, np.zeros((len(u), 1))], [np.zeros((1, u.shape[1])), np.ones((1, 1))]]) for u in np.split(U, count)]
+    parts = [
+        np.block([[u, np.zeros((len(u), 1))], [np.zeros((1, u.shape[1])), np.ones((1, 1))]]) for u in np.split(U, count)
+    ]
     return np.concatenate(parts)
 
 
