@@ -187,6 +187,9 @@ def test_work():
     assert work({"P": 0.5, "Q": 0.5}, three, spec, uses={"a": 10}) == 1.5 * 120 + (1.5 * 1.5 - 0.5) * 24 + 1.5 * 12
     assert max(ratios_for(1.0, three, spec, ["P", "Q"]).values()) < 1e-11
     assert ratios_for(2.0, three, spec, ["P", "Q"]) == {"P": 1.0, "Q": 1.0}
+    image = {"a": np.ones((4, 3, 3, 3)), "b": np.ones((6, 4, 3, 3))}
+    spec = Spec({"a": ("P", None, None, None), "b": ("Q", "P", None, None)})
+    assert work({"P": 0.5, "Q": 0.5}, image, spec) == 1.5 * 108 + 1.75 * 216
     only_b = {"b": np.ones((6, 4))}
     spec = Spec({"b": ("Q", "P")})
     assert ratios_for(1.75, only_b, spec, ["P", "Q"])["P"] == pytest.approx(0.5)  # 1 + 2 r - r^2
@@ -363,6 +366,8 @@ INFINITE = {"P": np.full((2, 2), np.inf)}
         (lambda: pleas([A, B], TWO, INFINITE), r"similarity 'P' is \[2, 2\], not finite numbers for 2 units"),
         (lambda: pleas([A, B], TWO, C, perms={"P": [0, 0]}), r"perms\['P'\] does not hold each of 0 ... 1 once"),
         (lambda: pleas([A, B], TWO, C, ratios=1.5), "ratio = 1.5 is a share"),
+        (lambda: pleas([A, B], TWO, C, ratios={"Q": 0.5}), "ratios has nothing for permutation 'P'"),
+        (lambda: pleas([A, B], TWO, C, importance={}), "importance has nothing for permutation 'P'"),
         (lambda: pleas([A, B], TWO, C, budget=0.5), "budget = 0.5 .* at least 1"),
         (lambda: pleas([A, B], TWO, C, [[{"fc2.weight": np.ones((3, 3))}] * 2]), r"'fc2.weight' are of shape \[3, 3\]"),
         (lambda: pleas([A, B], TWO, C, [[{"fc2.weight": np.full((3, 2), np.nan)}] * 2]), "infinite or NaN"),

@@ -84,6 +84,7 @@ def pleas(
     if ratios is None:
         ratios = ratios_for(budget, models[0], spec, similarity, importance=importance, uses=uses, transposed=transposed)
     rho = ratios if isinstance(ratios, Mapping) else dict.fromkeys(similarity, float(ratios))
+    every(rho, "ratios", similarity)
     # 3. merge or keep apart
     blocks = {p: blocks_of(C, perms[p], rho[p], semantics=semantics) for p, C in similarity.items()}
     merge, unmerge = {}, {}
@@ -92,7 +93,7 @@ def pleas(
     # 4. wide weights
     start, heads = through(models, spec, merge, unmerge, multihead=multihead, transposed=transposed)
     if semantics == "official":
-        start = official_start(start, models, spec, blocks, merge, unmerge, transposed)
+        start = official_start(start, models, spec, blocks, merge, unmerge, multihead, transposed)
     # 5. least squares
     merged, losses = dict(start), {}
     if inputs is not None:
@@ -109,6 +110,12 @@ def check(similarity: Mapping[str, Any], perms: Mapping[str, Any] | None, sizes:
             raise UsageError(f"pleas: similarity {p!r} is {list(C.shape)}, not finite numbers for {n} units of each model")
         if perms is not None and (p not in perms or sorted(np.asarray(perms[p]).tolist()) != list(range(n))):
             raise UsageError(f"pleas: perms[{p!r}] does not hold each of 0 ... {n - 1} once")
+
+
+def every(given: Mapping[str, Any], parameter: str, names: Iterable[str]) -> None:
+    """UsageError unless there is something for each permutation."""
+    if missing := [p for p in names if p not in given]:
+        raise UsageError(f"pleas: {parameter} has nothing for permutation {missing[0]!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------- similarity
@@ -156,7 +163,7 @@ def work(
             sides = {True: 0.0, False: 0.0}
             for axis, entry in enumerate(entries):
                 p, _, reads = of_axis(entry, name, axis, rho, transposed)
-                sides[reads] = rho.get(p, 0.0)
+                sides[reads] += rho.get(p, 0.0)
             a, b = sides.values()
             total += (uses or {}).get(name, 1.0) * float(np.prod(shape)) * ((1 + a) * (1 + b) - 2 * a * b)
     return total
@@ -185,6 +192,7 @@ def ratios_for(
         low, high = (middle, high) if left([middle] * len(names)) >= 0 else (low, middle)
     shares = [low] * len(names)
     if importance is not None:
+        every(importance, "importance", names)
         weight = np.array([importance[p] for p in names], np.float64)
         found = minimize(
             lambda x: -weight @ x, shares, jac=lambda x: -weight, method="SLSQP", bounds=[(0.0, 1.0)] * len(names),
@@ -242,12 +250,12 @@ def matrices(b: Blocks, n: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np
 
 def official_start(
     start: dict[str, np.ndarray], models: Sequence[Model], spec: Spec, blocks: Mapping[str, Blocks],
-    merge: Mapping[str, Any], unmerge: Mapping[str, Any], transposed: Sequence[str],
+    merge: Mapping[str, Any], unmerge: Mapping[str, Any], multihead: bool, transposed: Sequence[str],
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """What only reads takes the columns of units kept apart as they are; what has no permuted axis is the first model's."""
     weight = {p: np.repeat([1.0, 2.0], [len(b.m1), len(b.s1) + len(b.s2)]) for p, b in blocks.items()}
     doubled = {p: tuple(U * weight[p] for U in unmerge[p]) for p in unmerge}
-    summed, _ = through(models, spec, merge, doubled, transposed=transposed)
+    summed, _ = through(models, spec, merge, doubled, multihead=multihead, transposed=transposed)
     found = {}
     for name, x in start.items():
         axes = [of_axis(e, name, i, merge, transposed) for i, e in enumerate(spec.axes[name] or ())]
