@@ -307,6 +307,22 @@ def test_each_block_of_outputs_is_a_least_squares_solution_of_its_own(seed, rati
         assert np.mean((X @ W[i] + b[i] - Y[:, i]) ** 2) <= np.mean((Z @ best - Y[:, i]) ** 2) + 1e-9 * max(loss, 1e-12)
 
 
+def test_gradient_descent_ends_there():
+    """With fewer samples than inputs there are many solutions: from the start, descent finds the nearest one."""
+    _, models, spec, _, taps = drawn("mlp", 3, samples=4)
+    got = pleas(models, spec, distances([taps], spec.permutations), [[t.reads for t in taps]], ratios=0.5)
+    merge = {p: matrices(b, len(got.perms[p]))[0] for p, b in got.blocks.items()}
+    for name in ("layers.1.weight", "layers.2.weight"):
+        bias = name.replace("weight", "bias")
+        X, Y = system([t.reads[name] for t in taps], name, models, spec, merge)
+        free, X = allowed(name, models, spec, merge), np.column_stack([X, np.ones(4)])
+        free = np.column_stack([free, np.ones(len(free), bool)])
+        theta = np.column_stack([got.start[name], got.start[bias]])
+        for _ in range(20_000):
+            theta = theta - 0.5 / np.linalg.norm(X, 2) ** 2 * free * ((X @ theta.T - Y).T @ X)
+        np.testing.assert_allclose(theta, np.column_stack([got.merged[name], got.merged[bias]]), atol=1e-4)
+
+
 @FEW
 @given(seeds, st.floats(0, 1))
 def test_the_order_of_the_second_models_units_does_not_matter(seed, ratio):

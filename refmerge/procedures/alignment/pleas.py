@@ -357,17 +357,15 @@ def allowed(
     weights, _, (p, k), (q, j) = layer(name, models, spec, merge, transposed)
     out, read = [], []
     for i, W in enumerate(weights):
-        out.append(np.repeat((merge[p][i] != 0).any(axis=1), k) if p else np.ones(len(W), bool))
-        one = int(np.prod(W.shape[2:]))  # places of the kernel
-        read.append(np.repeat((merge[q][i] != 0).any(axis=1), j * one) if q else np.ones(W[0].size, bool))
-    if semantics == "paper":
-        return np.outer(out[0], read[0]) | np.outer(out[1], read[1])
-    # the authors' code counts inputs along the outputs' axis, and outputs along the inputs'
-    mask = np.ones((len(out[0]), len(read[0])), bool)
-    for mine, other in ((0, 1), (1, 0)):
-        rows, columns = np.flatnonzero(read[mine] & ~read[other]), np.flatnonzero(out[other] & ~out[mine])
-        mask[np.ix_(rows[rows < mask.shape[0]], columns[columns < mask.shape[1]])] = False
-    return mask
+        out.append(np.repeat((merge[p][i] != 0).any(axis=1), k) if p else np.ones(W.shape[0], bool))
+        read.append(np.repeat((merge[q][i] != 0).any(axis=1), j) if q else np.ones(W.shape[1], bool))
+    mask = np.outer(out[0], read[0]) | np.outer(out[1], read[1])
+    if semantics == "official":  # it counts inputs along the outputs' axis, and outputs along the inputs'
+        mask = np.ones_like(mask)
+        for mine, other in ((0, 1), (1, 0)):
+            rows, columns = np.flatnonzero(read[mine] & ~read[other]), np.flatnonzero(out[other] & ~out[mine])
+            mask[np.ix_(rows[rows < mask.shape[0]], columns[columns < mask.shape[1]])] = False
+    return np.repeat(mask, int(np.prod(weights[0].shape[2:])), axis=1)
 
 
 def fit(
