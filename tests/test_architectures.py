@@ -303,8 +303,14 @@ def test_refusals():
         architectures.llama(params, 4)
     with pytest.raises(UsageError, match="are not 5 parts"):
         architectures.llama(params, 5, 2)
-    with pytest.raises(UsageError, match=r"has no tensor 'layers.0.self_attn.q_proj.weight'"):
-        architectures.llama({}, 4)
+    for name, first in {
+        "llama": "layers.0.self_attn.k_proj.weight", "gpt2": "h.0.attn.c_proj.weight", "resnet": "conv1.weight",
+        "vit": "blocks.0.attn.qkv.weight", "vgg": "features.0.weight",
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=f"{name}: the model has no tensor '{first}'"):
+            architectures.detect({}, {"num_attention_heads": 4}, name)
+    with pytest.raises(UsageError, match=r"mlp: the model has no tensor whose name ends in .weight"):
+        architectures.detect({})
     more = params | {"model.layers.0.mlp.experts.0.weight": np.zeros((2, 2))}
     with pytest.raises(UsageError, match=r"experts.0.weight' is none of this architecture"):
         architectures.llama(more, 4, 2)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 from refmerge.numeric import array_namespace, host, like
 from refmerge.symmetry.axes import Entry, names, places_of
@@ -129,8 +130,6 @@ def units_of(rows: Any, places: np.ndarray) -> Any:
 
 def like_ints(values: np.ndarray, x: Any) -> Any:
     """Whole numbers as an array of x's library and device."""
-    from array_api_compat import device
-
     xp = array_namespace(x)
     return xp.asarray(values, device=device(x)) if xp is not np else values
 
@@ -187,7 +186,7 @@ def padded(x: Any, by: int, value: float) -> Any:
     for axis in (2, 3):
         shape = [*x.shape]
         shape[axis] = by
-        edge = xp.full_like(xp.broadcast_to(x[:1, :1, :1, :1], tuple(shape)), value)
+        edge = xp.full(tuple(shape), value, dtype=x.dtype, device=device(x))
         x = xp.concat([edge, x, edge], axis=axis)
     return x
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import device
 
 from refmerge.nets.layers import Layers, Params, drawn, max_pool, relu
 from refmerge.numeric import array_namespace
@@ -58,7 +59,8 @@ def forward(params: Params, batch: Any, taps: Any = None) -> Any:
 def widened(x: Any, channels: int, stride: int) -> Any:
     """Every pixel at that stride, between channels of zeros."""
     xp, x = array_namespace(x), x[:, :, ::stride, ::stride]
-    zeros = xp.zeros_like(xp.broadcast_to(x[:, :1, ...], (x.shape[0], (channels - x.shape[1]) // 2, *x.shape[2:])))
+    edge = (x.shape[0], (channels - x.shape[1]) // 2, *x.shape[2:])
+    zeros = xp.zeros(edge, dtype=x.dtype, device=device(x))
     return xp.concat([zeros, x, zeros], axis=1)
 
 

@@ -30,7 +30,10 @@ def mlp(model: Model, layers: Sequence[str] | None = None) -> Spec:
     their numbers."""
     axes: dict[str, Sequence[Entry] | None] = {}
     before: Entry = None
-    for name in (order := list(layers or mlp_net.order(model))):
+    order = list(layers or mlp_net.order(model))
+    if not order:
+        raise UsageError("mlp: the model has no tensor whose name ends in .weight")
+    for name in order:
         units = None if name == order[-1] else name
         axes |= {f"{name}.weight": (units, before), f"{name}.bias": (units,)}
         before = units
@@ -41,6 +44,7 @@ def vgg(model: Model) -> Spec:
     """refmerge.nets.vgg: the channels of each convolution, which its norm shares, and the hidden units at the end. A channel
     is one or several neighbouring inputs of the first linear layer."""
     shapes, channels = _shapes(model), 1
+    _needs("vgg", shapes, "features.0.weight", "classifier.0.weight")
     axes: dict[str, Sequence[Entry] | None] = {}
     before: Entry = None
     for name, norm, _ in vgg_net.convolutions(shapes):
@@ -57,6 +61,7 @@ def vgg(model: Model) -> Spec:
 def resnet(model: Model) -> Spec:
     """refmerge.nets.resnet: the residual stream of each stage, and the channels inside of each block."""
     shapes = _shapes(model)
+    _needs("resnet", shapes, "conv1.weight", "layer1.0.conv1.weight")
     units = resnet_net.blocks(shapes)
     axes: dict[str, Sequence[Entry] | None] = {
         "conv1.weight": (units[0].before, None, None, None), **_norm("bn1", units[0].before),
@@ -132,6 +137,7 @@ def llama(model: Model, heads: int, groups: int | None = None) -> Spec:
     these, and among each other. What is inside of a head of queries and keys stays: each pair of entries there is turned by
     an angle of its own. What is inside of one of values is free."""
     groups, shapes, at = groups or heads, _shapes(model), llama_net.prefix(model)
+    _needs("llama", shapes, f"{at}layers.0.self_attn.k_proj.weight")
     head = _width("llama", shapes, f"{at}layers.0.self_attn.q_proj.weight", 0, heads)
     if heads % groups or shapes[f"{at}layers.0.self_attn.k_proj.weight"].shape[0] != groups * head:
         raise UsageError(f"llama: {heads} heads in {groups} groups do not fit the shapes of queries and keys")
@@ -251,10 +257,15 @@ def _shapes(model: Model) -> dict[str, _Shape]:
     return {name: _Shape(x.shape) for name, x in tensors.items()}
 
 
+def _needs(architecture: str, shapes: Mapping[str, _Shape], *names: str) -> None:
+    for name in names:
+        if name not in shapes:
+            raise UsageError(f"{architecture}: the model has no tensor {name!r}")
+
+
 def _width(architecture: str, shapes: Mapping[str, _Shape], name: str, axis: int, parts: int) -> int:
     """How wide one of so many parts of an axis is."""
-    if name not in shapes:
-        raise UsageError(f"{architecture}: the model has no tensor {name!r}")
+    _needs(architecture, shapes, name)
     n = shapes[name].shape[axis]
     if parts < 1 or n % parts:
         raise UsageError(f"{architecture}: the {n} places of axis {axis} of {name!r} are not {parts} parts of one size")

@@ -27,6 +27,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import scipy
@@ -70,9 +71,8 @@ def match(a: Path, b: Path) -> dict[str, Any]:
             C[i : i + git_rebasin.BAND] += products(np.matmul, x[i : i + git_rebasin.BAND], y.T)
         products.work += 2 * x.size * len(y)
 
-    git_rebasin.add_product = add_product
-    git_rebasin.linear_sum_assignment = lambda C: assignments(solve, C)
-    with open_checkpoint(a) as first, open_checkpoint(b) as second:
+    wrapped = {"add_product": add_product, "linear_sum_assignment": lambda C: assignments(solve, C)}
+    with patch.multiple(git_rebasin, **wrapped), open_checkpoint(a) as first, open_checkpoint(b) as second:
         spec = detect(first, first.config)
         largest = max(n for name, n in spec.sizes(first).items() if not spec.owners[name])
         start, visits = time.perf_counter(), []

@@ -189,10 +189,7 @@ def one_to_one(C: np.ndarray, *, ignore_diagonal: bool = False) -> np.ndarray:
     """The assignment of rows to columns with the greatest sum of C, SciPy's where several have it: match[i] is the column of
     row i. Of more rows than columns some have -1. ignore_diagonal: no row gets the column of its own number."""
     C = _allowed(C, ignore_diagonal)
-    try:
-        rows, columns = linear_sum_assignment(C, maximize=True)
-    except ValueError:
-        raise UsageError("one_to_one: a single unit cannot be matched with another than itself") from None
+    rows, columns = linear_sum_assignment(C, maximize=True)
     match = np.full(len(C), -1)
     match[rows] = columns
     return match
@@ -254,7 +251,7 @@ def sparse_prediction(a: Any, b: Any, decay: float, *, steps: int = 10_000, tole
         moved, taken = 0.0, taken + 1
         for i in units:
             rho = c[i] - G[i] @ W + G[i, i] * W[i]
-            w = np.sign(rho) * np.maximum(np.abs(rho) - decay, 0.0) / G[i, i]
+            w = np.sign(rho) * np.maximum(np.abs(rho) - decay, 0.0) / G[i, i] + 0.0  # no -0
             moved = max(moved, float(np.max(np.abs(w - W[i]), initial=0.0)) * float(np.sqrt(G[i, i])))
             W[i] = w
         if moved <= tolerance * largest:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from refmerge.procedure import procedure
 from refmerge.procedures.alignment.convergent_matching import moments
 from refmerge.rng import key_for
 from refmerge.symmetry import axes as grammar
-from refmerge.symmetry.axes import Nested
+from refmerge.symmetry.axes import Block, Nested, Slices
 from refmerge.symmetry.spec import Perms, Spec
 from refmerge.symmetry.view import Mean, pairs, permuted
 
@@ -56,8 +57,8 @@ class Matching:
 class Rebasin:
     """models: each with its units reordered; open checkpoints as views that permute what is read. permutations: of each
     model. merged: their average, None for open checkpoints without `out`. visits: of all models, in order. objective: for
-    each model <A, pi(B)> at the start and after each visit, where A is what it was matched with. losses: of
-    "straight_through"."""
+    each model <A, pi(B)> at the start and after each visit, where A is what it was matched with; nothing for the first,
+    which stays, unless by "many". losses: of "straight_through"."""
 
     models: tuple[Any, ...]
     permutations: tuple[dict[str, np.ndarray], ...]
@@ -113,12 +114,9 @@ def git_rebasin(
         found = [straight_through(first, b, spec, start=p, **given, **how) for b, p in zip(others, starts)]
     else:
         found = [weight_matching(first, b, spec, start=p, model=k, **how) for k, (b, p) in enumerate(zip(others, starts), 1)]
-    identity = spec.identity(first)
-    perms = (
-        [identity | m.permutations for m in found]
-        if by == "many"
-        else [identity, *(identity | m.permutations for m in found)]
-    )
+    if by != "many":
+        found = [Matching({}), *found]
+    perms = [spec.identity(first) | m.permutations for m in found]
 
     # 2. reorder
     aligned = [
@@ -184,6 +182,7 @@ def weight_matching(
     model: int = 1, progress: Callable[[Visit], None] | None = None,
 ) -> Matching:  # fmt: skip
     """Coordinate descent: one permutation at a time, the best with all others as they are, until a sweep gains nothing."""
+    check_search(seed, sweeps)
     perms = spec.identity(b) | dict(start or {})
     roots = [name for name in spec.permutations if not spec.owners[name]]
     beside = neighbours(spec)
@@ -207,6 +206,13 @@ def weight_matching(
         if not gained:
             break
     return Matching(perms, tuple(visits), tuple(objective))
+
+
+def check_search(seed: int, sweeps: int) -> None:
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        raise UsageError(f"git_rebasin: seed = {seed!r} is no whole number in [0, 2**64)")
+    if type(sweeps) is not int or sweeps < 1:
+        raise UsageError(f"git_rebasin: sweeps = {sweeps!r} is no whole number above 0")
 
 
 def in_turn(roots: Sequence[str], order: Sequence[Any] | None, sweep: int, seed: int) -> Sequence[str]:
@@ -347,38 +353,69 @@ def activation_matching(a: Mapping[str, Any], b: Mapping[str, Any], spec: Spec, 
     """One assignment for each permutation, by activations of both models on the same samples.
 
     a, b: mappings permutation -> activations, samples x units, or a list of such batches; what else they hold is not
-    looked at, so that the `taps` of refmerge.nets will do. A permutation without activations stays as it is. Where a unit
-    is a block of k places that have permutations of their own, its rows are the k places of the first sample, then of the
-    next.
+    looked at, so that the `taps` of refmerge.nets will do. A permutation without activations stays as it is. Of one that is
+    owned the activations have an axis for each owner before these two; a unit with several places has as many rows for each
+    sample.
     """
     axes: dict[str, Any] = {}
     likeness, places = dict[str, np.ndarray](), dict[str, np.ndarray]()
-    for name in (q for q in spec.permutations if not spec.owners[q] and (q in a or q in b)):
-        if not (name in a and name in b):
-            raise UsageError(f"git_rebasin: one model has activations of {name!r} and the other has not")
-        entry = widest(name, spec)
-        found = moments(*(in_places(z[name], entry) for z in (a, b)))
-        # Likenesses are matched with the identity as weights are with weights, since C = C I
-        axes[name], likeness[name], places[name] = (entry, None), getattr(found, criterion), np.eye(len(found.mean_b))
+    for name in (q for q in spec.permutations if not spec.owners[q]):
+        for entry in entries(name, spec, a.keys() | b.keys()):
+            innermost = [q for q, _ in grammar.names(entry)][-1]
+            if not (innermost in a and innermost in b):
+                raise UsageError(f"git_rebasin: one model has activations of {innermost!r} and the other has not")
+            found = moments(*(in_places(z[innermost], entry, innermost) for z in (a, b)))
+            # Likenesses are matched with the identity as weights are with weights, since C = C I
+            axes[innermost] = (entry, None)
+            likeness[innermost], places[innermost] = getattr(found, criterion), np.eye(len(found.mean_b))
     if not axes:
         raise UsageError(f"git_rebasin: there are activations of none of {', '.join(spec.permutations)}")
     return weight_matching(likeness, places, Spec(axes))
 
 
-def widest(name: str, spec: Spec) -> grammar.Entry:
-    """What moves along activations: a permutation; of one whose blocks have their own, the entry with the most of these."""
-    entries = [(spec.axes[tensor] or ())[axis] for tensor, axis in spec.uses(name)]
-    owners = [e for e in entries if isinstance(e, Nested) and e.name == name and e.inner is not None]
-    return max(owners, key=lambda e: len({q for q, _ in grammar.names(e)}), default=name)
+def entries(name: str, spec: Spec, there: Collection[str]) -> list[grammar.Entry]:
+    """What moves along activations of a permutation that none owns: where activations of those that it owns are there, for
+    each of these the blocks with the most permutations in them, else the permutation itself."""
+    blocks = [e for tensor, axis in spec.uses(name) for e in nested((spec.axes[tensor] or ())[axis], name)]
+    found: list[grammar.Entry] = []
+    for q in (q for q in spec.permutations if name in spec.owners[q] and q in there):
+        best = max(blocks, key=lambda e: (q in inside(e), len(inside(e))))
+        if best not in found:
+            found.append(best)
+    return found or ([name] if name in there else [])
 
 
-def in_places(x: Any, entry: grammar.Entry) -> list[np.ndarray]:
-    """Batches of samples x places, from samples x units, or from places of samples x units where these are blocks."""
-    k = entry.k if isinstance(entry, Nested) else 1
-    batches = [scores(z) for z in (x if isinstance(x, list | tuple) else [x])]
-    if any(len(z.reshape(-1, z.shape[-1])) % k for z in batches):
-        raise UsageError(f"git_rebasin: activations of blocks of {k} places have {k} rows for each sample")
-    return [z.reshape(-1, k, z.shape[-1]).transpose(0, 2, 1).reshape(-1, k * z.shape[-1]) for z in batches]
+def nested(entry: grammar.Entry, name: str) -> Iterator[Nested]:
+    """The Nested entries of a permutation that none owns, wherever in an entry."""
+    match entry:
+        case Nested(outer, inner, _) if outer == name and inner is not None:
+            yield entry
+        case Block(_, _, inner):
+            yield from nested(inner, name)
+        case Slices(parts):
+            for part in parts:
+                yield from nested(part, name)
+
+
+def inside(entry: grammar.Entry) -> set[str]:
+    return {q for q, _ in grammar.names(entry)}
+
+
+def in_places(x: Any, entry: grammar.Entry, name: str) -> list[np.ndarray]:
+    """Batches of samples x places of an entry, from the activations of the innermost permutation in it."""
+    batches = []
+    for z in map(scores, x if isinstance(x, list | tuple) else [x]):
+        owners = z.shape[:-2] if isinstance(entry, Nested) else ()
+        z = z.reshape(*owners, -1, z.shape[-1])
+        where = np.arange(z.shape[0] * entry.k if isinstance(entry, Nested) else z.shape[-1])
+        units = grammar.places_of(entry, name, where)
+        if units is None or units.shape[:-1] != (*owners, z.shape[-1]) or z.shape[-2] % units.shape[-1]:
+            raise UsageError(f"git_rebasin: activations of {name!r} of shape {list(z.shape)} do not fit its blocks")
+        z = z.reshape(*owners, -1, units.shape[-1], z.shape[-1])  # owners, samples, places, units
+        flat = np.empty((z.shape[-3], len(where)))
+        flat[:, units] = np.moveaxis(z, (-3, -2), (0, -1))
+        batches.append(flat)
+    return batches
 
 
 # --------------------------------------------------------------------------------------------------------------- merge many
@@ -393,13 +430,13 @@ def merge_many(
     turns: the order of the models, for each pass, of which the last holds on; else drawn from (seed, pass). how: as for
     weight_matching.
     """
+    check_search(seed, sweeps)
     perms = [spec.identity(model) for model in models]
     visits: list[list[Visit]] = [[] for _ in models]
     objective: list[list[float]] = [[] for _ in models]
     for turn in range(sweeps):
         closer = False
-        drawn = sorted(range(len(models)), key=lambda k: key_for(seed, f"model {k}", turn))
-        for k in drawn if turns is None else turns[min(turn, len(turns) - 1)]:
+        for k in models_in_turn(len(models), turns, turn, seed):
             others = Mean([permuted(spec, p, m) for i, (p, m) in enumerate(zip(perms, models)) if i != k])
             here = permuted(spec, perms[k], models[k])
             alike = {"seed": seed, "sweeps": sweeps, "tolerance": tolerance, "leave": leave, **how}
@@ -412,6 +449,15 @@ def merge_many(
         if not closer:
             break
     return [Matching(p, tuple(v), tuple(o)) for p, v, o in zip(perms, visits, objective)]
+
+
+def models_in_turn(count: int, turns: Sequence[Sequence[int]] | None, turn: int, seed: int) -> Sequence[int]:
+    """Which model is matched when in a pass: as `turns` says, the last of which holds on; else drawn from (seed, pass)."""
+    if turns is None:
+        return sorted(range(count), key=lambda k: key_for(seed, f"model {k}", turn))
+    if sorted(now := turns[min(turn, len(turns) - 1)]) != list(range(count)):
+        raise UsageError(f"git_rebasin: turns names {list(now)}: each of {', '.join(map(str, range(count)))} once in a pass")
+    return now
 
 
 def distance(a: Any, b: Any, spec: Spec, perms: Perms, leave: Sequence[str] = ()) -> float:
@@ -441,7 +487,8 @@ def straight_through(
     gradient = gradient or finite_differences(loss)
     a, b = ({name: scores(m[name]) for name in m} for m in (a, b))
     T, velocity = dict(a), {name: np.zeros_like(x) for name, x in a.items()}
-    perms, losses, visits, best = spec.identity(b) | dict(start or {}), [], [], None
+    perms, losses, visits = spec.identity(b) | dict(start or {}), [], []
+    kept, least = perms, math.inf
     for step in range(steps):
         # the forward takes pi(b), matched with T; the backward goes to T as if it were that
         found = weight_matching(T, b, spec, start=perms, **how)
@@ -449,12 +496,11 @@ def straight_through(
         moved = spec.apply(perms, b)
         value, slope = gradient({name: 0.5 * (a[name] + moved[name]) for name in a}, step)
         losses.append(float(value))
-        if best is None or losses[-1] < min(losses[:-1]):
-            best = perms
+        if losses[-1] < least:
+            kept, least = perms, losses[-1]
         for name in T:
             velocity[name] = 0.5 * scores(slope[name]) + momentum * velocity[name]
             T[name] = T[name] - learning_rate * velocity[name]
-    kept = perms if best is None else best
     leave = how.get("leave", ())
     ends = (inner_product(a, b, spec, dict(start or {}), leave), inner_product(a, b, spec, kept, leave))
     return Matching(kept, tuple(visits), ends, tuple(losses))

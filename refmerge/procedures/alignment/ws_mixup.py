@@ -12,7 +12,7 @@ from refmerge.api import merge
 from refmerge.errors import UsageError
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
-from refmerge.procedures.alignment.git_rebasin import weight_matching
+from refmerge.procedures.alignment.git_rebasin import check_search, weight_matching
 from refmerge.symmetry.spec import Spec
 
 __all__ = ["Mixup", "ws_mixup"]
@@ -54,6 +54,9 @@ def ws_mixup(
         raise UsageError(f"ws_mixup: align = {align!r} is none of 'weights', 'none', 'random'")
     if labels is not None and len(labels) != 2:
         raise UsageError(f"ws_mixup: {len(labels)} labels: one of a and one of b")
+    if labels is not None and np.shape(labels[0]) != np.shape(labels[1]):
+        raise UsageError(f"ws_mixup: labels of shape {list(np.shape(labels[0]))} and {list(np.shape(labels[1]))} do not mix")
+    check_search(seed, sweeps)
     draw = np.random.default_rng(seed)
     # 1. position
     if alpha is None:
