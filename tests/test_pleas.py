@@ -307,20 +307,22 @@ def test_each_block_of_outputs_is_a_least_squares_solution_of_its_own(seed, rati
         assert np.mean((X @ W[i] + b[i] - Y[:, i]) ** 2) <= np.mean((Z @ best - Y[:, i]) ** 2) + 1e-9 * max(loss, 1e-12)
 
 
-def test_gradient_descent_ends_there():
-    """With fewer samples than inputs there are many solutions: from the start, descent finds the nearest one."""
+def test_the_nearest_solution():
+    """With fewer samples than inputs there are many. As of gradient descent from the start, the step of each row lies in what
+    the rows of inputs span, and where the gradient is 0."""
     _, models, spec, _, taps = drawn("mlp", 3, samples=4)
     got = pleas(models, spec, distances([taps], spec.permutations), [[t.reads for t in taps]], ratios=0.5)
     merge = {p: matrices(b, len(got.perms[p]))[0] for p, b in got.blocks.items()}
     for name in ("layers.1.weight", "layers.2.weight"):
         bias = name.replace("weight", "bias")
         X, Y = system([t.reads[name] for t in taps], name, models, spec, merge)
-        free, X = allowed(name, models, spec, merge), np.column_stack([X, np.ones(4)])
-        free = np.column_stack([free, np.ones(len(free), bool)])
-        theta = np.column_stack([got.start[name], got.start[bias]])
-        for _ in range(20_000):
-            theta = theta - 0.5 / np.linalg.norm(X, 2) ** 2 * free * ((X @ theta.T - Y).T @ X)
-        np.testing.assert_allclose(theta, np.column_stack([got.merged[name], got.merged[bias]]), atol=1e-4)
+        X, free = np.column_stack([X, np.ones(4)]), allowed(name, models, spec, merge)
+        theta, start = (np.column_stack([m[name], m[bias]]) for m in (got.merged, got.start))
+        for i, kind in enumerate(np.column_stack([free, np.ones(len(free), bool)])):
+            rows, step = X[:, kind], (theta - start)[i, kind]
+            assert len(step) > 4 and np.abs(step).max() > 1e-3
+            np.testing.assert_allclose(step @ np.linalg.pinv(rows) @ rows, step, atol=1e-9)
+            np.testing.assert_allclose((rows @ theta[i, kind] - Y[:, i]) @ rows, 0, atol=1e-9)
 
 
 @FEW
