@@ -308,8 +308,8 @@ def test_each_block_of_outputs_is_a_least_squares_solution_of_its_own(seed, rati
 
 
 def test_the_nearest_solution():
-    """With fewer samples than inputs there are many. As of gradient descent from the start, the step of each row lies in what
-    the rows of inputs span, and where the gradient is 0."""
+    """With fewer samples than inputs there are many. As with gradient descent from the start, the step of each row lies in
+    what the rows of inputs span, and ends where the gradient is 0."""
     _, models, spec, _, taps = drawn("mlp", 3, samples=4)
     got = pleas(models, spec, distances([taps], spec.permutations), [[t.reads for t in taps]], ratios=0.5)
     merge = {p: matrices(b, len(got.perms[p]))[0] for p, b in got.blocks.items()}

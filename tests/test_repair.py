@@ -284,7 +284,7 @@ def test_averaging_loses_variance_and_repair_brings_it_back():
     [
         ({"batches": []}, "no batches"),
         ({"parents": [FIRST]}, "'fc' has no norm with running statistics: its goal needs both parents"),
-        ({"layers": {"fc": "fc.out"}}, "forward writes no 'fc.out' into taps, but fc.weight"),
+        ({"layers": {"fc": "fc.out"}}, "there are no activations of 'fc.out', but of fc.weight"),
         ({"layers": {"fd": "fc.weight"}}, "the model has no fd.weight"),
         ({"layers": {}}, "forward taps no layers"),
         ({"batches": [X[:1]]}, "a batch has one row of 'fc.weight'"),

@@ -410,3 +410,5 @@ def test_activations_are_finite_and_there():
         covariances([[{"P": np.array([[np.nan]])}]], ["P"])
     with pytest.raises(UsageError, match="no samples"):
         covariances([], ["P"])
+    with pytest.raises(UsageError, match="no activations of 'P', but of Q"):
+        covariances([[{"Q": np.ones((2, 1))}]], ["P"])

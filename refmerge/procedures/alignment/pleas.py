@@ -131,7 +131,7 @@ def distances(
     found: dict[str, list[np.ndarray]] = {p: [] for p in names}
     for first, second in batches:
         for p, taps in names.items():
-            found[p] += [-cdist(by_unit(first[tap]).T, by_unit(second[tap]).T) for tap in taps]
+            found[p] += [-cdist(by_unit(first, tap).T, by_unit(second, tap).T) for tap in taps]
     if not all(found.values()):
         raise UsageError("pleas: no samples")
     return {p: sum(each) for p, each in found.items()}

@@ -117,9 +117,7 @@ def statistics_of(
 def tapped(model: Model, forward: Callable[..., Any], batch: Any, taps: Sequence[str]) -> dict[str, np.ndarray]:
     written: dict[str, Any] = {}
     forward(model, batch, written)
-    if missing := [tap for tap in taps if tap not in written]:
-        raise UsageError(f"repair: forward writes no {missing[0]!r} into taps, but {', '.join(written) or 'nothing'}")
-    return {tap: by_unit(written[tap]) for tap in taps}
+    return {tap: by_unit(written, tap) for tap in taps}
 
 
 def unbiased(x: np.ndarray, tap: str) -> np.ndarray:
@@ -136,7 +134,8 @@ def batch_correlation(first: Iterable[Any], second: Iterable[Any], *, eps: float
     """The correlation of two models' units (rows: the first's) by which the authors align them before they average: of
     batches of activations (rows, units), each of which counts alike; eps is added to the products of deviations."""
     moments = []
-    for a, b in zip(map(by_unit, first), map(by_unit, second), strict=True):
+    for a, b in zip(first, second, strict=True):
+        a, b = by_unit({"a": a}, "a"), by_unit({"b": b}, "b")
         moments.append((a.mean(axis=0), b.mean(axis=0), (a * a).mean(axis=0), (b * b).mean(axis=0), a.T @ b / len(a)))
     ma, mb, qa, qb, outer = (sum(x) / len(moments) for x in zip(*moments))
     return (outer - np.outer(ma, mb)) / (np.outer(np.sqrt(qa - ma * ma), np.sqrt(qb - mb * mb)) + eps)

@@ -87,12 +87,14 @@ def zipit(
 # ------------------------------------------------------------------------------------------------------------ statistics
 
 
-def by_unit(x: Any) -> np.ndarray:
-    """Activations as a float64 matrix: a row for each sample and place, a column for each unit, which are the last axis.
-    UsageError where they are not finite."""
-    x = scores(x)
+def by_unit(features: Mapping[str, Any], name: str) -> np.ndarray:
+    """The activations of that name as a float64 matrix: a row for each sample and place, a column for each unit, which are
+    the last axis. UsageError where there are none, or they are not finite."""
+    if name not in features:
+        raise UsageError(f"there are no activations of {name!r}, but of {', '.join(features) or 'nothing'}")
+    x = scores(features[name])
     if not np.isfinite(x).all():
-        raise UsageError("activations that are infinite or NaN have no statistics")
+        raise UsageError(f"activations of {name!r} are infinite or NaN and have no statistics")
     return x.reshape(-1, x.shape[-1])
 
 
@@ -103,7 +105,7 @@ def covariances(batches: Iterable[Sequence[Mapping[str, Any]]], names: Iterable[
     count, mean, outer = dict.fromkeys(names, 0), {}, {}
     for batch in batches:
         for name in names:
-            X = np.concatenate([by_unit(features[name]) for features in batch], axis=1)
+            X = np.concatenate([by_unit(features, name) for features in batch], axis=1)
             if len(X):
                 m = np.where((X[0] == X).all(axis=0), X[0], X.mean(axis=0))  # of equal numbers the mean is rounded
                 if not count[name]:
