@@ -503,3 +503,17 @@ def test_blocks_of_a_flattened_image():
     b = {"conv": np.zeros((2, 1)), "dense": np.array([[0.0, 0, 1, 2]])}
     assert module.cost("P", a, b, spec, {}).tolist() == [[0, 5], [0, 0]]
     assert git_rebasin([a, b], spec).models[1]["dense"].tolist() == [[1, 2, 0, 0]]
+
+
+def test_a_recipe_aligns_by_it(tmp_path):
+    """A model and a shuffled copy of it: their average is the model, where they have been aligned."""
+    model = {k: x.astype(np.float32) for k, x in llama.init(np.random.default_rng(0), layers=1, tied=True).items()}
+    spec = architectures.llama(model, 4, 2)
+    config = b'{"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}'
+    save(model, tmp_path / "a", extra_files={"config.json": config})
+    shuffled = spec.apply(spec.random(model, np.random.default_rng(1)), model)
+    save(shuffled, tmp_path / "b", extra_files={"config.json": config})
+    recipe = "refmerge: 1\nmerge_method: linear\nmodels: [{model: ./a}, {model: ./b}]\nalign: {method: git_rebasin}\n"
+    (tmp_path / "recipe.yml").write_text(recipe)
+    merged = refmerge.run_recipe(tmp_path / "recipe.yml", tmp_path / "merged")
+    assert all(np.array_equal(merged[name], x) for name, x in model.items())

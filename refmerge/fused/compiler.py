@@ -26,8 +26,8 @@ waits = False  # for tests: compile at once
 
 @cache
 def command() -> str | None:
-    """The compiler, or None where there is none or REFMERGE_COMPILE=0 forbids it."""
-    if os.environ.get("REFMERGE_COMPILE") == "0":
+    """The compiler of a POSIX system; None where there is none or REFMERGE_COMPILE=0 forbids it."""
+    if os.environ.get("REFMERGE_COMPILE") == "0" or not hasattr(os, "getuid"):
         return None
     return shutil.which(os.environ.get("CC") or "cc")
 
@@ -49,14 +49,16 @@ def _identity() -> str:
 @cache
 def folder() -> Path | None:
     """Where compiled programs are kept: a directory that is ours alone, or None."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     for candidate in (root / "refmerge", Path(tempfile.gettempdir()) / f"refmerge-{os.getuid()}"):
         try:
+            candidate = candidate.expanduser()
             candidate.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = candidate.stat()
-            if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            found = candidate.lstat()
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+            if ours and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return candidate
-        except OSError:
+        except (OSError, RuntimeError):  # the latter where nobody has a home
             continue
     return None
 

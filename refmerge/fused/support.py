@@ -9,7 +9,7 @@ import numpy as np
 
 from refmerge.fused import compiler
 
-SOURCE = """
+SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
 
@@ -67,8 +67,43 @@ static long between(const float *restrict x, long n, float low, float high, uint
   return found;
 }
 
+/* values[r] at the entry of rank r of each row: stable, -0.0 equal to 0.0, NaN last; w holds 2 n words */
+#define RANKS(name, BITS) \
+static void name(const float *restrict values, const float *restrict x, long rows, long n, uint64_t *w, \
+                 float *restrict out) { \
+  enum { DIGITS = (32 + BITS - 1) / BITS, SIZE = 1 << BITS }; \
+  static _Thread_local uint32_t count[DIGITS][SIZE]; \
+  for (long row = 0; row < rows; row++, x += n, out += n) { \
+    uint64_t *a = w, *b = w + n; \
+    memset(count, 0, sizeof count); \
+    for (long i = 0; i < n; i++) { \
+      float f = x[i] + 0.0f; \
+      uint32_t u; memcpy(&u, &f, 4); \
+      u = f != f ? 0xffffffffu : u ^ (u >> 31 ? 0xffffffffu : 0x80000000u); \
+      a[i] = (uint64_t)u << 32 | (uint32_t)i; \
+      for (int d = 0; d < DIGITS; d++) count[d][u >> d * BITS & (SIZE - 1)]++; \
+    } \
+    for (int d = 0; d < DIGITS; d++) { \
+      uint32_t *c = count[d], sum = 0; \
+      if (c[a[0] >> (32 + d * BITS) & (SIZE - 1)] == n) continue;  /* the same digit everywhere */ \
+      for (int i = 0; i < SIZE; i++) { uint32_t m = c[i]; c[i] = sum; sum += m; } \
+      for (long i = 0; i < n; i++) b[c[a[i] >> (32 + d * BITS) & (SIZE - 1)]++] = a[i]; \
+      uint64_t *t = a; a = b; b = t; \
+    } \
+    for (long i = 0; i < n; i++) out[(uint32_t)a[i]] = values[i]; \
+  } \
+}
+RANKS(ranks_of_short, 8)
+RANKS(ranks_of_long, 11)
+
 long run(int what, uint64_t *a, long n, void *x) {
   if (what == 0) { philox(a[0], a[1], a[2], a[3], n, x); return 1; }
+  if (what == 4) {
+    const float *values = (const float *)a[0], *rows = (const float *)a[1];
+    long width = (long)a[2];
+    (width < 2048 ? ranks_of_short : ranks_of_long)(values, rows, n, width, (uint64_t *)a[3], x);
+    return 1;
+  }
   if (what == 3) {
     float ends[2]; memcpy(ends, &a[0], 8);
     return between((const float *)a[1], n, ends[0], ends[1], &a[2], x);
@@ -117,3 +152,13 @@ def between(values: np.ndarray, low: float, high: float) -> tuple[int, np.ndarra
     inside = np.empty(values.size, np.float32)
     found = _call(3, numbers, values.size, inside)
     return None if found is None else (int(numbers[2]), inside[:found].copy())
+
+
+def at_ranks(values: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+    """values[r] at the entry of rank r in each row of a float32 matrix; None where that was left undone."""
+    if rows.dtype != np.float32 or values.dtype != np.float32 or rows.shape[1] >= 1 << 32:
+        return None
+    values, spare = np.ascontiguousarray(values), np.empty(2 * rows.shape[1], np.uint64)
+    numbers = (ctypes.c_uint64 * 4)(values.ctypes.data, rows.ctypes.data, rows.shape[1], spare.ctypes.data)
+    out = np.empty(rows.shape, np.float32)
+    return out if _call(4, numbers, rows.shape[0], out) is not None else None
