@@ -174,6 +174,7 @@ def prepare(
         raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(_DTYPES)}")
     over = m.over if over is None else over
     stored = {n: promote([s.dtype(n) for s in sources]) for n in floats}
+    kept = {n: out_name or promote([d, _DTYPES[m.least]] if m.least else [d]) for n, d in stored.items()}
     wide = any(d == "F64" for d in stored.values())
     tensors = []
     for n in floats:
@@ -184,9 +185,9 @@ def prepare(
             needed = "float64" if stored[n] == "F64" or (wide and over != "tensor") else "float32"
             work_dtype = m.work or dtype or needed
         given = params(n, floats) if callable(params) else params
-        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, m.bind(given, len(models)), out_name or stored[n]))
+        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, m.bind(given, len(models)), kept[n]))
 
-    specs = {n: (out_name or stored[n], sources[0].shape(n)) for n in floats}
+    specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
 
     # Arrays on a device are merged by the caller's thread, on the caller's stream: nothing else is in order with them.

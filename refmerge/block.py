@@ -53,8 +53,8 @@ def run_block(
 
     models = [load(m, i) for i, m in enumerate(work.models)]
     args: dict[str, Any] = {"models": models}
-    if work.base is not None and "base" in method.asks:
-        args["base"] = load(work.base, "base")
+    if "base" in method.asks:
+        args["base"] = None if work.base is None else load(work.base, "base")
     if "group" in method.asks:
         args["group"] = Group(state, place, of_tensor)
     if "rng" in method.asks:
@@ -207,8 +207,7 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
                 if not all_finite(_LazyModel(source, dtypes)[t.name]):
                     _report_nonfinite(source, t)
     args: dict[str, Any] = {"models": [_LazyModel(m, dtypes) for m in work.models]}
-    if work.base is not None:
-        args["base"] = _LazyModel(work.base, dtypes)
+    args["base"] = None if work.base is None else _LazyModel(work.base, dtypes)
     args["group"] = Group(State(size, 1), Place(0, "", 0, size, size))
     wide = "float64" if "float64" in dtypes.values() else "float32"
     args["stats"] = [_LazyModel(s, dict.fromkeys(sorted(s.names()), wide)) for s in work.stats or ()]

@@ -145,7 +145,12 @@ def described(entry: Entry) -> dict[str, Any]:
         "pages": [p.name for p in entry.pages],
     }  # fmt: skip
     if isinstance(code, Method):
-        told |= {"asks": list(code.asks), "models": list(code.models), "stats": dict(code.stats)}
+        told |= {
+            "asks": list(code.asks),
+            "optional_base": code.optional_base,
+            "models": list(code.models),
+            "stats": dict(code.stats),
+        }
         told["parameters"] = {
             p.name: {"type": p.type.__name__, "default": None if p.required else p.default, "required": p.required,
                      "per_model": p.per_model, "domain": p.domain, "choices": p.choices}

@@ -44,7 +44,7 @@ def block_elements(method: Method, models: int, block_bytes: int, threads: int, 
     count = block_bytes // 4
     if max_memory is not None:
         # Per element: what is read and decoded of each model, and about as many temporaries of the method's own.
-        per_element = 4 * (3 * (models + method.needs_base) + 4)
+        per_element = 4 * (3 * (models + method.takes_base) + 4)
         count = min(count, max_memory // (per_element * max(threads, 1)))
     return count // STRETCH * STRETCH or max(count // LEAF, 4) * LEAF
 
@@ -407,7 +407,7 @@ def check_memory(work: Work, max_memory: int | None, threads: int) -> None:
         view = work.view(t)
         flat = view == "flat"
         whole = min(t.size, 4 * LEAF * threads) if flat else t.rows[1] if view == "rows" else t.size
-        need = whole * (8 if t.work == "float64" else 4) * (2 * (len(work.models) + work.method.needs_base) + 2)
+        need = whole * (8 if t.work == "float64" else 4) * (2 * len(work.read) + 2)
         if need > max_memory:
             how = f"in blocks on {threads} threads" if flat else "in whole rows" if view == "rows" else "whole"
             raise ResourceError(

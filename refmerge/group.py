@@ -1,4 +1,4 @@
-"""What a method may ask about all that it merges: `group.sum`, `dot`, `max`, `count`, `kth_largest` and `top`.
+"""What a method may ask about all that it merges: `group.sum`, `dot`, `gram`, `max`, `count`, `kth_largest` and `top`.
 
 A method runs on a block. Where the block is all that `group` ranges over, a question is answered at once. Otherwise the
 first question without an answer makes this block's part of it and ends the block (`Pause`); when all blocks have passed,
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from array_api_compat import is_numpy_array
 
 from refmerge.errors import UsageError
 from refmerge.fused import Lazy
-from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, hosts, keys_of, leaf_sums
+from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, hosts, in_float64, keys_of, leaf_sums
 from refmerge.selection import Selection, count_equal, first_want, flat, kth_largest, top_mask
 
 __all__ = ["Group", "Log", "Pause", "Place", "State"]
@@ -193,6 +194,13 @@ class Group:
         """Inner product of each two arrays over the group: the sum of their products."""
         return self._ask(Asked("sum", len(pairs)), lambda: [x * y for x, y in pairs])
 
+    def gram(self, *xs: Any) -> tuple[tuple[float, ...], ...]:
+        """The matrix of the inner products of each two of these arrays. Products are made in float64, where those of float32
+        are exact: what is a small difference of long vectors can be told from the matrix."""
+        pairs = list(combinations_with_replacement(range(len(xs)), 2))
+        found = dict(zip(pairs, self._ask(Asked("gram", len(pairs)), lambda: xs, alone=False)))
+        return tuple(tuple(found[min(i, j), max(i, j)] for j in range(len(xs))) for i in range(len(xs)))
+
     def max(self, *xs: Any) -> Any:
         """Largest element of each array over the group; NaN if one is NaN, -inf for an empty group."""
         return self._ask(Asked("max", len(xs)), lambda: xs)
@@ -345,6 +353,18 @@ class _Sum(_Question):
         return self._answer
 
 
+class _Gram(_Sum):
+    """Sums of the products of each two arrays, which are made in float64, one after another."""
+
+    @staticmethod
+    def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
+        flats = [flat(x) for x in xs]
+        wide = [in_float64(x) for x in (hosts(flats) if type(flats[0]) is Lazy else flats)]
+        made = [_Sum.part(want, place, [x * y]) for x, y in combinations_with_replacement(wide, 2)]
+        cut = [(c[0][0], c[0][1], [array for _, _, (array,) in c]) for c in zip(*(cut for _, cut in made))]
+        return [sums for parts, _ in made for sums in parts], cut
+
+
 class _Max(_Question):
     def reset(self) -> None:
         self._max = [-math.inf] * self.asked.n
@@ -457,5 +477,5 @@ class _Top(_KthLargest):
 
 
 _KINDS: dict[str, type[_Question]] = {
-    "sum": _Sum, "max": _Max, "count": _Count, "kth_largest": _KthLargest, "top": _Top,
+    "sum": _Sum, "gram": _Gram, "max": _Max, "count": _Count, "kth_largest": _KthLargest, "top": _Top,
 }  # fmt: skip

@@ -23,7 +23,7 @@ from refmerge.registry import get
 __all__ = ["ALWAYS", "LAWS", "Law", "Trial"]
 
 Tensors = dict[str, np.ndarray]
-NEUTRAL = {"lambda_": 1.0, "density": 1.0, "trim": 1.0, "gamma": 0.0, "weight": 1.0, "normalize": True}
+NEUTRAL = {"lambda_": 1.0, "density": 1.0, "trim": 1.0, "gamma": 0.0, "weight": 1.0, "normalize": True, "epsilon": 0.0}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Trial:
 
         return self.draw(st.sampled_from(values))
 
-    def inputs(self, *, exact: bool = False, nonfinite: bool = False, most: int = 4) -> tuple[list[Tensors], Tensors | None]:
-        """(models, base). exact: subnormals become zero, so that sums of a few entries and their multiples are exact."""
+    def inputs(
+        self, *, exact: bool = False, nonfinite: bool = False, most: int = 4, based: bool = False
+    ) -> tuple[list[Tensors], Tensors | None]:
+        """(models, base). exact: subnormals become zero, so that sums of a few entries and their multiples are exact.
+        based: with a base also where it may be left out."""
         from refmerge.testing import checkpoints
 
         least, bound = self.method.models
@@ -70,13 +73,17 @@ class Trial:
             checkpoints(
                 min_models=least,
                 max_models=max(least, min(most, bound or most)),
-                base=self.method.needs_base,
+                base=self.with_base() if not based else self.method.takes_base,
                 nonfinite=nonfinite,
             )
         )
         if exact:
             models, base = [normal(m) for m in models], base and normal(base)
         return models, base
+
+    def with_base(self) -> bool:
+        """Whether this trial has a base."""
+        return self.method.needs_base or (self.method.takes_base and self.choose(False, True))
 
     def params(self, count: int, lists: bool = True, /, **fixed: Any) -> dict[str, Any]:
         """Parameters for `count` models; `fixed` are taken where the method has them."""
@@ -240,7 +247,7 @@ def identical_models(t: Trial) -> None:
     models, _ = t.inputs(exact=True)
     same = [models[0]] * len(models)
     params = t.params(len(models), normalize=True)
-    got = t.merge(same, models[0] if t.method.needs_base else None, params)
+    got = t.merge(same, models[0] if t.with_base() else None, params)
     if not isinstance(got, UsageError):
         t.same(got, models[0])
 
@@ -315,7 +322,8 @@ def weight_scale(t: Trial) -> None:
     params = t.params(len(models), normalize=True)
     assert "weight" in params, f"{t.method.name} has no weights"
     params["weight"] = [t.choose(1.0, 0.5, 2.0, 0.0, -1.0) for _ in models]
-    factor = t.choose(0.5, 2.0, 8.0, -4.0)
+    lowest = (t.method.params["weight"].domain or (-np.inf,))[0]
+    factor = t.choose(*(f for f in (0.5, 2.0, 8.0, -4.0) if f > lowest))
     scaled = params | {"weight": [factor * w for w in params["weight"]]}
     t.same(t.merge(models, base, scaled), t.merge(models, base, params), *models)
 
@@ -325,8 +333,8 @@ def weight_scale(t: Trial) -> None:
 
 @law(ulps=2)
 def base_shift(t: Trial) -> None:
-    """Shifting all models, and the base, shifts the result."""
-    models, base = t.inputs(exact=True)
+    """Shifting all models, and the base where the method takes one, shifts the result."""
+    models, base = t.inputs(exact=True, based=True)
     by = dyadic(t, models[0])
     params = t.params(len(models), normalize=True)
     merged = t.merge(models, base, params)

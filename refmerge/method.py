@@ -1,8 +1,9 @@
 """The contract of a merge method: a plain function whose signature declares what it needs.
 
 Positional names are a closed vocabulary: `models` (sequence of arrays, in the caller's order), `base`, `stats`, `group`,
-`rng`, `name`. Keyword-only arguments are the parameters. `@method` reads that signature once into a frozen `Method`; the
-engine, the tests and the check of the pages read nothing else.
+`rng`, `name`. `base=None`, last of them, is a base that may be left out: the method then gets None. Keyword-only arguments
+are the parameters. `@method` reads that signature once into a frozen `Method`; the engine, the tests and the check of the
+pages read nothing else.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class Method:
     outputs: names of several outputs, or empty where the function returns one array.
     work: the dtype in which the method insists on computing, or None.
     widens: whether 16-bit inputs are computed in float32 even where arithmetic="native" is asked for.
+    optional_base: whether the base may be left out.
+    least: the dtype that results have at least where the caller asks for none, or None: that of the inputs.
     """
 
     name: str
@@ -122,13 +125,19 @@ class Method:
     outputs: tuple[str, ...] = ()
     work: str | None = None
     widens: bool = False
+    optional_base: bool = False
+    least: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
 
     @property
-    def needs_base(self) -> bool:
+    def takes_base(self) -> bool:
         return "base" in self.asks
+
+    @property
+    def needs_base(self) -> bool:
+        return self.takes_base and not self.optional_base
 
     @property
     def doc(self) -> str:
@@ -231,18 +240,22 @@ def method(
     domain: Mapping[str, tuple[float, float]] | None = None,
     work: str | None = None,
     widens: bool = False,
+    least: str | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""
 
     def wrap(fn: Callable[..., Any]) -> Method:
         hints = typing.get_type_hints(fn)
-        asks, params = [], {}
+        asks, params, optional_base = [], {}, False
         for p in inspect.signature(fn).parameters.values():
             if p.kind is p.POSITIONAL_OR_KEYWORD:
                 if p.name not in VOCABULARY:
                     raise TypeError(
                         f"{name}: {p.name!r} is none of {', '.join(VOCABULARY)}; parameters are keyword-only"
                     )
+                if p.default is not p.empty and (p.name != "base" or p.default is not None):
+                    raise TypeError(f"{name}: {p.name} = {p.default!r}: only base may have a default, None")
+                optional_base |= p.default is None
                 asks.append(p.name)
             elif p.kind is p.KEYWORD_ONLY:
                 params[p.name] = _param(p, hints.get(p.name), name)
@@ -256,7 +269,7 @@ def method(
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
         return Method(
             name, fn, paper, tuple(asks), MappingProxyType(params), view, over, models,
-            MappingProxyType(dict(stats or {})), outputs, work, widens,
+            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base, least,
         )  # fmt: skip
 
     return wrap
@@ -291,5 +304,5 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
         name, run, source, ours.asks, MappingProxyType(renamed), view, ours.over, ours.models, ours.stats,
-        ours.outputs, ours.work, ours.widens,
+        ours.outputs, ours.work, ours.widens, ours.optional_base, ours.least,
     )  # fmt: skip

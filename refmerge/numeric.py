@@ -17,13 +17,13 @@ import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name)
 import numpy as np
 from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.fused import Lazy, compute, mask, run, stretch_sums
+from refmerge.fused import Lazy, compute, mask, run, stretch_sums, support
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_precision", "at_ranks", "by_columns", "clamp", "exact_sum", "expansion", "host", "hosts",
-    "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores", "stacked_sum", "top_along", "total", "tree_sum",
-    "value_of",
+    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum",
+    "expansion", "host", "hosts", "in_float64", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores",
+    "stacked_sum", "top_along", "total", "tree_sum", "value_of",
 ]  # fmt: skip
 
 LEAF = 1024  # elements of one leaf of a sum
@@ -52,14 +52,15 @@ def total(xs: Iterable[Any]) -> Any:
 
 
 def stacked_sum(xs: Iterable[Any]) -> Any:
-    """The sum over a stack of tensors, for tools that make one: 16-bit tensors are added in float32 and rounded once."""
+    """The sum over a stack of tensors, for tools that make one: it begins with 0, so that it is never -0.0, and 16-bit
+    tensors are added in float32 and rounded once."""
     xs = list(xs)
     if isinstance(xs[0], Rounded):
-        return Rounded(total(x.values for x in xs), xs[0].dtype)
+        return Rounded(total(x.values for x in xs) + 0.0, xs[0].dtype)
     xp = array_namespace(xs[0])
     if is_torch_array(xs[0]) and xs[0].dtype in (xp.float16, xp.bfloat16):
-        return xp.astype(total(xp.astype(x, xp.float32) for x in xs), xs[0].dtype)
-    return total(xs)
+        return xp.astype(total(xp.astype(x, xp.float32) for x in xs) + 0.0, xs[0].dtype)
+    return total(xs) + 0.0
 
 
 def mean(xs: Sequence[Any]) -> Any:
@@ -79,9 +80,20 @@ def at_precision(value: Any, x: Any) -> Any:
     return rounded if isinstance(value, np.ndarray | np.generic) else float(rounded)
 
 
+def divided(x: Any, number: float) -> Any:
+    """x / number, the quotient rounded once on all libraries, and where x has 16 bits once more: torch multiplies by the
+    reciprocal on a device, and not on a CPU."""
+    if isinstance(x, Rounded | Lazy) or is_numpy_array(x):
+        return x / float(number)
+    wide = at_least_float32(x)
+    quotient = wide / array_namespace(wide).full_like(wide, float(number))
+    return quotient if wide is x else array_namespace(x).astype(quotient, x.dtype)
+
+
 def indicator(condition: Any, like: Any) -> Any:
     """1 where the condition holds and 0 elsewhere, in the dtype of `like`: a mask is a factor, as the papers write it."""
-    return array_namespace(condition, like).astype(condition, like.dtype)
+    rounded = isinstance(like, Rounded)  # whose tests are NumPy's
+    return (array_namespace(like) if rounded else array_namespace(condition, like)).astype(condition, like.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- host
@@ -159,7 +171,7 @@ def leaf_sums(*xs: Any) -> list[np.ndarray]:
         return []
     if all(type(x) is Lazy for x in xs):
         return _lazy_sums(xs)
-    arrays = [_at_least_float32(x if type(x) is not Lazy else host(x)) for x in xs]
+    arrays = [at_least_float32(x if type(x) is not Lazy else host(x)) for x in xs]
     xp, size = array_namespace(arrays[0]), arrays[0].shape[0]
     whole = size // STRETCH * STRETCH
     leaves = []
@@ -192,11 +204,20 @@ def _lazy_sums(xs: Sequence[Lazy]) -> list[np.ndarray]:
     return [np.concatenate(both) for both in zip(found, rest)]
 
 
-def _at_least_float32(x: Any) -> Any:
+def at_least_float32(x: Any) -> Any:
+    """x as it is, 16-bit floats widened to float32: a product of them is then not rounded to 16 bits before it is summed."""
     if isinstance(x, Rounded):
         return x.values
     xp = array_namespace(x)
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+
+
+def in_float64(x: Any) -> Any:
+    """x in float64, where products of float32 are exact."""
+    if isinstance(x, Rounded):
+        x = x.values
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float64, copy=False)
 
 
 def tree_sum(x: Any, axis: int | None = None) -> Any:
@@ -285,14 +306,16 @@ def ranks(x: Any, axis: int = -1) -> np.ndarray:
 
 def at_ranks(values: np.ndarray, x: Any, axis: int = -1) -> Any:
     """values[r] at each entry of x that has rank r along the axis, as an array like x."""
-    return like(_at_ranks(like(values, host(x)), host(x), axis), x)
+    return like(_at_ranks(like(values, host(x)), host(x), axis, type(x) is Lazy), x)
 
 
-def _at_ranks(values: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:
+def _at_ranks(values: np.ndarray, x: np.ndarray, axis: int, compiled: bool = False) -> np.ndarray:
     if x.size == 0:
         return np.empty(x.shape, values.dtype)
     across = np.moveaxis(x, axis, -1)
     rows = np.ascontiguousarray(across).reshape(-1, x.shape[axis])
+    if compiled and (found := support.at_ranks(values, rows)) is not None:
+        return np.moveaxis(found.reshape(across.shape), -1, axis)
     result = np.empty(rows.shape, values.dtype)
     step = max(1, RANKED // rows.shape[1])
     for start in range(0, rows.shape[0], step):

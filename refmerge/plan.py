@@ -213,7 +213,7 @@ def _passes(method: Method, tensor: Tensor, models: int, over: Over) -> int:
 
 def _peak_memory(work: Work, elements: int, threads: int) -> int:
     """Estimate of the blocks' memory: inputs as they are read and as they are computed with, temporaries, kept masks."""
-    arrays = len(work.models) + work.method.needs_base
+    arrays = len(work.read)
     peak = 0
     for t in work.tensors:
         view = work.view(t)

@@ -30,6 +30,7 @@ NARROW, WIDE = 80, 120  # the width where there is no terminal, and the widest t
 DISAGREE = "Where implementations disagree"
 BRIEF = ("Purpose", "Definition", "Edge cases")  # what a sheet has of a page's prose; the rest on request
 HEADING, NAME, CODE, FAINT = "bold", "bold", "cyan", "dim"
+FROM = "the model that the others were fine-tuned from"
 
 
 def printed(thing: RenderableType, widest: int | None = WIDE) -> str:
@@ -137,7 +138,7 @@ def _needs(entry: Entry) -> list[tuple[str, RenderableType]]:
     view = "depends on parameters and shape" if callable(code.view) else views[code.view]
     over = code.over if isinstance(code.over, str) else "group"
     return [
-        ("base", Text("the model that the others were fine-tuned from" if code.needs_base else "none")),
+        ("base", Text("none" if not code.takes_base else FROM + (", or none" if code.optional_base else ""))),
         ("models", Text(count)),
         ("data", Text("\n".join(data) or "none")),
         ("draws", Text("at random, from the seed" if "rng" in code.asks else "none")),

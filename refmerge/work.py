@@ -68,7 +68,7 @@ class Work:
     @property
     def read(self) -> list[Source]:
         """The sources that the method reads weights of: the models, and the base where it asks for one."""
-        return [*self.models, *([self.base] if self.base is not None and self.method.needs_base else [])]
+        return [*self.models, *([self.base] if self.base is not None and self.method.takes_base else [])]
 
     def view(self, tensor: Tensor) -> str:
         """What of this tensor must stay whole."""

@@ -128,6 +128,11 @@ def torch():
 VARIANTS = [
     ("linear", {"normalize": False}),
     ("model_stock", {"filter_wise": True}),
+    ("nuslerp", {"per": "row"}),
+    ("nuslerp", {"per": "column"}),
+    ("multislerp", {"normalize": False}),
+    ("mergekit:nuslerp", {"nuslerp_flatten": False}),
+    ("mergekit:nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
     ("dare_linear", {"density": 0.3}),
     ("dare_ties", {"density": 0.3}),
     ("tall_masks", {"multitask": "ties"}),
@@ -136,6 +141,10 @@ VARIANTS = [
     ("mergekit:model_stock", {"filter_wise": True}),
     ("mergekit:ties", {"rescale": True}),
     ("mergekit:breadcrumbs", {"rescale": True}),
+    ("fusion_bench:dare", {"threshold": 30.0}),
+    ("fusion_bench:dare", {"only_on_linear_weights": True}),
+    ("fusion_bench:linear", {"weights": 0.375}),
+    ("fusion_bench:ties", {"merge_func": "max"}),
     ("official:breadcrumbs", {"remove_first": False}),
     ("official:dare", {"mask_strategy": "magnitude"}),
     ("official:dare", {"mask_apply_method": "ties_merging", "use_weight_rescale": True}),
@@ -146,6 +155,8 @@ VARIANTS = [
     ("official:ties", {"reset_type": "std"}),
     ("official:ties", {"resolve_method": "normfrac", "merge_func": "dis-max"}),
     ("official:ties", {"resolve_method": "normmass", "merge_func": "dis-sum"}),
+    ("peft:ties", {"majority_sign_method": "frequency"}),
+    ("sd_mecha:ties", {"vote_sgn": True}),
 ]
 
 

@@ -249,6 +249,49 @@ def test_heads_by_hand():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("resnet", {"bn1.num_batches_tracked": (), "layer1.0.bn1.num_batches_tracked": ()}),
+        ("vgg", {"features.1.num_batches_tracked": ()}),
+        ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 8, 8), "transformer.h.1.attn.masked_bias": ()}),
+        ("llama", {"model.layers.1.self_attn.rotary_emb.inv_freq": (4,)}),
+    ],
+)
+def test_buffers_stay(name, more):
+    rng = np.random.default_rng(0)
+    params, spec, _, _ = NETS[name](rng)
+    buffers = {n: np.arange(np.prod(shape, dtype=int)).reshape(shape) for n, shape in more.items()}
+    found = architectures.detect(params | buffers, CONFIGS.get(name))
+    assert {n: a for n, a in found.axes.items() if n not in buffers} == spec.axes
+    moved = found.apply(found.random(params | buffers, rng), params | buffers)
+    assert all(np.array_equal(moved[n], x) for n, x in buffers.items())
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHead", "LlamaForCausal", "Qwen2ForCausal", "Qwen3ForCausal", "MistralForCausal"])
+def test_models_of_transformers(torch, kind):
+    """The networks of transformers themselves, permuted by their own names and configs, give what they gave."""
+    transformers, rng = pytest.importorskip("transformers"), np.random.default_rng(0)
+    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 3} if kind.startswith("GPT2") else {
+        "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    config = getattr(transformers, kind.partition("For")[0].partition("LM")[0] + "Config")(vocab_size=11, **sizes)
+    torch.manual_seed(0)
+    net = getattr(transformers, f"{kind}{'Model' if kind.startswith('GPT2') else 'LM'}")(config).double().eval()
+    for parameter in net.parameters():  # gains of 1 and biases of 0 would hide what is wrong
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = {n: x for n, x in net.state_dict().items() if n != "lm_head.weight" or not config.tie_word_embeddings}
+    batch = torch.from_numpy(tokens(rng))
+    with torch.no_grad():
+        before = net(batch).logits
+        spec = architectures.detect(model, config.to_dict())
+        net.load_state_dict(spec.apply(spec.random(model, rng), model), strict=False)
+        after = net(batch).logits
+    tolerance = 1e-12 if kind.startswith("GPT2") else 1e-5  # their RMS norm computes in float32
+    assert torch.max(torch.abs(after - before)) < tolerance * torch.max(torch.abs(before))
+
+
 # ---------------------------------------------------------------------------------------------------------------- detection
 
 

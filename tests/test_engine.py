@@ -53,7 +53,7 @@ def inputs(case, shapes=SHAPES, **options):
     if given_.get("mask_strategy") == "magnitude":  # a fraction of a few elements is none, which it refuses
         shapes = {n: s for n, s in shapes.items() if math.prod(s) > 10}
     models = [tensors(i + 1, shapes, **options) for i in range(count)]
-    return m, models, tensors(0, shapes, **options) if m.needs_base else None, given_
+    return m, models, tensors(0, shapes, **options) if m.takes_base else None, given_
 
 
 def planned(models, m, elements, *, threads=1, params=None, **options):
@@ -267,6 +267,25 @@ def test_sum_of_several_arrays_is_a_tuple():
     expected = (rounded_sum(leaves(a)), rounded_sum(leaves(b)), rounded_sum(leaves(a * b)))
     for elements in (1 << 22, 700):
         assert one(ask(lambda g, a, b: g.sum(a, b, a * b), [a, b], elements=elements)) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("elements", [1 << 22, 1024, 333])
+def test_gram_is_made_of_products_in_float64(elements, dtype):
+    xs = [wild(5000, np.float32, i).astype(dtype) for i in range(3)]
+    wide = [x.astype(np.float64) for x in xs]
+    expected = tuple(tuple(rounded_sum(leaves(x * y)) for y in wide) for x in wide)
+    assert one(ask(lambda g, *xs: g.gram(*xs), xs, elements=elements)) == expected
+    assert one(ask(lambda g, x: g.gram(x), xs[:1], elements=elements)) == ((expected[0][0],),)
+
+
+def test_gram_knows_small_differences_of_long_vectors():
+    """|a - b|^2 = aa - 2 ab + bb, of which products in float32 would leave no digit."""
+    a = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
+    b = a + np.float32(1e-5) * a
+    (aa, ab), (_, bb) = one(ask(lambda g, *xs: g.gram(*xs), [a, b], elements=1024))
+    expected = np.sum((b.astype(np.float64) - a) ** 2)
+    assert abs(aa - 2 * ab + bb - expected) < 1e-5 * expected
 
 
 def awkward(n, seed=0, dtype=np.float32):
@@ -587,7 +606,7 @@ def test_each_pass_reads_everything_once(name, passes, make_case):
         plan.work.progress = moved.append
         plan.run()
         assert plan.ran.passes == times
-        assert plan.ran.bytes_read == times * (len(models) + m.needs_base) * 8000 * 2
+        assert plan.ran.bytes_read == times * (len(models) + m.takes_base) * 8000 * 2
         assert sum(moved) == plan.ran.bytes_read + plan.ran.bytes_sampled
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import warnings
 
 import ml_dtypes
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import refmerge
+import refmerge.plan
 from refmerge import pages, registry
 from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, encode, itemsize, name_of
@@ -25,11 +28,17 @@ SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 3.4e38, -3.4e38, 1
 STREAMING = [n for n in refmerge.methods() if n in registry._files() and registry.get(n).view != "model"]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Every program is compiled at once, into a cache of its own."""
+def compiled(monkeypatch, cache):
+    """Every program is compiled at once, into a cache of this module's own."""
     if compiler.command() is None:
         pytest.skip("no C compiler")
+    monkeypatch.setattr(compiler, "folder", lambda: cache)
     monkeypatch.setattr(compiler, "waits", True)
 
 
@@ -37,7 +46,6 @@ def compiled(monkeypatch, tmp_path):
 def interpreted(monkeypatch):
     monkeypatch.setattr(compiler, "command", lambda: None)
     monkeypatch.setattr(graph.program, "_kernels", {})
-    monkeypatch.setattr(support, "_function", [])
 
 
 def nasty(seed: int, size: int) -> np.ndarray:
@@ -130,6 +138,79 @@ def test_what_is_not_noted_down_is_computed_by_numpy():
     same_bits((2.0 * lazy)[::2], 2.0 * x[::2])
     assert (lazy > 0).any() and not (lazy > 0).all()
     assert list(lazy) == list(x)
+    three = graph.NAMESPACE.full_like(lazy, 3)
+    same_bits(np.asarray(three), np.full(3, 3, np.float32))
+    same_bits(np.asarray(lazy / three), x / np.full(3, 3, np.float32))
+    same_bits(three[:1], np.full(1, 3, np.float32))
+
+
+# --- The compiler -----------------------------------------------------------------------------------------------------
+
+ADD_ONE = "void run(long n, float *x) { for (long i = 0; i < n; i++) x[i] += 1; }  /* %s */"
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No program has been compiled yet."""
+    if compiler.command() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(compiler, "folder", lambda: tmp_path)
+    monkeypatch.setattr(compiler, "_jobs", {})
+    return tmp_path
+
+
+def test_nobody_waits_for_the_compiler(fresh):
+    source = ADD_ONE % "nobody waits"
+    assert compiler.library(source) is None
+    compiler.finish()
+    x = np.ones(3, np.float32)
+    compiler.library(source).run(ctypes.c_long(3), ctypes.c_void_p(x.ctypes.data))
+    assert x.tolist() == [2, 2, 2]
+    assert [p.suffix for p in fresh.iterdir()] == [".so"], "scratch files are gone"
+
+
+def test_another_process_finds_what_was_compiled(fresh, monkeypatch):
+    source = ADD_ONE % "found"
+    compiler.library(source)
+    compiler.finish()
+    monkeypatch.setattr(compiler, "_jobs", {})
+    assert compiler.library(source) is not None
+
+
+def test_a_program_that_another_process_compiles_is_left_to_it_while_it_lives(fresh, monkeypatch):
+    source = ADD_ONE % "claimed"
+    claim = compiler._Job(source).target.with_suffix(".claim")
+    claim.write_text(str(os.getppid()))
+    assert compiler.library(source) is None
+    compiler.finish()
+    assert compiler.library(source) is None
+    claim.write_text("2147483646")  # no process has this number
+    compiler.library(source)
+    compiler.finish()
+    assert compiler.library(source) is not None
+
+
+def test_what_cannot_be_compiled_is_left_undone(fresh, monkeypatch):
+    monkeypatch.setattr(compiler, "waits", True)
+    assert compiler.library("this is no C") is None
+    assert compiler.library("this is no C") is None
+    assert not list(fresh.glob("*.so")) and not list(fresh.glob("*.claim"))
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "refmerge").mkdir()
+    (tmp_path / "refmerge").chmod(0o777)
+    assert compiler.folder.__wrapped__() != tmp_path / "refmerge"
+    (tmp_path / "refmerge").chmod(0o700)
+    assert compiler.folder.__wrapped__() == tmp_path / "refmerge"
+
+
+def test_arrays_in_memory_are_computed_by_the_text(monkeypatch):
+    """They are the oracle."""
+    monkeypatch.setattr(refmerge.plan, "WORTH_COMPILING", 0)
+    plan = prepare([{"x": np.ones(8, np.float32)}], "linear")
+    assert not plan.is_fused
 
 
 # --- What is done to every block --------------------------------------------------------------------------------------
@@ -161,6 +242,17 @@ def test_between(compiled, size):
         assert above == np.count_nonzero(~(x <= np.float32(high)))
         same_bits(inside, x[(x <= np.float32(high)) & (x >= np.float32(low))])
     assert keys_of(inside).size == inside.size
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 896), (2, 9000)])
+def test_at_ranks(compiled, shape):
+    x = nasty(shape[1], max(shape[0] * shape[1], 8))[: shape[0] * shape[1]].reshape(shape)
+    for rows in (x, np.abs(x), np.zeros_like(x)):
+        order = np.argsort(rows + np.float32(0), axis=1, kind="stable")
+        expected = np.empty(shape, np.float32)
+        values = np.linspace(0, 1, shape[1], dtype=np.float32)
+        np.put_along_axis(expected, order, np.broadcast_to(values, shape), axis=1)
+        same_bits(support.at_ranks(values, rows), expected)
 
 
 # --- Methods ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def inputs(m, dtype, seed, coarse):
         return {n: np.asarray(np.round(x * 4) / 4 if coarse else x, dtype) for n, x in made.items()}
 
     least, most = m.models
-    return [model() for _ in range(max(least, min(3, most or 3)))], model() if m.needs_base else None
+    return [model() for _ in range(max(least, min(3, most or 3)))], model() if m.takes_base else None
 
 
 def problem(kernel, reference, library=None):

@@ -12,6 +12,7 @@ import pytest
 
 import refmerge
 from refmerge import registry
+from refmerge.api import prepare
 from refmerge.errors import UsageError
 from refmerge.method import PerModel, method, same_as
 from refmerge.numeric import total
@@ -84,6 +85,14 @@ def _parameter_as_positional(models, density=0.5):
     return models
 
 
+def _models_with_a_default(models=None):
+    return models
+
+
+def _base_with_another_default(models, base=0):
+    return models
+
+
 def _no_annotation(models, *, k):
     return models
 
@@ -109,6 +118,8 @@ def _dict(models, *, k: dict):
         (_no_models, "models"),
         (_unknown, "'weights' is none of models, base, stats, group, rng, name"),
         (_parameter_as_positional, "'density'.*keyword-only"),
+        (_models_with_a_default, "models = None: only base may have a default, None"),
+        (_base_with_another_default, "base = 0: only base may have a default, None"),
         (_no_annotation, "parameter k"),
         (_none_alone, "parameter k"),
         (_complex, "parameter k"),
@@ -245,6 +256,47 @@ def test_view_may_depend_on_the_number_of_dimensions():
     assert [renamed.view_for({"factor": 1.0}, ndim) for ndim in (1, 2, 3)] == ["rows", "rows", "tensor"]
 
 
+# --- A base that may be left out ---------------------------------------------------------------------------------------
+
+
+@method("from_somewhere", paper="none", models=(2, 2))
+def from_somewhere(models, group, base=None, *, half: float = 0.5):
+    """The mean, or the base and the mean of the task vectors' products with what they sum to."""
+    if base is None:
+        return half * total(models)
+    return base + half * total(group.sum(x) * (x - base) for x in models)
+
+
+def test_a_base_may_be_left_out():
+    assert from_somewhere.asks == ("models", "group", "base")
+    assert (from_somewhere.takes_base, from_somewhere.needs_base, from_somewhere.optional_base) == (True, False, True)
+    assert not toy.optional_base and not from_somewhere.check_models(2, False)
+    assert refmerge.call(from_somewhere, [[2.0, 0.0], [4.0, 2.0]]).tolist() == [3.0, 1.0]
+    assert refmerge.call(from_somewhere, [[2.0, 0.0], [4.0, 2.0]], [1.0, 1.0]).tolist() == [11.0, 3.0]
+    renamed = same_as(from_somewhere, "tool:somewhere", source="tool 1.0", a="half")
+    assert renamed.optional_base
+    assert refmerge.call(renamed, [[2.0, 0.0], [4.0, 2.0]], a=1.0).tolist() == [6.0, 2.0]
+
+
+def test_an_optional_base_is_read_where_it_is_given():
+    models = [{"x": np.arange(3000.0) + i} for i in range(2)]
+    for base, inputs in ((None, 2), ({"x": np.ones(3000)}, 3)):
+        plan = prepare(models, from_somewhere, base=base, threads=1)
+        plan.elements = 1024
+        plan.run()
+        assert plan.ran.bytes_read == plan.ran.passes * inputs * 3000 * 8
+        assert plan.ran.passes == (1 if base is None else 3)
+
+
+def test_an_optional_base_of_whole_models():
+    @method("whole", paper="none", view="model")
+    def whole(models, base=None):
+        return {n: models[0][n] - (0 if base is None else base[n]) for n in models[0]}
+
+    assert refmerge.call(whole, [[3.0]]).tolist() == [3.0]
+    assert refmerge.call(whole, [[3.0]], [1.0]).tolist() == [2.0]
+
+
 # --- same_as -----------------------------------------------------------------------------------------------------------
 
 
@@ -367,10 +419,10 @@ def test_a_broken_backend_is_named_and_the_others_listed(plugins, plugin_module)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tise", r"no method 'tise'; did you mean ties\? \(available: breadcrumbs, .*widen, wise_ft\)"),
-        ("qqqq", r"no method 'qqqq' \(available: breadcrumbs"),
-        ("mergekit:widen", "mergekit has mergekit:breadcrumbs, .*; widen exists as widen, official:widen"),
-        ("nobody:ties", "no entry of that tool exists; ties exists as ties, mergekit:ties, official:ties"),
+        ("tise", r"no method 'tise'; did you mean ties\? \(available: arcee_fusion, .*widen, wise_ft\)"),
+        ("qqqq", r"no method 'qqqq' \(available: arcee_fusion"),
+        ("mergekit:widen", "mergekit has mergekit:arcee_fusion, .*; widen exists as widen, official:widen"),
+        ("nobody:ties", "no entry of that tool exists; ties exists as ties, .*mergekit:ties, .*official:ties"),
         ("", "no method ''"),
     ],
 )

@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -535,6 +536,21 @@ def test_native_base_is_exactly_that():
 def test_duplicate_models():
     told = refusal("merge_method: linear\nmodels:\n- model: a\n- model: ./a/\nparameters: {weight: 1}", LINEAR)
     assert told == "<recipe>: line 4, column 3: model './a/' is listed twice"
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_base_that_may_be_left_out(native):
+    """It is a base where it is given, listed or not, and no model like the others."""
+    either = replace(fake("mergekit:nuslerp", WEIGHT, base=True, models=(2, 2)), optional_base=True)
+    head = ("refmerge: 1\n" if native else "") + "merge_method: nuslerp\n"
+    rest = "models: [{model: a}, {model: b}]\nparameters: {weight: 1}"
+    without = resolve(parse_recipe(head + rest), either)
+    assert (without.models, without.base, without.donor) == (("a", "b"), None, "a")
+    given = resolve(parse_recipe(f"{head}base_model: base\n{rest}"), either)
+    assert (given.models, given.base, given.donor, given.notes) == (("a", "b"), "base", "base", ())
+    if not native:
+        listed = resolve(parse_recipe(f"{head}base_model: base\n{rest.replace('[', '[{model: ./base}, ')}"), either)
+        assert (listed.models, listed.base) == (("a", "b"), "base")
 
 
 def test_missing_and_misplaced_parameters():

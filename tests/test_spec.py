@@ -89,7 +89,7 @@ def both(request):
 
 KEYS = {
     "name", "family", "paper", "source", "asks", "view", "over", "models", "ulps", "passes", "laws", "params", "example",
-    "flags", "confidence", "law_ulps", "cite",
+    "flags", "confidence", "law_ulps", "cite", "optional_base",
 }  # fmt: skip
 
 
@@ -97,11 +97,12 @@ def test_front_matter(both):
     page, method = both
     front = page.front
     assert front.keys() <= KEYS, front.keys() - KEYS
-    assert KEYS - front.keys() <= {"params", "flags", "confidence", "law_ulps"}, KEYS - front.keys()
+    assert KEYS - front.keys() <= {"params", "flags", "confidence", "law_ulps", "optional_base"}, KEYS - front.keys()
     assert front["name"] == method.name
     assert front["family"] == page.family
     assert front["paper"] == method.paper
     assert tuple(front["asks"]) == method.asks
+    assert front.get("optional_base", False) == method.optional_base
     assert front["over"] == (method.over if isinstance(method.over, str) else "function")
     assert (front["models"][0], None if front["models"][1] == "any" else front["models"][1]) == method.models
     assert isinstance(front["ulps"], int | float)
@@ -145,11 +146,14 @@ def test_view(both):
         assert page.front["view"] == method.view
         return
     switches = list(inspect.signature(method.view).parameters)
-    facts = {"ndim": (1, 2, 3, 4)}
-    values = itertools.product(
-        *(facts.get(k) or ((True, False) if method.params[k].type is bool else (None,)) for k in switches)
-    )
-    assert sorted(page.front["view"]) == sorted({method.view(**dict(zip(switches, v))) for v in values})
+
+    def values(key):
+        if key == "ndim":
+            return (1, 2, 3, 4)
+        return method.params[key].choices or ((True, False) if method.params[key].type is bool else (None,))
+
+    possible = itertools.product(*map(values, switches))
+    assert sorted(page.front["view"]) == sorted({method.view(**dict(zip(switches, v))) for v in possible})
 
 
 def test_parameters(both):

@@ -188,8 +188,8 @@ def _operand(x: Any, shape: tuple[int, ...]) -> Lazy | None:
     return None
 
 
-def _const(value: float) -> Lazy:
-    x = Lazy("const", (), (), FLOAT)
+def _const(value: float, shape: tuple[int, ...] = ()) -> Lazy:
+    x = Lazy("const", (), shape, FLOAT)
     with np.errstate(all="ignore"):
         x.value = np.float32(value)
     return x
@@ -268,9 +268,10 @@ class _Namespace:
 
     @staticmethod
     def full_like(x: Any, value: Any, *, dtype: Any = None) -> Any:
-        if isinstance(x, Lazy):
-            return np.full(x.shape, value, dtype=x.dtype if dtype is None else dtype)
-        return np.full_like(x, value, dtype=dtype)
+        if not isinstance(x, Lazy):
+            return np.full_like(x, value, dtype=dtype)
+        dtype = np.dtype(x.dtype if dtype is None else dtype)
+        return _const(value, x.shape) if dtype == FLOAT else np.full(x.shape, value, dtype=dtype)
 
     def ones_like(self, x: Any, *, dtype: Any = None) -> Any:
         return self.full_like(x, 1, dtype=dtype)
@@ -310,7 +311,10 @@ def run(x: Lazy, part: slice | None = None) -> np.ndarray:
                 done[id(node)] = values[0]
             else:
                 done[id(node)] = OPERATIONS[node.op](*values)
-    return done[id(x)].reshape(x.shape) if part is None else done[id(x)]
+    result = done[id(x)]
+    if np.ndim(result) == 0:  # of numbers alone
+        result = np.full(len(range(*(part or slice(None)).indices(x.size))), result)
+    return result.reshape(x.shape) if part is None else result
 
 
 def _decoded(x: Lazy, part: slice) -> np.ndarray:

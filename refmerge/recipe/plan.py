@@ -222,7 +222,7 @@ def _check_distinct(content: MergekitRecipe | NativeRecipe, problems: Problems) 
 def _native_models(content: NativeRecipe, method: Method, problems: Problems) -> Models:
     """The models as listed. A base that is not the one thing it is declared to be is a problem."""
     base = content.base_model
-    if base is not None and not method.needs_base:
+    if base is not None and not method.takes_base:
         problems.add(("base_model",), f"{method.name} takes no base_model")
     for i, entry in enumerate(content.models):
         if base is not None and _same(entry.model, base):
@@ -244,14 +244,14 @@ def _mergekit_models(content: MergekitRecipe, method: Method, checker: Checker) 
     for i, entry in enumerate(content.models):
         is_base = base is not None and _same(entry.model, base)
         listed |= is_base
-        if not (is_base and method.needs_base):
+        if not (is_base and method.takes_base):
             models.append((entry.model, i))
         elif checker.own_settings(i):
             notes.append(f"the parameters of {quote(base)} are not used: it is the base")
-    if base is not None and not method.needs_base and not listed:
+    if base is not None and not method.takes_base and not listed:
         models.append((base, None))
         notes.append(f"{method.name} takes no base: {quote(base)} is merged as the last model")
-    return models, base if method.needs_base else None, tuple(notes)
+    return models, base if method.takes_base else None, tuple(notes)
 
 
 def _as_written(data: Mapping[str, Any]) -> dict[str, Any]:

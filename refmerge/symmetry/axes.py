@@ -22,7 +22,7 @@ import numpy as np
 
 from refmerge.errors import UsageError
 
-__all__ = ["Block", "Entry", "Nested", "Slices", "index", "lengths", "names", "places_of"]
+__all__ = ["Block", "Entry", "Nested", "Slices", "index", "lengths", "names", "occurrences", "places_of"]
 
 Perms = Mapping[str, np.ndarray]
 
@@ -128,6 +128,24 @@ def places_of(entry: Entry, name: str, places: np.ndarray) -> np.ndarray | None:
             cuts = np.cumsum(_sizes(entry, len(places)))[:-1]
             return _joined([places_of(part, name, some) for part, some in zip(entry.parts, np.split(places, cuts))])
     return None
+
+
+def occurrences(entry: Entry, name: str, places: np.ndarray) -> Iterator[tuple[np.ndarray, Entry]]:
+    """Each occurrence of a permutation that no other owns: the places of each of its units, and what moves inside of each
+    block by itself, None where nothing does."""
+    match entry:
+        case str() if entry == name:
+            yield places[:, None], None
+        case Nested(outer, inner, k) if outer == name:
+            yield places.reshape(-1, k), inner
+        case Block(outer, k) if outer == name:
+            yield places.reshape(-1, k), None
+        case Block(_, k, inner):
+            for block in places.reshape(-1, k):
+                yield from occurrences(inner, name, block)
+        case Slices():
+            for part, some in zip(entry.parts, np.split(places, np.cumsum(_sizes(entry, len(places)))[:-1])):
+                yield from occurrences(part, name, some)
 
 
 def _joined(found: Sequence[np.ndarray | None]) -> np.ndarray | None:

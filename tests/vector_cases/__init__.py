@@ -8,7 +8,9 @@ CODE: entry -> where its code is, as `owner/name@commit function`.
 STEMS: how result files of this method are called, where that is not its name alone.
 TOOLS: whose results are taken, beside the authors' and mergekit's.
 FLAGS: id of a result -> the flags it shows.
+OPTIONS: id of a result -> options that it needs, such as {"arithmetic": "native"}.
 PAPER: id of a result -> how to ask for it under the plain name (see Paper).
+TOLERANCE: id of a result in 16 bits -> its tolerance, where the tool's rounding is more than an ulp of the largest value.
 EVIDENCE: ids of results of tools that have no entry, kept because they show a disagreement.
 several: function (id, arrays, header) -> Tests, of a result that is no merge of tensors into tensors: several outputs, say.
 accepts: function Test -> whether a result belongs to this method, where the file's name does not tell.
@@ -80,13 +82,15 @@ class Paper:
     """A result that the paper's semantics give as well: how to ask for it under the plain name.
 
     names: of the tensors that agree; all, if empty. base_first: the tool's base is the first model. entry: the plain name,
-    where it is not the tool's. drop_masks: recorded masks say what is dropped.
+    where it is not the tool's. drop_masks: recorded masks say what is dropped; keep_masks: they say what is kept, and bear
+    the tensor's own name.
     """
 
     params: dict[str, Any]
     names: tuple[str, ...] = ()
     base_first: bool = False
     drop_masks: bool = False
+    keep_masks: bool = False
     comment: str = ""
     entry: str = ""
 
@@ -123,7 +127,7 @@ class Hand:
                 given = [arrays(mask, "U8") for mask in masks]
                 if entry == "official:dare":
                     given = [{name: np.array(1 - x, np.float32) for name, x in one.items()} for one in given]
-                else:
+                elif entry != "fusion_bench:dare":
                     given = [{f"{name}.mask": x for name, x in one.items()} for one in given]
             if (refused := expect is REFUSED) or expect is OPEN:
                 expect = {}

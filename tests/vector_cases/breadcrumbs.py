@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper
+from vector_cases import OPEN, REFUSED, Hand, Paper
 
 CODE = {
+    "mergellm:breadcrumbs": "yule-BUAA/MergeLLM@9178ef9 "
+    "model_merging_methods/merging_methods.py:MergingMethod.breadcrumbs_merging",
+    "peft:magnitude_prune": "huggingface/peft@5d602fd src/peft/utils/merge_utils.py:magnitude_prune",
     "official:breadcrumbs": "rezazzr/breadcrumbs@f89fc66 src/task_vectors.py:TaskVectorMiddleKeep",
 }
+TOOLS = ("mergellm",)
 FLAGS = {
+    "breadcrumbs-MergeLLM-00": ["BreadcrumbsKeepsOneMore"],
     "breadcrumbs-official-00": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
     "breadcrumbs-official-03": ["BreadcrumbsPerRow", "BreadcrumbsScalars"],
     "breadcrumbs-official-06": ["BreadcrumbsPerRow", "BreadcrumbsTies"],
     "breadcrumbs-mergekit-04": ["BreadcrumbsGammaSlice", "BreadcrumbsDensityOne"],
     "breadcrumbs-mergekit-bf16-01": ["BreadcrumbsTies"],
 }
-EVIDENCE = {"breadcrumbs-MergeLLM-00"}
 PAPER = {
     "breadcrumbs-official-00": Paper(
         {"density": 0.2, "gamma": 0.1, "lambda_": 0.4}, names=("ln_w",), comment="a vector is its own single row"
@@ -45,6 +49,9 @@ def hand() -> Hand:
             "rescale": False,
             "lambda_": 1.0,
         }
+
+    def mergellm(density: float, small: float) -> dict[str, Any]:
+        return {"param_density": density, "param_value_mask_rate": small, "scaling_coefficient": 1.0}
 
     four = [1.0, -2.0, 3.0, -4.0]
     h.case(
@@ -76,6 +83,47 @@ def hand() -> Hand:
             "0.1.4 sliced to [.. : -0] and kept nothing",
         ),
         flags="BreadcrumbsGammaSlice",
+    )
+    ten = [float(k) for k in range(1, 11)]
+    h.case(
+        "keeps-one-more",
+        "tau = 1..10, of which three tenths are small, one tenth is large, and six stay",
+        [ten],
+        [0.0] * 10,
+        ("breadcrumbs", plain(0.6, 0.1), [0.0] * 3 + ten[3:9] + [0.0], "10 removed, six kept"),
+        ("mergellm:breadcrumbs", mergellm(0.6, 0.3), [0.0] * 2 + ten[2:9] + [0.0], "3rd smallest <= |tau| <= 9th smallest"),
+        flags="BreadcrumbsKeepsOneMore",
+    )
+    h.case(
+        "no-small-entry",
+        "tau = (1, -2, 3, -4)",
+        [four],
+        [0.0] * 4,
+        ("breadcrumbs", plain(0.75, 0.25), [1.0, -2.0, 3.0, 0.0], "-4 removed, the rest kept"),
+        ("mergellm:breadcrumbs", mergellm(0.75, 0.2), OPEN, "int(4 * 0.2) = 0: the 0th smallest does not exist"),
+        flags="BreadcrumbsNoSmallEntry",
+    )
+    h.case(
+        "small-entries-exceed-what-goes",
+        "of 10 entries int(10 (1 - 0.9)) = 0 go, and 8 of them are to be small: the defaults of its merging_models",
+        [ten],
+        [0.0] * 10,
+        ("mergellm:breadcrumbs", mergellm(0.9, 0.8), REFUSED, "an assertion fails"),
+    )
+    h.case(
+        "no-outlier",
+        "tau = (1, -2, 3, -4), half of it kept",
+        [four],
+        [0.0] * 4,
+        ("breadcrumbs", plain(0.5, 0.0), [0.0, 0.0, 3.0, -4.0], "nothing removed"),
+        ("peft:magnitude_prune", {"weights": [1.0], "density": 0.5}, [0.0, 0.0, 3.0, -4.0], "prunes, then adds"),
+    )
+    h.case(
+        "prune-weights",
+        "tau = (4, 1) and (1, -2), half of each kept: (4, 0), (0, -2); weights 1/2 and 3",
+        [[4.0, 1.0], [1.0, -2.0]],
+        [0.0, 0.0],
+        ("peft:magnitude_prune", {"weights": [0.5, 3.0], "density": 0.5}, [2.0, -6.0], ""),
     )
     h.case(
         "window-past-the-end",
@@ -132,6 +180,7 @@ def hand() -> Hand:
         [[2.0, -2.0, 2.0, 2.0]],
         [0.0] * 4,
         ("breadcrumbs", plain(0.5, 0.25), [0.0, -2.0, 2.0, 0.0], ""),
+        ("mergellm:breadcrumbs", mergellm(0.5, 0.25), [2.0, -2.0, 2.0, 2.0], "2 <= |tau| <= 2: all"),
         flags="BreadcrumbsTies",
     )
     h.case(

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vector_cases import REFUSED, Hand, Paper, Test
 
 CODE = {
+    "fusion_bench:dare": "tanganke/fusion_bench@54c9e8c fusion_bench/method/dare/",
+    "peft:dare_linear": "huggingface/peft@5d602fd src/peft/utils/merge_utils.py:dare_linear",
+    "sd_mecha:dare_linear": "ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/ties.py:dropout",
     "official:dare": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.mask_merging",
 }
 STEMS = ("dare_linear", "dare")
+TOOLS = ("fusion_bench",)
 FLAGS = {
+    "dare-fusion_bench-00": ["DareDropMaskPolarity"],
+    "dare-fusion_bench-03": ["DareDropMaskPolarity"],
     "dare-MergeLM-00": ["DareDropMaskPolarity"],
     "dare-MergeLM-03": ["DareDropMaskPolarity", "DareRescaleOff"],
     "dare_linear-mergekit-01": ["DareRescaleL1"],
     "dare_linear-mergekit-04": ["DareRescaleL1", "DareDensityZero"],
     "dare_linear-mergekit-bf16-01": ["DareRescaleL1"],
 }
-EVIDENCE = {"dare-fusion_bench-00"}
 PAPER = {
+    "dare-fusion_bench-00": Paper(
+        {"density": 0.5, "lambda_": 0.3}, keep_masks=True, entry="dare_linear", comment="keep masks; a rate of what goes"
+    ),
     "dare-MergeLM-00": Paper(
         {"density": [0.5, 0.3, 0.1], "weight": [1 / 3] * 3},
         drop_masks=True,
@@ -35,8 +44,12 @@ PAPER = {
 
 
 def accepts(test: Test) -> bool:
-    """MergeLM drops, then hands over to another merge: its results belong to the method that does the same."""
-    return not test.id.startswith("dare-") or test.params.get("mask_apply_method") != "ties_merging"
+    """Tools that drop, then hand over to another merge: their results belong to the method that does the same."""
+    return not test.id.startswith("dare-") or not with_ties(test)
+
+
+def with_ties(test: Test) -> bool:
+    return test.params.get("mask_apply_method") == "ties_merging" or "threshold" in test.params
 
 
 def official_dare(rates: list[float], rescale: bool = True) -> dict[str, Any]:
@@ -48,6 +61,14 @@ def official_dare(rates: list[float], rescale: bool = True) -> dict[str, Any]:
 
 def mergekit_dare(density: Any, weight: list[float], rescale: bool = True) -> dict[str, Any]:
     return {"weight": weight, "density": density, "normalize": False, "rescale": rescale, "lambda_": 1.0}
+
+
+def fusion_bench_dare(ratio: float, **more: Any) -> dict[str, Any]:
+    return {"scaling_factor": 1.0, "sparsity_ratio": ratio, "only_on_linear_weights": False, "rescale": True} | more
+
+
+def peft_dare(density: float, weights: list[float]) -> dict[str, Any]:
+    return {"weights": weights, "density": density}
 
 
 def hand() -> Hand:
@@ -68,6 +89,8 @@ def hand() -> Hand:
             [9.0, -1.0, 0.0, 0.0],
             "times |tau|_1 before over after, 8/2 and 2/2: (8, 0, 0, 0) + (1, -1, 0, 0)",
         ),
+        ("fusion_bench:dare", fusion_bench_dare(0.5), [6.0, -2.0, 0.0, 0.0], "the same, with a rate of what goes"),
+        ("peft:dare_linear", peft_dare(0.5, [1.0, 1.0]), [6.0, -2.0, 0.0, 0.0], "the same"),
         flags="DareRescaleL1 DareDropMaskPolarity",
         masks=keep,
     )
@@ -79,8 +102,53 @@ def hand() -> Hand:
         ("dare_linear", {"density": 0.5, "rescale": False}, [3.0, -1.0, 0.0, 0.0], "(2, 0, 0, 0) + (1, -1, 0, 0)"),
         ("official:dare", official_dare([0.5, 0.5], False), [3.0, -1.0, 0.0, 0.0], "the command line's default"),
         ("mergekit:dare_linear", mergekit_dare(0.5, [1.0, 1.0], False), [3.0, -1.0, 0.0, 0.0], ""),
+        ("fusion_bench:dare", fusion_bench_dare(0.5, rescale=False), [3.0, -1.0, 0.0, 0.0], ""),
         flags="DareRescaleOff",
         masks=keep,
+    )
+    h.case(
+        "overlap",
+        text,
+        taus,
+        [0.0] * 4,
+        ("dare_linear", {"density": 0.5}, [6.0, -2.0, 0.0, 0.0], "two models kept the first entry: 4 + 2"),
+        (
+            "sd_mecha:dare_linear",
+            {"probability": 0.5, "alpha": 1.0},
+            [3.0, -2.0, 0.0, 0.0],
+            "(2 + 1) / 2 / (1/2), and -1 / 1 / (1/2): the mean of those that kept it",
+        ),
+        flags="DareOverlapMean",
+        masks=keep,
+    )
+    h.case(
+        "average",
+        "tau = (2, 4) and (6, 8), keeping the first of each with 1/2: (4, 0) and (12, 0), times 1/2",
+        [[2.0, 4.0], [6.0, 8.0]],
+        [0.0, 0.0],
+        ("dare_linear", {"density": 0.5, "lambda_": 0.5}, [8.0, 0.0], ""),
+        ("fusion_bench:dare", {"sparsity_ratio": 0.5, "only_on_linear_weights": False}, [8.0, 0.0], "DareSimpleAverage"),
+        masks=[[1, 0], [1, 0]],
+    )
+    h.case(
+        "linear-weights",
+        "tau = 2 in two matrices, 3 in a vector, keeping the first entries with 1/2",
+        [{"fc.weight": [[2.0, 2.0]], "emb.weight": [[2.0, 2.0]], "fc.bias": [3.0]}],
+        {"fc.weight": [[0.0, 0.0]], "emb.weight": [[0.0, 0.0]], "fc.bias": [0.0]},
+        (
+            "dare_linear",
+            {"density": 0.5},
+            {"fc.weight": [[4.0, 0.0]], "emb.weight": [[4.0, 0.0]], "fc.bias": [6.0]},
+            "all are thinned",
+        ),
+        (
+            "fusion_bench:dare",
+            fusion_bench_dare(0.5, only_on_linear_weights=True),
+            {"fc.weight": [[4.0, 0.0]], "emb.weight": [[2.0, 2.0]], "fc.bias": [3.0]},
+            "on request only weights of linear layers are",
+        ),
+        flags="DareLinearWeightsOnly",
+        masks=[{"fc.weight": [[1, 0]], "emb.weight": [[1, 0]], "fc.bias": [1]}],
     )
     h.case(
         "weights",
@@ -100,6 +168,9 @@ def hand() -> Hand:
         ("dare_linear", {"density": 0.0}, [1.0, 2.0], "the base, and nothing is divided by 0"),
         ("official:dare", official_dare([1.0, 1.0]), [1.0, 2.0], "rate 1 skips the division"),
         ("mergekit:dare_linear", mergekit_dare(0.0, [1.0, 1.0]), [1.0, 2.0], "the rescaling is skipped"),
+        ("fusion_bench:dare", fusion_bench_dare(1.0), [math.nan, math.nan], "0 / 0"),
+        ("peft:dare_linear", peft_dare(0.0, [1.0, 1.0]), [math.nan, math.nan], "0 / 0"),
+        ("sd_mecha:dare_linear", {"probability": 1.0}, [1.0, 2.0], "nothing is divided"),
         flags="DareDensityZero",
         masks=[[0, 0], [0, 0]],
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from vector_cases import REFUSED, Hand, Test
-from vector_cases.dare_linear import mergekit_dare
+from vector_cases.dare_linear import fusion_bench_dare, mergekit_dare, peft_dare, with_ties
 
 CODE = {
+    "fusion_bench:dare": "tanganke/fusion_bench@54c9e8c fusion_bench/method/dare/ties_merging.py:DareTiesMerging.run",
+    "peft:dare_ties": "huggingface/peft@5d602fd src/peft/utils/merge_utils.py:dare_ties",
     "official:dare": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.mask_merging",
 }
 STEMS = ("dare_ties", "dare")
+TOOLS = ("fusion_bench",)
 FLAGS = {
     "dare_ties-mergekit-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
     "dare_ties-mergekit-04": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
@@ -17,8 +22,8 @@ FLAGS = {
 
 
 def accepts(test: Test) -> bool:
-    """MergeLM drops, then hands over to another merge: its results belong to the method that does the same."""
-    return not test.id.startswith("dare-") or test.params.get("mask_apply_method") == "ties_merging"
+    """Tools that drop, then hand over to another merge: their results belong to the method that does the same."""
+    return not test.id.startswith("dare-") or with_ties(test)
 
 
 def hand() -> Hand:
@@ -30,6 +35,8 @@ def hand() -> Hand:
         [0.0] * 4,
         ("dare_ties", {"density": 0.5, "trim": 1.0}, [4.0, 0.0, 0.0, 0.0], "times 2"),
         ("mergekit:dare_ties", mergekit_dare(0.5, [1.0]), [8.0, 0.0, 0.0, 0.0], "times |tau|_1 before over after, 8/2"),
+        ("fusion_bench:dare", fusion_bench_dare(0.5, threshold=50.0), [4.0, 0.0, 0.0, 0.0], "times 2; the threshold is 0"),
+        ("peft:dare_ties", peft_dare(0.5, [1.0]), [4.0, 0.0, 0.0, 0.0], "times 2"),
         flags="DareRescaleL1",
         masks=[[1, 0, 0, 0]],
     )
@@ -40,6 +47,8 @@ def hand() -> Hand:
         [0.0, 0.0],
         ("dare_ties", {"density": 1.0, "trim": 1.0}, [3.0, -2.0], "the mean of the agreeing"),
         ("mergekit:dare_ties", mergekit_dare(1.0, [1.0, 1.0]), [6.0, -4.0], "not normalised by default: the sum"),
+        ("fusion_bench:dare", fusion_bench_dare(0.0, threshold=50.0), [6.0, -4.0], "the sum by default"),
+        ("peft:dare_ties", peft_dare(1.0, [1.0, 1.0]), [3.0, -2.0], "the mean"),
         flags="DareTiesSumNotMean",
     )
     h.case(
@@ -59,6 +68,13 @@ def hand() -> Hand:
             [1.0, 2.0, 3.0, 4.0],
             "only signs are elected, nothing is trimmed",
         ),
+        (
+            "fusion_bench:dare",
+            fusion_bench_dare(0.0, threshold=50.0, merge_func="mean"),
+            [0.0, 2.0, 3.0, 4.0],
+            "|tau| >= the 2nd smallest",
+        ),
+        ("peft:dare_ties", peft_dare(1.0, [1.0]), [1.0, 2.0, 3.0, 4.0], "nothing is trimmed"),
         flags="DareTiesTrims",
     )
     h.case(
@@ -91,6 +107,21 @@ def hand() -> Hand:
         flags="DareTiesZeroSumSign",
     )
     h.case(
+        "zero-sum-majority",
+        "tau = (3, 1), (-3, 1): the first sum is zero, the majority of the signs is +",
+        [[3.0, 1.0], [-3.0, 1.0]],
+        [0.0, 0.0],
+        ("dare_ties", {"density": 1.0, "trim": 1.0}, [0.0, 1.0], "nothing is added where the sum is zero"),
+        (
+            "fusion_bench:dare",
+            fusion_bench_dare(0.0, threshold=50.0, merge_func="mean"),
+            [3.0, 1.0],
+            "the majority sign is taken",
+        ),
+        ("peft:dare_ties", peft_dare(1.0, [1.0, 1.0]), [3.0, 1.0], "a sum of zero elects +"),
+        flags="DareTiesZeroSumSign",
+    )
+    h.case(
         "election",
         "base 1; tau = (4, -2) keeping both, (-6, -8) keeping the second, probability 1/2: (8, -4), (0, -16); "
         "signs + -; 1 + 8/2, 1 - 10/2",
@@ -106,6 +137,8 @@ def hand() -> Hand:
         [1.0, 2.0],
         ("dare_ties", {"density": 0.0}, [1.0, 2.0], "the base"),
         ("mergekit:dare_ties", mergekit_dare(0.0, [1.0]), [1.0, 2.0], "the base"),
+        ("fusion_bench:dare", fusion_bench_dare(1.0, threshold=50.0), [math.nan, math.nan], "0 / 0"),
+        ("peft:dare_ties", peft_dare(0.0, [1.0]), [math.nan, math.nan], "0 / 0"),
         flags="DareDensityZero",
         masks=[[0, 0]],
     )

@@ -7,16 +7,21 @@ import math
 from vector_cases import REFUSED, Hand, Paper, i64
 
 CODE = {
+    "fusion_bench:linear": "tanganke/fusion_bench@54c9e8c fusion_bench/method/simple_average.py and weighted_average",
+    "mergelm:linear": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.average_merging",
     "mergekit:linear": "mergekit 0.1.5 mergekit/merge_methods/linear.py:linear_merge",
     "official:uniform_soup": "mlfoundations/model-soups@d5398f1 main.py",
 }
-STEMS = ("linear", "uniform_soup")
+STEMS = ("linear", "simple_average", "uniform_soup", "weighted_average")
+TOOLS = ("fusion_bench",)
 FLAGS = {
     "linear-mergekit-04": ["LinearZeroWeightSum"],
+    "weighted_average-fusion_bench-00": ["LinearNormalizes"],
 }
 PAPER = {
     "uniform_soup-official-00": Paper({}, entry="linear", comment="the uniform soup is linear with equal weights"),
     "linear-mergekit-01": Paper({"weight": [0.6, 0.4], "normalize": True}),
+    "weighted_average-fusion_bench-00": Paper({"weight": [0.5, 1.0, 2.5]}),
 }
 
 
@@ -29,6 +34,8 @@ def hand() -> Hand:
         None,
         ("linear", {}, [6, 0], "weights are 1 by default"),
         ("official:uniform_soup", {}, [6, 0], ""),
+        ("fusion_bench:linear", {}, [6, 0], ""),
+        ("mergelm:linear", {}, [6, 0], ""),
     )
     h.case(
         "normalizes",
@@ -37,6 +44,7 @@ def hand() -> Hand:
         None,
         ("linear", {"weight": [1.0, 3.0]}, [7.0], "normalised: 4/4 + 3*8/4 = 7"),
         ("mergekit:linear", {"weight": [1.0, 3.0], "normalize": True}, [7.0], "(4 + 24) / 4 = 7"),
+        ("fusion_bench:linear", {"weights": [1.0, 3.0], "normalize": True}, [7.0], "4/4 + 3*8/4 = 7"),
         flags="LinearNormalizes",
     )
     h.case(
@@ -46,6 +54,7 @@ def hand() -> Hand:
         None,
         ("linear", {"weight": [1.0, 3.0], "normalize": False}, [28.0], "4 + 3*8 = 28"),
         ("mergekit:linear", {"weight": [1.0, 3.0], "normalize": False}, [28.0], "4 + 24 = 28"),
+        ("fusion_bench:linear", {"weights": [1.0, 3.0], "normalize": False}, [28.0], "4 + 24 = 28"),
         flags="LinearNormalizes",
     )
     h.case(
@@ -62,6 +71,7 @@ def hand() -> Hand:
         None,
         ("linear", {"weight": [1.0, -1.0]}, REFUSED, "there is no normalised mean, and none is invented"),
         ("mergekit:linear", {"weight": [1.0, -1.0], "normalize": True}, [-math.inf, math.nan], "-4/0 and 0/0"),
+        ("fusion_bench:linear", {"weights": [1.0, -1.0]}, [math.nan, math.nan], "weights of inf and -inf: inf - inf"),
         flags="LinearZeroWeightSum",
     )
     h.case(
@@ -80,7 +90,25 @@ def hand() -> Hand:
         ("linear", {}, [2.0**127], "coefficients first: 2^126 + 2^126 = 2^127"),
         ("mergekit:linear", {"weight": [1.0, 1.0], "normalize": True}, [math.inf], "sum first: 2^128 is infinite"),
         ("official:uniform_soup", {}, [2.0**127], "each model is scaled by 1/N first"),
+        ("fusion_bench:linear", {}, [math.inf], "simple_average: sum first"),
+        ("mergelm:linear", {}, [math.inf], "the mean of a stack: sum first"),
         flags="LinearOverflowingSum",
+    )
+    h.case(
+        "overflowing-weighted-sum",
+        "two models of 2^127 with equal weights",
+        [[2.0**127], [2.0**127]],
+        None,
+        ("linear", {"weight": [1.0, 1.0]}, [2.0**127], "each model is scaled first"),
+        ("fusion_bench:linear", {"weights": [1.0, 1.0]}, [2.0**127], "weighted_average too"),
+        flags="LinearOverflowingSum",
+    )
+    h.case(
+        "some-weights",
+        "a weight for one model of two",
+        [[1.0], [3.0]],
+        None,
+        ("fusion_bench:linear", {"weights": [1.0, None]}, REFUSED, "all or none"),
     )
     h.case(
         "rounds-once",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vector_cases import OPEN, REFUSED, Hand, Paper
 
 CODE = {
+    "fusion_bench:model_stock": "tanganke/fusion_bench@54c9e8c "
+    "fusion_bench/method/model_stock/model_stock.py:ModelStock.run",
+    "mergellm:model_stock": "yule-BUAA/MergeLLM@9178ef9 "
+    "model_merging_methods/merging_methods.py:MergingMethod.stock_merging",
+    "sd_mecha:model_stock": "ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/ties.py:model_stock",
     "mergekit:model_stock": "mergekit 0.1.5 mergekit/merge_methods/model_stock.py:model_stock_merge_method",
 }
+TOOLS = ("fusion_bench", "mergellm")
 FLAGS = {
+    "model_stock-MergeLLM-00": ["StockMeanOfCosines"],
     "model_stock-mergekit-04": ["StockNormClamp", "StockSingular", "StockNegativeRatio"],
     "model_stock-mergekit-taskvec-03": ["StockMeanOfCosines"],
 }
-EVIDENCE = {"model_stock-fusion_bench-taskvec-00", "model_stock-fusion_bench-taskvec-03"}
 STOCK = Paper({}, comment="two models: one angle, and its cosine is every tool's")
 PAPER = {
     "model_stock-mergekit-01": STOCK,
@@ -32,9 +39,43 @@ def hand() -> Hand:
         options = {"filter_wise": False} | params
         return [("model_stock", params, plain, why[0]), ("mergekit:model_stock", options, mergekit, why[1])]
 
+    def tools(
+        id: str,
+        comment: str,
+        models: list[Any],
+        base: Any,
+        flags: str,
+        *,
+        fusion_bench: Any = None,
+        mergellm: Any = None,
+        sd_mecha: Any = None,
+        why: dict[str, str] | None = None,
+    ) -> None:
+        """What other tools make of it, which find angles or all of it in float32."""
+        for tool, expect in (("fusion_bench", fusion_bench), ("mergellm", mergellm), ("sd_mecha", sd_mecha)):
+            if expect is not None:
+                answer = (f"{tool}:model_stock", {}, expect, (why or {}).get(tool, ""))
+                h.case(id, comment, models, base, answer, flags=flags, tolerance=1e-6)
+
+    three = "base (1, 1); deltas (3, 0), (0, 3), (3, 0) of mean (2, 1), at 90, 0 and 90 degrees"
+    tools(
+        "angles",
+        three,
+        [[4, 1], [1, 4], [4, 1]],
+        [1, 1],
+        "StockMeanOfCosines",
+        fusion_bench=[2.5, 1.75],
+        mergellm=[2.2, 1.6],
+        sd_mecha=[1, 1],
+        why={
+            "fusion_bench": "mean angle 60: t = 3/4",
+            "mergellm": "mean cosine 1/3: t = 3/5",
+            "sd_mecha": "neighbours in the list are at 90 degrees: t = 0",
+        },
+    )
     h.case(
         "angles",
-        "base (1, 1); deltas (3, 0), (0, 3), (3, 0) of mean (2, 1), at 90, 0 and 90 degrees",
+        three,
         [[4, 1], [1, 4], [4, 1]],
         [1, 1],
         *both(
@@ -91,6 +132,22 @@ def hand() -> Hand:
         dtype="F64",
         tolerance=1e-13,
     )
+    added = 2 * (2.0**-24 / (2.0**-24 + 1e-8))
+    tools(
+        "small-norms",
+        "two equal deltas (2^-12, 0); their norms' product is 2^-24 = 6e-8",
+        [[small, 0], [small, 0]],
+        [0, 0],
+        "StockNormClamp",
+        fusion_bench=[added / (1 + added / 2 + 1e-8) * small, 0],
+        mergellm=[clamped * small, 0],
+        sd_mecha=[small, 0],
+        why={
+            "fusion_bench": "1e-8 is added: cos = 0.856, t = 0.923",
+            "mergellm": "the product is raised to 1e-6: t = 0.1125",
+            "sd_mecha": "norms are raised to 1e-6, and are larger: the model",
+        },
+    )
     h.case(
         "filter-wise",
         "deltas (2, 0; 2, 0), (2, 0; 0, 2): the first rows are equal, t = 1, the second ones orthogonal, t = 0",
@@ -100,6 +157,21 @@ def hand() -> Hand:
         flags="StockFilterWise",
         dtype="F64",
         tolerance=1e-14,
+    )
+    tools(
+        "filter-wise",
+        "deltas (2, 0; 2, 0), (2, 0; 0, 2): the first rows are equal, the second ones orthogonal",
+        [[[2, 0], [2, 0]], [[2, 0], [0, 2]]],
+        [[0, 0], [0, 0]],
+        "StockFilterWise",
+        fusion_bench=[[4 / 3, 0], [2 / 3, 2 / 3]],
+        mergellm=[[4 / 3, 0], [2 / 3, 2 / 3]],
+        sd_mecha=[[2, 0], [0, 0]],
+        why={
+            "fusion_bench": "one cosine for the tensor, 1/2: t = 2/3",
+            "mergellm": "one cosine for the tensor, 1/2: t = 2/3",
+            "sd_mecha": "by rows: t = 1 and t = 0",
+        },
     )
     h.case(
         "whole-tensor",
@@ -140,6 +212,42 @@ def hand() -> Hand:
         ("mergekit:model_stock", {"filter_wise": False}, [0, 0], "t = 0 where the denominator is below 1e-6"),
         flags="StockSingular",
         dtype="F64",
+    )
+    tools(
+        "one-at-base",
+        "a delta of zero has no angle",
+        [[1, 2], [4, 6]],
+        [1, 2],
+        "StockZeroDelta",
+        fusion_bench=[1, 2],
+        mergellm=[1, 2],
+        sd_mecha=[1, 2],
+        why={"fusion_bench": "0 / 1e-8: cos = 0", "mergellm": "0 / 1e-6: cos = 0", "sd_mecha": "0 / 1e-6: cos = 0"},
+    )
+    tools(
+        "singular",
+        opposite,
+        [[2, 0], [-1, 0]],
+        [0, 0],
+        "StockSingular",
+        fusion_bench=[-1e8, 0],
+        mergellm=[math.nan, math.nan],
+        sd_mecha=[-(2.0**128 - 2.0**104), 0],
+        why={
+            "fusion_bench": "t = -2 / 1e-8 of the mean (1/2, 0)",
+            "mergellm": "t = -inf, and -inf 0 + inf 0 is NaN",
+            "sd_mecha": "t = -inf; infinities become the largest number, NaN 0",
+        },
+    )
+    h.case(
+        "ignored-keys",
+        "deltas (2, 0) and (0, 2) at a right angle",
+        [[3.0, 1.0], [1.0, 3.0]],
+        [1.0, 1.0],
+        ("model_stock", {}, [1.0, 1.0], "t = 0: the base"),
+        ("fusion_bench:model_stock", {"ignore_keys": ["x"]}, [2.0, 2.0], "x is averaged, whatever its angle"),
+        flags="StockIgnoredKeys",
+        tolerance=1e-6,
     )
     h.case("one-model", "one model has no angle", [[1.0]], [0.0], ("model_stock", {}, REFUSED, ""))
     h.case("no-base", "the angle is seen from the base", [[1.0], [2.0]], None, ("model_stock", {}, REFUSED, ""))

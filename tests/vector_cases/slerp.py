@@ -8,13 +8,17 @@ from typing import Any
 from vector_cases import REFUSED, Hand, Paper, Test
 
 CODE = {
+    "fusion_bench:slerp": "tanganke/fusion_bench@54c9e8c fusion_bench/method/slerp/slerp_utils.py:slerp",
+    "mergellm:slerp": "yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.slerp_merging",
+    "sd_mecha:slerp": "ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/linear.py:slerp",
     "mergekit:slerp": "mergekit 0.1.5 mergekit/merge_methods/slerp.py:slerp_merge_method",
 }
+TOOLS = ("fusion_bench", "mergellm")
 FLAGS = {
     "slerp-fusion_bench-03": ["SlerpThreshold"],
 }
-EVIDENCE = {"slerp-fusion_bench-00", "slerp-fusion_bench-03"}
 PAPER = {
+    "slerp-MergeLLM-00": Paper({"t": 0.3}, comment="no tensor is near the threshold"),
     "slerp-mergekit-01": Paper({"t": 0.35}, base_first=True, comment="mergekit's base is the first model"),
     "slerp-mergekit-04": Paper({"t": 0.0}, base_first=True, comment="mergekit's base is the first model"),
 }
@@ -30,6 +34,10 @@ def hand() -> Hand:
 
     def both(t: float, expect: Any, why: str = "") -> tuple[str, dict[str, Any], Any, str]:
         return ("slerp", {"t": t}, expect, why)
+
+    def also(t: float, expect: Any, why: str = "") -> list[tuple[str, dict[str, Any], Any, str]]:
+        """Tools that do as mergekit does, with two models and no base."""
+        return [("fusion_bench:slerp", {"t": t}, expect, why), ("mergellm:slerp", {"slerp_t": t}, expect, why)]
 
     h.case(
         "right-angle",
@@ -73,6 +81,7 @@ def hand() -> Hand:
         [[1.0, 0.0], [0.0, 3.0]],
         None,
         both(0.5, [half, 3 * half], "the coefficients act on the vectors as they are, so norms blend too"),
+        *also(0.5, [half, 3 * half]),
         flags="SlerpNormsInterpolated",
         dtype="F64",
         tolerance=1e-14,
@@ -95,6 +104,7 @@ def hand() -> Hand:
         [[64.0, 0.0], [64.0, 1.0]],
         None,
         both(0.5, [128 * near, near], "an arc: (a + b) / (2 cos(w/2))"),
+        *also(0.5, [64.0, 0.5], "a straight line"),
         flags="SlerpThreshold",
         dtype="F64",
         tolerance=1e-12,
@@ -121,6 +131,7 @@ def hand() -> Hand:
             [0.0, far],
             "an arc half way round, of norm 64: (a + b) / (2 cos(w/2)) with cos(w/2) = sin(atan(1/64)/2)",
         ),
+        *also(0.5, [0.0, 0.5], "a straight line"),
         flags="SlerpThreshold SlerpAntiparallel",
         dtype="F64",
         tolerance=1e-10,
@@ -142,6 +153,7 @@ def hand() -> Hand:
         [[1.0, 2.0], [-1.0, -2.0]],
         None,
         both(0.25, [0.5, 1.0]),
+        *also(0.25, [0.5, 1.0]),
         flags="SlerpAntiparallel",
         dtype="F64",
         tolerance=1e-14,
@@ -166,6 +178,16 @@ def hand() -> Hand:
         flags="SlerpZeroOperand",
         dtype="F64",
     )
+    h.case(
+        "zero-operand",
+        "a = 0",
+        [[0.0, 0.0], [2.0, 4.0]],
+        None,
+        *also(0.5, [2 * half, 4 * half], "its cosine is taken as 0, so sin(45) b"),
+        flags="SlerpZeroOperand",
+        dtype="F64",
+        tolerance=1e-14,
+    )
     h.tests.append(
         mergekit_slerp(
             "zero-operand",
@@ -177,6 +199,48 @@ def hand() -> Hand:
             "a = 0: its cosine is taken as 0, so sin(45) b",
         )
     )
+    length = (64 + math.hypot(64, 1)) / 2
+    for id, a, b, t, expect, flags, comment in (
+        (
+            "unequal-norms",
+            [1.0, 0.0],
+            [0.0, 3.0],
+            0.5,
+            [2 * half, 2 * half],
+            "SlerpNormsInterpolated",
+            "w = 90 degrees: half way between the unit vectors, times the mean of 1 and 3",
+        ),
+        (
+            "threshold",
+            [64.0, 0.0],
+            [64.0, 1.0],
+            0.5,
+            [length * math.cos(omega / 2), length * math.sin(omega / 2)],
+            "SlerpThreshold",
+            "tan w = 1/64: half way between the unit vectors, times the mean of 64 and sqrt(4097)",
+        ),
+        (
+            "nearly-opposite",
+            [64.0, 0.0],
+            [-64.0, 1.0],
+            0.5,
+            [length * math.sin(omega / 2), length * math.cos(omega / 2)],
+            "SlerpThreshold SlerpAntiparallel",
+            "w = 180 degrees less atan(1/64): half way round, times the mean of 64 and sqrt(4097)",
+        ),
+        (
+            "opposite",
+            [1.0, 2.0],
+            [-1.0, -2.0],
+            0.25,
+            [half, 2 * half],
+            "SlerpAntiparallel",
+            "b = -a: (sin 135 - sin 45) / sin 180 of a is computed where its limit is cos 45",
+        ),
+        ("zero-operand", [0.0, 0.0], [2.0, 4.0], 0.5, [1.0, 2.0], "SlerpZeroOperand", "a = 0: NaN, and so the line"),
+    ):
+        answer = ("sd_mecha:slerp", {"alpha": t}, expect, "")
+        h.case(id, comment, [a, b], None, answer, flags=flags, tolerance=1e-3 if "opposite" in id else 1e-5)
     h.case("both-zero", "the line between 0 and 0", [[0.0, 0.0], [0.0, 0.0]], None, both(0.5, [0.0, 0.0]))
     h.case(
         "identical",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from vector_cases import REFUSED, Hand, Paper, i64
+from vector_cases import OPEN, REFUSED, Hand, Paper, i64
 
 CODE = {
+    "fusion_bench:task_arithmetic": "tanganke/fusion_bench@54c9e8c fusion_bench/method/task_arithmetic/task_arithmetic.py",
+    "mergelm:task_arithmetic": "yule-BUAA/MergeLM@6d49ad9 "
+    "model_merging_methods/merging_methods.py:MergingMethod.task_arithmetic",
     "official:task_arithmetic": "mlfoundations/task_vectors@826a64c src/task_vectors.py:TaskVector",
 }
+TOOLS = ("fusion_bench",)
 FLAGS = {
     "task_arithmetic-mergekit-04": ["TaskArithmeticNormalize", "TaskArithmeticZeroWeightSum"],
     "task_arithmetic-task_vectors-00": ["TaskArithmeticIntegerBuffers"],
@@ -15,6 +19,7 @@ PAPER = {
     "task_arithmetic-task_vectors-00": Paper({"lambda_": 0.8}),
     "task_arithmetic-task_vectors-03": Paper({"weight": [-1.0, 1.0, 1.0]}, comment="analogy: C + (B - A)"),
     "task_arithmetic-mergekit-01": Paper({"weight": [0.6, 0.4]}),
+    "task_arithmetic-fusion_bench-00": Paper({"lambda_": 0.3}),
 }
 
 
@@ -29,6 +34,8 @@ def hand() -> Hand:
         ("task_arithmetic", {"lambda_": 0.5}, [4, 1], "one coefficient for the sum, not for the mean"),
         ("official:task_arithmetic", add, [4, 1], ""),
         ("mergekit:task_arithmetic", {"weight": [1.0, 1.0], "normalize": False, "lambda_": 0.5}, [4, 1], ""),
+        ("fusion_bench:task_arithmetic", {"scaling_factor": 0.5}, [4, 1], ""),
+        ("mergelm:task_arithmetic", {"scaling_coefficient": 0.5}, [4, 1], ""),
     )
     h.case(
         "negate",
@@ -63,6 +70,15 @@ def hand() -> Hand:
         ("task_arithmetic", {"weight": [1.0, -1.0]}, [-4.0], "4 - 8: nothing is divided"),
         ("mergekit:task_arithmetic", {"weight": [1.0, -1.0], "normalize": True}, [-4.0], "a divisor of 0 becomes 1"),
         flags="TaskArithmeticZeroWeightSum",
+    )
+    h.case(
+        "one-model",
+        "tau = (2, -4); 1 + 2/2 = 2, 1 - 4/2 = -1",
+        [[3, -3]],
+        [1, 1],
+        ("task_arithmetic", {"lambda_": 0.5}, [2, -1], "a sum of one"),
+        ("mergelm:task_arithmetic", {"scaling_coefficient": 0.5}, OPEN, "its sum begins with the second of the models"),
+        flags="TaskArithmeticOneModel",
     )
     h.case(
         "lambda-zero",

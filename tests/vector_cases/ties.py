@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper, i64
+from vector_cases import OPEN, REFUSED, Hand, Paper, i64
 
 CODE = {
+    "fusion_bench:ties": "tanganke/fusion_bench@54c9e8c fusion_bench/method/ties_merging/ties_merging_utils.py:ties_merging",
+    "mergelm:ties": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.ties_merging",
+    "mergellm:ties": "yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.ties_merging",
+    "peft:ties": "huggingface/peft@5d602fd src/peft/utils/merge_utils.py:ties",
+    "sd_mecha:ties": "ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/ties.py:ties_sum",
     "official:ties": "prateeky2806/ties-merging@44e7891 src/utils/merge_utils.py:merge_methods",
 }
+TOOLS = ("fusion_bench", "mergelm", "mergellm")
 FLAGS = {
     "ties-official-00": ["TiesKeepsOneMore"],
     "ties-official-09": ["TiesThresholdTies", "TiesZeroSumSign"],
@@ -16,10 +22,10 @@ FLAGS = {
     "ties-mergekit-01": ["TiesPerTensorTrim"],
     "ties-mergekit-04": ["TiesWeightsElect", "TiesZeroSumSign"],
     "ties-mergekit-bf16-01": ["TiesThresholdTies"],
+    "ties-fusion_bench-00": ["TiesKeepsOneMore", "TiesSumNotMean"],
     "ties-MergeLM-00": ["TiesKeepsOneMore"],
     "ties-MergeLLM-00": ["TiesPerTensorTrim", "TiesKeepsOneMore"],
 }
-EVIDENCE = {"ties-MergeLLM-00", "ties-MergeLM-00"}
 PAPER = {
     "ties-official-00": Paper(
         {"density": 0.2011}, comment="official K=20 keeps int(0.2 * 926) + 1 = 186 = int(0.2011 * 926)"
@@ -34,6 +40,22 @@ def official_ties(percent: float, merge: str = "dis-mean") -> dict[str, Any]:
 
 def mergekit_ties(density: float, weight: list[float], normalize: bool = True) -> dict[str, Any]:
     return {"weight": weight, "density": density, "normalize": normalize, "rescale": False, "lambda_": 1.0}
+
+
+def fusion_bench_ties(threshold: float, merge: str = "mean") -> dict[str, Any]:
+    return {"scaling_factor": 1.0, "threshold": threshold, "merge_func": merge}
+
+
+def mergelm_ties(rate: float) -> dict[str, Any]:
+    return {"param_value_mask_rate": rate, "scaling_coefficient": 1.0}
+
+
+def peft_ties(density: float, weights: list[float], vote: str = "total") -> dict[str, Any]:
+    return {"weights": weights, "density": density, "majority_sign_method": vote}
+
+
+def sd_mecha_ties(k: float, vote_sgn: bool = False) -> dict[str, Any]:
+    return {"k": k, "vote_sgn": vote_sgn}
 
 
 def hand() -> Hand:
@@ -55,6 +77,10 @@ def hand() -> Hand:
         ("ties", {"density": 0.2}, [0.0] * 8 + [9.0, 10.0], "int(10 * 0.2) = 2 are kept"),
         ("official:ties", official_ties(20), [0.0] * 7 + [8.0, 9.0, 10.0], "|tau| >= the 8th smallest: 3 are kept"),
         ("mergekit:ties", mergekit_ties(0.2, [1.0]), [0.0] * 8 + [9.0, 10.0], "2 are kept"),
+        ("fusion_bench:ties", fusion_bench_ties(20.0), [0.0] * 7 + [8.0, 9.0, 10.0], "as the authors"),
+        ("mergelm:ties", mergelm_ties(0.8), [0.0] * 7 + [8.0, 9.0, 10.0], "|tau| >= the int(10 * 0.8)-th smallest"),
+        ("peft:ties", peft_ties(0.2, [1.0]), [0.0] * 8 + [9.0, 10.0], "2 are kept"),
+        ("sd_mecha:ties", sd_mecha_ties(0.2), [0.0] * 7 + [8.0, 9.0, 10.0], "|tau| >= the int((1 - 0.2) 10)-th smallest"),
         flags="TiesKeepsOneMore",
     )
     h.case(
@@ -65,6 +91,10 @@ def hand() -> Hand:
         ("ties", {"density": 1.0}, [0.0, 0.0], "no sign is elected, so nothing is added"),
         ("official:ties", official_ties(50), [-3.0, -1.0], "an elected sign of 0 selects the negative entries"),
         ("mergekit:ties", mergekit_ties(1.0, [1.0, 1.0]), [3.0, 1.0], "a sum of zero elects +"),
+        ("fusion_bench:ties", fusion_bench_ties(50.0), [-3.0, -1.0], "as the authors"),
+        ("mergelm:ties", mergelm_ties(0.5), [0.0, 0.0], "an elected sign of 0 selects nothing"),
+        ("peft:ties", peft_ties(1.0, [1.0, 1.0]), [3.0, 1.0], "a sum of zero elects +"),
+        ("sd_mecha:ties", sd_mecha_ties(1.0), [0.0, 0.0], "one vote each; 0 is elected and selects the zeros"),
         flags="TiesZeroSumSign",
     )
     h.case(
@@ -75,6 +105,19 @@ def hand() -> Hand:
         ("ties", {"density": 1.0}, [0.0, 1.0], "nothing is added where the sum is zero"),
         ("official:ties", official_ties(50), [3.0, 1.0], "the majority sign is taken"),
         ("mergekit:ties", mergekit_ties(1.0, [1.0, 1.0]), [3.0, 1.0], "a sum of zero elects +"),
+        ("fusion_bench:ties", fusion_bench_ties(50.0), [3.0, 1.0], "the majority sign is taken"),
+        ("mergelm:ties", mergelm_ties(0.5), [3.0, 1.0], "the majority sign is taken"),
+        ("sd_mecha:ties", sd_mecha_ties(1.0), [0.0, 1.0], "the zeros are selected"),
+        flags="TiesZeroSumSign",
+    )
+    h.case(
+        "zero-sum-majority-of-a-tensor",
+        "tau = (3, 3) and (1, 1), (-3, -3) and (1, 1): a has no majority, the model has +",
+        [{"a": [3.0, 3.0], "b": [1.0, 1.0]}, {"a": [-3.0, -3.0], "b": [1.0, 1.0]}],
+        {"a": [0.0, 0.0], "b": [0.0, 0.0]},
+        ("ties", {"density": 1.0}, {"a": [0.0, 0.0], "b": [1.0, 1.0]}, "nothing is added where the sum is zero"),
+        ("mergelm:ties", mergelm_ties(0.5), {"a": [3.0, 3.0], "b": [1.0, 1.0]}, "the majority over the model"),
+        ("mergellm:ties", mergelm_ties(0.5), {"a": [0.0, 0.0], "b": [1.0, 1.0]}, "the majority over each tensor"),
         flags="TiesZeroSumSign",
     )
     h.case(
@@ -94,6 +137,10 @@ def hand() -> Hand:
         [0.0] * 5,
         ("ties", {"density": 0.4}, [2.0, 4.0, 0.0, 0.0, 0.0], "exactly int(5 * 0.4) = 2, the lower index first"),
         ("official:ties", official_ties(40), [2.0, 4.0, 2.0, -2.0, 0.0], "|tau| >= the 3rd smallest = 2: all four"),
+        ("fusion_bench:ties", fusion_bench_ties(40.0), [2.0, 4.0, 2.0, -2.0, 0.0], "all four"),
+        ("mergelm:ties", mergelm_ties(0.6), [2.0, 4.0, 2.0, -2.0, 0.0], "|tau| >= the 3rd smallest: all four"),
+        ("peft:ties", peft_ties(0.4, [1.0]), OPEN, "2 are kept, of which topk has the choice"),
+        ("sd_mecha:ties", sd_mecha_ties(0.4), [2.0, 4.0, 2.0, -2.0, 0.0], "|tau| >= the 3rd smallest: all four"),
         flags="TiesThresholdTies",
     )
     h.case(
@@ -118,6 +165,11 @@ def hand() -> Hand:
             {"a": [0.0, 2.0], "b": [0.0, 0.0, 50.0]},
             "1 of 2 (at least one), 1 of 3",
         ),
+        ("fusion_bench:ties", fusion_bench_ties(40.0), {"a": [0.0, 0.0], "b": [30.0, 40.0, 50.0]}, "2 + 1 over the model"),
+        ("mergelm:ties", mergelm_ties(0.6), {"a": [0.0, 0.0], "b": [30.0, 40.0, 50.0]}, "5 - 3 + 1 over the model"),
+        ("mergellm:ties", mergelm_ties(0.6), {"a": [1.0, 2.0], "b": [30.0, 40.0, 50.0]}, "2 - 1 + 1 and 3 - 1 + 1"),
+        ("peft:ties", peft_ties(0.4, [1.0]), {"a": [0.0, 0.0], "b": [0.0, 0.0, 50.0]}, "int(0.8) and int(1.2)"),
+        ("sd_mecha:ties", sd_mecha_ties(0.4), {"a": [1.0, 2.0], "b": [30.0, 40.0, 50.0]}, "2 - 1 + 1 and 3 - 1 + 1"),
         flags="TiesPerTensorTrim TiesKeepsAtLeastOne",
     )
     h.case(
@@ -137,6 +189,8 @@ def hand() -> Hand:
         ("ties", {"density": 0.2}, [0.0, 0.0, 0.0], "int(3 * 0.2) = 0 are kept"),
         ("official:ties", official_ties(20), [0.0, 0.0, 3.0], "0 + 1 is kept"),
         ("mergekit:ties", mergekit_ties(0.2, [1.0]), [0.0, 0.0, 3.0], "at least one is kept"),
+        ("peft:ties", peft_ties(0.2, [1.0]), [0.0, 0.0, 0.0], "none is kept"),
+        ("mergellm:ties", mergelm_ties(0.8), [0.0, 2.0, 3.0], "3 - int(3 * 0.8) + 1 = 2 are kept"),
         flags="TiesKeepsAtLeastOne TiesKeepsOneMore",
     )
     h.case(
@@ -147,6 +201,10 @@ def hand() -> Hand:
         ("ties", {"density": 0.0}, [0.0, 0.0, 0.0], "the base"),
         ("official:ties", official_ties(0), [0.0, 0.0, 3.0], "|tau| >= the largest keeps the largest"),
         ("mergekit:ties", mergekit_ties(0.0, [1.0]), [0.0, 0.0, 0.0], "the base"),
+        ("fusion_bench:ties", fusion_bench_ties(0.0), [0.0, 0.0, 3.0], "the largest is kept"),
+        ("mergelm:ties", mergelm_ties(1.0), [0.0, 0.0, 3.0], "|tau| >= the 3rd smallest"),
+        ("peft:ties", peft_ties(0.0, [1.0]), [0.0, 0.0, 0.0], "none is kept"),
+        ("sd_mecha:ties", sd_mecha_ties(0.0), [0.0, 0.0, 3.0], "|tau| >= the 3rd smallest"),
         flags="TiesZeroDensity",
     )
     h.case(
@@ -157,6 +215,11 @@ def hand() -> Hand:
         ("ties", {"density": 1.0}, [1.0, -2.0, 0.0], "nothing is trimmed"),
         ("official:ties", official_ties(1), REFUSED, "1 is the fraction 1.0, and the 0th smallest does not exist"),
         ("mergekit:ties", mergekit_ties(1.0, [1.0]), [1.0, -2.0, 0.0], "nothing is trimmed"),
+        ("fusion_bench:ties", fusion_bench_ties(100.0), REFUSED, "the 0th smallest does not exist"),
+        ("mergelm:ties", mergelm_ties(0.0), REFUSED, "the 0th smallest does not exist"),
+        ("mergellm:ties", mergelm_ties(0.25), OPEN, "int(3 * 0.25) = 0: the 0th smallest does not exist"),
+        ("peft:ties", peft_ties(1.0, [1.0]), [1.0, -2.0, 0.0], "nothing is trimmed"),
+        ("sd_mecha:ties", sd_mecha_ties(1.0), [1.0, -2.0, 0.0], "|tau| >= the smallest"),
         flags="TiesDensityOne",
     )
     h.case(
@@ -171,7 +234,37 @@ def hand() -> Hand:
             [-2.0],
             "weights 1, 3: the sum 4 - 6 elects -, and -6/3 = -2",
         ),
+        ("peft:ties", peft_ties(1.0, [1.0, 3.0]), [4.0], "the sum 2 elects +, and 1 * 4 / 1"),
         flags="TiesWeightsElect",
+    )
+    h.case(
+        "weights-divide",
+        "tau = 4 and 2",
+        [[4.0], [2.0]],
+        [0.0],
+        ("ties", {"density": 1.0}, [3.0], "the mean, without weights"),
+        ("mergekit:ties", mergekit_ties(1.0, [1.0, 3.0]), [2.5], "(4 + 6) / (1 + 3): by the weights"),
+        ("peft:ties", peft_ties(1.0, [1.0, 3.0]), [5.0], "(4 + 6) / 2: by the number of models"),
+        flags="TiesWeightsElect",
+    )
+    h.case(
+        "vote-by-count",
+        "tau = 1, 1 and -3",
+        [[1.0], [1.0], [-3.0]],
+        [0.0],
+        ("ties", {"density": 1.0}, [-3.0], "the sum -1 elects -"),
+        ("peft:ties", peft_ties(1.0, [1.0] * 3), [-3.0], "the sum of the values"),
+        ("sd_mecha:ties", sd_mecha_ties(1.0), [1.0], "two votes to one"),
+        flags="TiesVoteByCount",
+    )
+    h.case(
+        "vote-on-request",
+        "tau = 1, 1 and -3",
+        [[1.0], [1.0], [-3.0]],
+        [0.0],
+        ("peft:ties", peft_ties(1.0, [1.0] * 3, "frequency"), [1.0], "two votes to one"),
+        ("sd_mecha:ties", sd_mecha_ties(1.0, True), [-3.0], "the sum of the values"),
+        flags="TiesVoteByCount",
     )
     h.case(
         "sum-not-mean",
@@ -181,6 +274,9 @@ def hand() -> Hand:
         ("ties", {"density": 1.0}, [3.0], "the mean of the agreeing"),
         ("official:ties", official_ties(50, "dis-sum"), [6.0], "the sum on request"),
         ("mergekit:ties", mergekit_ties(1.0, [1.0, 1.0], normalize=False), [6.0], "the sum on request"),
+        ("fusion_bench:ties", {"scaling_factor": 1.0, "threshold": 50.0}, [6.0], "the sum by default"),
+        ("peft:ties", peft_ties(1.0, [1.0, 1.0]), [3.0], "the mean"),
+        ("sd_mecha:ties", sd_mecha_ties(1.0), [3.0], "the mean"),
         flags="TiesSumNotMean",
     )
     h.case(
@@ -189,6 +285,8 @@ def hand() -> Hand:
         [[4.0, 1.0], [0.0, 1.0], [8.0, 1.0]],
         [0.0, 0.0],
         ("ties", {"density": 1.0}, [6.0, 1.0], ""),
+        ("peft:ties", peft_ties(1.0, [1.0] * 3), [6.0, 1.0], ""),
+        ("sd_mecha:ties", sd_mecha_ties(1.0), [6.0, 1.0], ""),
         flags="TiesMeanCountsZeros",
     )
     h.case(

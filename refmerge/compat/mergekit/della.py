@@ -50,7 +50,7 @@ def magprune(delta, density, epsilon, rng):
             sparse.append(xp.zeros_like(d))
         else:
             if not (0 < rho - eps <= 1 and 0 <= rho + eps < 1):
-                raise UsageError(f"mergekit:della: density {rho:g} +- epsilon {eps:g} must lie inside (0, 1)")
+                raise UsageError(f"mergekit: density {rho:g} +- epsilon {eps:g} must lie inside (0, 1)")
 
             def p(d=d, rho=rho, eps=eps):
                 return at_ranks(probabilities(rho, eps, d), xp.abs(d), axis=1)

@@ -22,11 +22,7 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
     def p(x):
         return at_precision(x, base)
 
-    pairs = list(combinations(range(len(delta)), 2))
-    squares, dots = inner_products(delta, pairs, group, filter_wise)
-    norms = [p(np.sqrt(xx)) for xx in squares]
-    cosines = [np.clip(p(p(d) / np.maximum(p(norms[i] * norms[j]), 1e-6)), -1, 1) for d, (i, j) in zip(dots, pairs)]
-    c = p(sum(cosines) / len(cosines))
+    c = mean_cosine(delta, group, filter_wise, p)
     # 3. interpolation ratio, 0 near its pole
     pole = p(1 + p((len(models) - 1) * c))
     singular = np.abs(pole) < 1e-6
@@ -36,3 +32,12 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
     s, t = (like(x, base)[..., None] if filter_wise else float(x) for x in (s, t))
     average = total(models) / array_namespace(base).full_like(base, len(models))
     return t * average + s * base
+
+
+def mean_cosine(delta, group, filter_wise, p):
+    """Of each two task vectors, over the tensor or for each row; p rounds to the precision in which a tool keeps these."""
+    pairs = list(combinations(range(len(delta)), 2))
+    squares, dots = inner_products(delta, pairs, group, filter_wise)
+    norms = [p(np.sqrt(xx)) for xx in squares]
+    cosines = [np.clip(p(p(d) / np.maximum(p(norms[i] * norms[j]), 1e-6)), -1, 1) for d, (i, j) in zip(dots, pairs)]
+    return p(sum(cosines) / len(cosines))

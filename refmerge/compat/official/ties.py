@@ -29,7 +29,7 @@ def ties(
     return base + lam * merged
 
 
-def reset(T, group, kind, threshold):
+def reset(T, group, kind, threshold, name="official:ties"):
     """Zero what the authors call noise. "topk" keeps one entry more than int(K d), and all ties with it."""
     if threshold == "none" or threshold is None or not any(word in kind for word in ("nf", "topk", "std")):
         return T
@@ -37,7 +37,7 @@ def reset(T, group, kind, threshold):
         return [share_of_norm(T_n, group, threshold) * T_n for T_n in T]
     if "topk" in kind:
         K = threshold / 100 if threshold > 1 else threshold
-        return at_least_kth_smallest(T, [group.size - int(group.size * K)] * len(T), group, "official:ties")
+        return at_least_kth_smallest(T, [group.size - int(group.size * K)] * len(T), group, name)
     xp = array_namespace(*T)
     d = group.size
     kept = []

@@ -14,10 +14,21 @@ def slerp(models, group, *, t: float = 0.5, eps: float = 1e-3):
     a, b = models
     # 1. angle
     aa, bb, ab = group.dot((a, a), (b, b), (a, b))
-    norms = math.sqrt(aa) * math.sqrt(bb)
-    omega = math.acos(clamp(ab / norms, -1.0, 1.0)) if norms != 0 else 0.0
+    omega = angle(aa, bb, ab)
     # 2. no arc to follow
     if math.sin(omega) <= eps:
         return (1 - t) * a + t * b
     # 3. arc
-    return math.sin((1 - t) * omega) / math.sin(omega) * a + math.sin(t * omega) / math.sin(omega) * b
+    c_a, c_b = arc(t, omega)
+    return c_a * a + c_b * b
+
+
+def angle(aa, bb, ab):
+    """Angle of two vectors from their inner products; 0 if one of them is zero."""
+    norms = math.sqrt(aa) * math.sqrt(bb)
+    return math.acos(clamp(ab / norms, -1.0, 1.0)) if norms != 0 else 0.0
+
+
+def arc(t, omega):
+    """What is taken of two vectors at the angle omega to be t of the way along the arc from the first to the second."""
+    return math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)

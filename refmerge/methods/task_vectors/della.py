@@ -59,7 +59,7 @@ def keep_probabilities(size, density, epsilon):
     low, high = density - epsilon, density + epsilon
     if not (low > 0 and high <= 1):
         raise UsageError(
-            f"della: density {density:g} with epsilon {epsilon:g} would keep entries with probabilities from {low:g} to "
-            f"{high:g}; they must be above 0 and at most 1"
+            f"density {density:g} with epsilon {epsilon:g} would keep entries with probabilities from {low:g} to {high:g}; "
+            "they must be above 0 and at most 1"
         )
     return low + 2 * epsilon / (size - 1) * np.arange(size) if size > 1 else np.asarray([density])

@@ -26,8 +26,7 @@ class Canonical:
 
 @procedure("canonicalize", paper="arXiv:2310.08287")
 def canonicalize(model, spec, *, scales="relu", order=True, biases=False, tolerance=1e-12, max_sweeps=1000):
-    """One model of all those that permuting units and rescaling ReLU units makes of a given one: the one with the least sum
-    of squares, with its heaviest units first.
+    """Of all models that permuting and rescaling units makes of one: the lightest one, with its heaviest units first.
 
     model: a mapping name -> array, or an open checkpoint. spec: a `refmerge.symmetry.Spec`. scales: "relu" for a network of
     linear maps, norms and ReLU, None where units cannot be rescaled, or `refmerge.symmetry.scales.Scales`. order: whether

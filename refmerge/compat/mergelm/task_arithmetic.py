@@ -1,0 +1,9 @@
+from refmerge.method import same_as
+from refmerge.methods.task_vectors.task_arithmetic import task_arithmetic as ours
+
+task_arithmetic = same_as(
+    ours,
+    "mergelm:task_arithmetic",
+    source="yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.task_arithmetic",
+    scaling_coefficient="lambda_",
+)

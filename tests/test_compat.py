@@ -1,0 +1,73 @@
+"""Steps of other tools' entries that the vectors do not reach."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from refmerge import UsageError, call, merge
+from refmerge.compat.fusion_bench._steps import float32_sum
+from refmerge.numeric import divided
+
+SIZES = [*range(70), 127, 128, 129, 511, 512, 513, 4096, 4097, 20_000]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_sum_adds_as_torch_does(torch, size):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+        assert float(float32_sum(x)) == torch.sum(torch.from_numpy(x)).item()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_float32_sum_is_a_sum():
+    assert float32_sum(np.ones((300, 700), np.float32)) == 210_000
+    assert float32_sum(np.zeros(0)) == 0
+    assert float32_sum(np.full(3, 2.0)) == 6 and float32_sum(np.float64(2.5)) == 2.5
+
+
+def test_divided_rounds_once(foreign):
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    for c in (3, 0.7, 1e-3):
+        assert np.array_equal(foreign.host(divided(foreign.array(x), c)), x / np.float32(c))
+        assert np.array_equal(divided(x, c), x / np.float32(c))
+
+
+def test_fusion_bench_thins_the_weights_of_linear_layers():
+    names = {"fc.weight": (2, 3), "fc.bias": (3,), "tok_embeddings.weight": (2, 3), "conv.weight": (2, 1, 3), "proj": (2, 3)}
+    base = {name: np.zeros(shape) for name, shape in names.items()}
+    model = {name: np.ones(shape) for name, shape in names.items()}
+    thinned = merge([model], "fusion_bench:dare", base=base, sparsity_ratio=0.9, only_on_linear_weights=True)
+    assert [name for name, x in thinned.items() if not np.array_equal(x, model[name])] == ["fc.weight"]
+    more = merge([model], "fusion_bench:dare", base=base, sparsity_ratio=0.9, only_on_linear_weights=True, embeddings=())
+    assert not np.array_equal(more["tok_embeddings.weight"], model["tok_embeddings.weight"])
+
+
+@pytest.mark.parametrize("entry", ["fusion_bench:ties", "fusion_bench:dare"])
+def test_fusion_bench_removes_no_keys(entry):
+    with pytest.raises(UsageError, match=f"{entry}: remove_keys is not supported"):
+        call(entry, [[1.0, 2.0]], [0.0, 0.0], remove_keys=["transformer.encoder.embed_tokens.weight"])
+
+
+def test_sd_mecha_takes_rows_of_the_last_axis():
+    """Each row by itself, whatever the axes before it."""
+    draw = np.random.default_rng(0)
+    models = [draw.standard_normal((3, 4, 5)) for _ in range(3)]
+    base = draw.standard_normal((3, 4, 5))
+    whole = call("sd_mecha:model_stock", models, base)
+    rows = [call("sd_mecha:model_stock", [m[i, j] for m in models], base[i, j]) for i in range(3) for j in range(4)]
+    assert np.array_equal(whole.reshape(12, 5), np.stack(rows))
+    assert call("sd_mecha:model_stock", [np.float64(3.0), np.float64(5.0)], np.float64(1.0)).tolist() == 4.0
+
+
+def test_peft_takes_differences():
+    """A base is not looked at, and the density of 1 and more prunes nothing."""
+    given = [[4.0, -1.0], [1.0, 2.0]]
+    for density in (1.0, 1.5):
+        params = {"weights": [1.0, 0.5], "density": density}
+        assert call("peft:magnitude_prune", given, [7.0, 7.0], **params).tolist() == [4.5, 0.0]
+        assert call("peft:dare_linear", given, None, **params).tolist() == [4.5, 0.0]
+        assert call("peft:ties", given, None, **params).tolist() == call("peft:dare_ties", given, None, **params).tolist()

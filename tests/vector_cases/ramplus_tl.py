@@ -1,0 +1,194 @@
+"""Vectors of ramplus_tl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vector_cases import DTYPES, OPEN, REFUSED, Hand, Paper
+
+CODE = {
+    "official:ram": "xiangchi-yuan/mrl@e2d930d ram-main.py:agentic_reinforcement_merge_rescale_v2",
+    "mergekit:ramplus_tl": "mergekit 0.1.5 mergekit/merge_methods/ram.py:ramplus_tl_merge",
+}
+FLAGS = {
+    "ramplus_tl-mergekit-bf16-01": ["RamplusWidens"],
+}
+OPTIONS = {
+    "ramplus_tl-mergekit-bf16-01": {"arithmetic": "native"},
+}
+PAPER = {
+    "ramplus_tl-mergekit-01": Paper({"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
+    "ramplus_tl-mergekit-04": Paper({"r": 0.3, "alpha": 0.8, "epsilon": 1e-5}, comment="up to the precision of the scale"),
+}
+
+
+def hand() -> Hand:
+    h = Hand("ramplus_tl", CODE)
+
+    def scales(r: float, alpha: float, epsilon: float = 1e-5) -> dict[str, Any]:
+        return {"r": r, "alpha": alpha, "epsilon": epsilon}
+
+    def paper(params: dict[str, Any], expect: Any, why: str = "") -> tuple[str, dict[str, Any], Any, str]:
+        return ("ramplus_tl", params, expect, why)
+
+    def mergekit(params: dict[str, Any], expect: Any, why: str = "") -> tuple[str, dict[str, Any], Any, str]:
+        return ("mergekit:ramplus_tl", params, expect, why)
+
+    def official(factor: float, expect: Any, why: str = "", mode: str = "arm-r-v2") -> tuple[str, dict[str, Any], Any, str]:
+        return ("official:ram", {"merge_mode": mode, "rescale_factor": factor, "threshold": 1e-5}, expect, why)
+
+    h.case(
+        "by-hand",
+        "tau = (4, 0, 2, 0, -2, 8) and (0, -2, 4, 0, 2, 0): 2 shared over 2 unique, over 1; scales 1 + 1/2, 1 + 1/2 1.5",
+        [[4.0, 0.0, 2.0, 0.0, -2.0, 8.0], [0.0, -2.0, 4.0, 0.0, 2.0, 0.0]],
+        [0.0] * 6,
+        paper(scales(0.5, 1.5), [6.0, -3.5, 3.0, 0.0, 0.0, 12.0]),
+        mergekit(scales(0.5, 1.5), [6.0, -3.5, 3.0, 0.0, 0.0, 12.0]),
+        official(1.5, [6.0, -3.0, 3.0, 0.0, 0.0, 12.0], "both overlaps count as 1"),
+        flags="RamplusBound",
+    )
+    two_over_one = "tau = (4, 1, 1) and (0, 1, 1): 2 shared over 1 unique"
+    h.case(
+        "bound",
+        two_over_one,
+        [[4.0, 1.0, 1.0], [0.0, 1.0, 1.0]],
+        [0.0] * 3,
+        paper(scales(0.5, 0.2), [4.4, 1.0, 1.0], "4 (1 + 1/2 0.2)"),
+        mergekit(scales(0.5, 0.2), [4.4, 1.0, 1.0], "4 (1 + 1/2 0.2)"),
+        official(1.5, [6.0, 1.0, 1.0], "4 (1 + 1/2 min(1, 2))"),
+        flags="RamplusBound",
+        tolerance=1e-6,
+    )
+    h.case(
+        "bound-arm-r",
+        two_over_one,
+        [[4.0, 1.0, 1.0], [0.0, 1.0, 1.0]],
+        [0.0] * 3,
+        official(1.5, [4 * (1 + 1 / 3), 1.0, 1.0], "4 (1 + 1/2 2/3)", mode="arm-r"),
+        flags="RamplusBound",
+        tolerance=1e-6,
+    )
+    scope = "x: tau = (4, 1) and (0, 1), 1 shared over 1 unique; y: tau = 4 and 0, none over 1; together 1 over 2"
+    pair = [{"x": [4.0, 1.0], "y": [4.0]}, {"x": [0.0, 1.0], "y": [0.0]}]
+    h.case(
+        "scope",
+        scope,
+        pair,
+        {"x": [0.0, 0.0], "y": [0.0]},
+        paper(scales(0.5, 1.0), {"x": [6.0, 1.0], "y": [4.0]}, "3/2 and 1"),
+        mergekit(scales(0.5, 1.0), {"x": [6.0, 1.0], "y": [4.0]}, "3/2 and 1"),
+        official(1.5, {"x": [5.0, 1.0], "y": [5.0]}, "5/4 for the model"),
+        flags="RamplusScope",
+    )
+    h.case(
+        "scope-model",
+        scope,
+        pair,
+        {"x": [0.0, 0.0], "y": [0.0]},
+        paper(scales(0.5, 1.0), {"x": [5.0, 1.0], "y": [5.0]}, "5/4 for the model"),
+        flags="RamplusScope",
+        options={"over": "model"},
+    )
+    h.case(
+        "nothing-changed",
+        "the first model is the base",
+        [[1.0, 2.0], [3.0, 2.0]],
+        [1.0, 2.0],
+        paper(scales(0.1, 0.2, 0.0), [3.0, 2.0], "its scale is not needed"),
+        mergekit(scales(0.1, 0.2, 0.0), [float("nan")] * 2, "0 shared over max(0 unique, 0) is NaN, and NaN times 0 is"),
+        flags="RamplusNothingChanged",
+    )
+    h.case(
+        "nothing-changed-epsilon",
+        "the first model is the base",
+        [[1.0, 2.0], [3.0, 2.0]],
+        [1.0, 2.0],
+        paper(scales(0.1, 0.2), [3.0, 2.0], ""),
+        mergekit(scales(0.1, 0.2), [3.0, 2.0], "0 shared over max(0 unique, 1e-5)"),
+        official(1.2, [3.0, 2.0], "no change at all has a ratio of 0"),
+        flags="RamplusNothingChanged",
+    )
+    h.case(
+        "all-shared",
+        "tau = 1 and 3: nothing is unique; (1 + 3) / 2",
+        [[1.0], [3.0]],
+        [0.0],
+        paper(scales(0.5, 1.0), [2.0], ""),
+        mergekit(scales(0.5, 1.0), [2.0], "1 / 1e-5 is bounded and multiplies 0"),
+        official(1.5, OPEN, "1 / 0 fails"),
+        flags="RamplusAllShared",
+    )
+    h.case(
+        "shrinks",
+        "tau = (4, 1) and (0, 1): 1 shared over 1 unique",
+        [[4.0, 1.0], [0.0, 1.0]],
+        [0.0, 0.0],
+        paper(scales(-0.5, 1.0), REFUSED, "r is at least 0"),
+        mergekit(scales(-0.5, 1.0), [2.0, 1.0], "4 (1 - 1/2)"),
+        official(0.5, [4.0, 1.0], "a factor below 1 is set to 1"),
+        flags="RamplusShrinks",
+    )
+
+    def sixteen(*values: float) -> dict[str, np.ndarray]:
+        return {"x": np.array(values, DTYPES["BF16"])}
+
+    h.case(
+        "widens",
+        "base 1, tau = (2^-7, 1) and (0, 1): 1 shared over 1 unique, scale 3/2; 1 + 3/256",
+        [sixteen(1 + 2.0**-7, 2.0), sixteen(1.0, 2.0)],
+        sixteen(1.0, 1.0),
+        paper(scales(0.5, 1.0), sixteen(1 + 4 / 256, 2.0), "rounded to even"),
+        mergekit(scales(0.5, 1.0), {"x": np.array([1 + 3 / 256, 2.0], np.float32)}, "float32"),
+        flags="RamplusWidens",
+    )
+    h.case(
+        "float32-scale",
+        "tau = (1, 1) and (0, 1): 1 shared over 1 unique, counted as 0.2",
+        [[1.0, 1.0], [0.0, 1.0]],
+        [0.0, 0.0],
+        paper(scales(0.1, 0.2), [1.02, 1.0], ""),
+        mergekit(scales(0.1, 0.2), [float(np.float32(1.02)), 1.0], "the float32 that is next to 1.02"),
+        flags="RamplusFloat32Scale",
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "r-zero",
+        "RAM: (4, 1) and (0, 3) give 4 and (1 + 3) / 2",
+        [[4.0, 1.0], [0.0, 3.0]],
+        [0.0, 0.0],
+        paper(scales(0.0, 1.0), [4.0, 2.0]),
+        mergekit(scales(0.0, 1.0), [4.0, 2.0]),
+        official(1.0, [4.0, 2.0]),
+    )
+    h.case(
+        "one-model",
+        "all changes are unique, none is shared",
+        [[4.0, 1.0]],
+        [1.0, 1.0],
+        paper(scales(0.5, 1.0), [4.0, 1.0]),
+        mergekit(scales(0.5, 1.0), [4.0, 1.0]),
+        official(1.5, [4.0, 1.0]),
+    )
+    h.case(
+        "alpha-infinite",
+        "tau = (4, 1, 1) and (0, 1, 1): 4 (1 + 1/2 2)",
+        [[4.0, 1.0, 1.0], [0.0, 1.0, 1.0]],
+        [0.0] * 3,
+        ("ramplus_tl", {"r": 0.5, "alpha": "Infinity", "epsilon": 1e-5}, [8.0, 1.0, 1.0], ""),
+        ("mergekit:ramplus_tl", {"r": 0.5, "alpha": "Infinity", "epsilon": 1e-5}, [8.0, 1.0, 1.0], ""),
+    )
+    h.case(
+        "empty-and-scalar",
+        "a number is shared, or unique with nothing shared",
+        [{"e": [], "s": 3.0, "t": 3.0}, {"e": [], "s": 5.0, "t": 1.0}],
+        {"e": [], "s": 1.0, "t": 1.0},
+        paper(scales(0.5, 1.0), {"e": [], "s": 4.0, "t": 3.0}),
+        mergekit(scales(0.5, 1.0), {"e": [], "s": 4.0, "t": 3.0}),
+    )
+    h.case("alpha-negative", "no overlap is below 0", [[1.0]], [0.0], paper(scales(0.1, -1.0), REFUSED))
+    h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("ramplus_tl", {}, REFUSED, ""))
+    h.case("no-models", "nothing to merge", [], [0.0], ("ramplus_tl", {}, REFUSED, ""))
+    return h

@@ -1,0 +1,230 @@
+"""Vectors of sce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vector_cases import OPEN, REFUSED, Hand, Paper
+
+CODE = {
+    "official:sce": "fanqiwan/FuseAI@7d9a307 FuseChat/mergekit/mergekit/merge_methods/sce_merging.py:SCETask.execute",
+    "mergekit:sce": "mergekit 0.1.5 mergekit/merge_methods/sce.py:sce_merge",
+}
+FLAGS = {
+    "sce-official-03": ["SceMergesAll"],
+    "sce-official-06": ["SceMergesAll"],
+    "sce-mergekit-04": ["SceNothingSelected"],
+}
+PAPER = {
+    "sce-official-00": Paper({"density": 1.0}, comment="nothing is left out by the selection"),
+    "sce-official-03": Paper({"density": 0.2, "weights_only": True}),
+    "sce-mergekit-01": Paper({"density": 1.0}, comment="the mean squares are large enough"),
+    "sce-mergekit-04": Paper({"density": 0.5}),
+}
+
+
+def hand() -> Hand:
+    h = Hand("sce", CODE)
+
+    def paper(density: float, expect: Any, why: str = "", **more: Any) -> tuple[str, dict[str, Any], Any, str]:
+        return ("sce", {"density": density} | more, expect, why)
+
+    def official(topk: float, expect: Any, why: str = "") -> tuple[str, dict[str, Any], Any, str]:
+        return ("official:sce", {"select_topk": topk}, expect, why)
+
+    def mergekit(topk: float, expect: Any, why: str = "") -> tuple[str, dict[str, Any], Any, str]:
+        return ("mergekit:sce", {"select_topk": topk, "int8_mask": False}, expect, why)
+
+    steps = (
+        "delta = (5, 1, 1, 1) and (1, 2, -2, 1/2) differ by 4, -1, 3, 1/2; 3/4 selects three, of squares 27 and 9: "
+        "weights 3/4 and 1/4; 3/4 5 + 1/4, 3/4 + 1/4 2, a minus"
+    )
+    one, two = [5.0, 1.0, 1.0, 1.0], [1.0, 2.0, -2.0, 0.5]
+    h.case(
+        "merges-all",
+        steps,
+        [one, two],
+        [0.0] * 4,
+        paper(0.75, [4.0, 1.25, -2.0, 0.0], "the last entry was not selected"),
+        official(0.75, [4.0, 1.25, -2.0, 0.875], "the last entry too, 3/4 + 1/8"),
+        mergekit(0.75, [4.0, 1.25, -2.0, 0.0], "the last entry was not selected"),
+        flags="SceMergesAll",
+    )
+    h.case(
+        "weights-only",
+        steps,
+        [one, two],
+        [0.0] * 4,
+        paper(0.75, [4.0, 1.25, -2.0, 0.875], "the last entry too, 3/4 + 1/8", weights_only=True),
+        flags="SceMergesAll",
+    )
+    small = 2.0**-12
+    h.case(
+        "uniform",
+        f"all times 2^-12; {steps}",
+        [[small * x for x in one], [small * x for x in two]],
+        [0.0] * 4,
+        paper(0.75, [small * x for x in (4.0, 1.25, -2.0, 0.0)], ""),
+        official(0.75, [small * x for x in (4.0, 1.25, -2.0, 0.875)], ""),
+        mergekit(0.75, [small * x for x in (3.0, 1.5, -2.0, 0.0)], "(27/4 + 9/4) 2^-24 < 1e-6: equal weights"),
+        flags="SceUniform SceMergesAll",
+    )
+    h.case(
+        "equal-models",
+        "two models moved by (3, -1): no variance",
+        [[3.0, -1.0], [3.0, -1.0]],
+        [0.0, 0.0],
+        paper(0.5, [0.0, 0.0], "nothing is selected"),
+        official(0.5, [3.0, -1.0], "equal weights, and all entries are merged"),
+        mergekit(0.5, [0.0, 0.0], "nothing is selected"),
+        flags="SceNothingSelected",
+    )
+    h.case(
+        "one-model",
+        "one model has no variance",
+        [[3.0, -1.0]],
+        [1.0, 1.0],
+        paper(0.5, [1.0, 1.0], "nothing is selected: the base"),
+        official(0.5, [3.0, -1.0], "its weight is 1"),
+        mergekit(0.5, [1.0, 1.0], "nothing is selected: the base"),
+        flags="SceNothingSelected",
+    )
+    h.case(
+        "small-tensor",
+        "density 1/10 of three entries is none; equal weights of (4, 2, 0) and (2, -6, 2): 3, -6, 2",
+        [[4.0, 2.0, 0.0], [2.0, -6.0, 2.0]],
+        [0.0] * 3,
+        paper(0.1, [0.0, 0.0, 0.0], ""),
+        official(0.1, [3.0, -6.0, 2.0], "equal weights, since no square is selected"),
+        mergekit(0.1, [0.0, 0.0, 0.0], ""),
+        flags="SceNothingSelected",
+    )
+    h.case(
+        "small-tensor-weights-only",
+        "density 1/10 of three entries is none; equal weights of (4, 2, 0) and (2, -6, 2): 3, -6, 2",
+        [[4.0, 2.0, 0.0], [2.0, -6.0, 2.0]],
+        [0.0] * 3,
+        paper(0.1, [3.0, -6.0, 2.0], "equal weights, since no square is selected", weights_only=True),
+        flags="SceNothingSelected",
+    )
+    h.case(
+        "divisor-floor",
+        "delta = (2048, 0) and (0, 1): the second weight is 1 / (2^22 + 1)",
+        [[2048.0, 0.0], [0.0, 1.0]],
+        [0.0, 0.0],
+        paper(1.0, [2048.0, 1.0], "w / w"),
+        official(1.0, [2048.0, 1.0], "w / w"),
+        mergekit(1.0, [2048.0, 1e6 / (2**22 + 1)], "w / 1e-6"),
+        flags="SceDivisorFloor",
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "ties",
+        "two entries of one variance, half selected",
+        [[2.0, 2.0], [0.0, 0.0]],
+        [0.0, 0.0],
+        paper(0.5, [2.0, 0.0], "the lower index"),
+        mergekit(0.5, OPEN, "topk may take either"),
+        flags="SceTies",
+    )
+    fifty = [float(k) for k in range(1, 51)]
+    h.case(
+        "count-float32",
+        "delta = 1..50 and 0; 0.58 of 50; the second model has weight 0",
+        [fifty, [0.0] * 50],
+        [0.0] * 50,
+        paper(0.58, [0.0] * 22 + fifty[22:], "int(28.999999999999996) = 28"),
+        mergekit(0.58, [0.0] * 21 + fifty[21:], "29 in float32"),
+        flags="SceCountFloat32",
+    )
+    h.case(
+        "only-what-differs-counts",
+        "entries 1 and 2 agree: half of the two others is one, the one of difference 4; squares 25 and 1",
+        [[8.0, 1.0, -2.0, 5.0], [8.0, 1.0, 1.0, 1.0]],
+        [0.0] * 4,
+        paper(0.5, [0.0, 0.0, 0.0, 126 / 26], "(25 5 + 1 1) / 26"),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "zero-sum",
+        "base 1, delta = 3 and -3: equal weights, and a sum of zero elects +",
+        [[4.0], [-2.0]],
+        [1.0],
+        paper(1.0, [4.0]),
+        official(1.0, [4.0]),
+        mergekit(1.0, [4.0]),
+    )
+    h.case(
+        "base-copy",
+        "the second model is the base: weight 0, and it agrees nowhere",
+        [[4.0, -1.0], [1.0, 1.0]],
+        [1.0, 1.0],
+        paper(1.0, [4.0, -1.0]),
+        official(1.0, [4.0, -1.0]),
+        mergekit(1.0, [4.0, -1.0]),
+    )
+    h.case(
+        "all-base",
+        "all models are the base",
+        [[1.0, 2.0], [1.0, 2.0]],
+        [1.0, 2.0],
+        paper(1.0, [1.0, 2.0]),
+        official(1.0, [1.0, 2.0]),
+        mergekit(1.0, [1.0, 2.0]),
+    )
+    h.case(
+        "density-zero",
+        "nothing is selected",
+        [[4.0, -1.0], [2.0, 5.0]],
+        [1.0, 1.0],
+        paper(0.0, [1.0, 1.0]),
+        mergekit(0.0, [1.0, 1.0]),
+    )
+    h.case(
+        "per-tensor",
+        "each tensor has its own weights: in x squares 9 and 1, weights 9/10 and 1/10; in y 1 and 9",
+        [{"x": [3.0], "y": [1.0]}, {"x": [1.0], "y": [3.0]}],
+        {"x": [0.0], "y": [0.0]},
+        paper(1.0, {"x": [2.8], "y": [2.8]}, "(27 + 1) / 10 in both"),
+        official(1.0, {"x": [2.8], "y": [2.8]}),
+        mergekit(1.0, {"x": [2.8], "y": [2.8]}),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "over-model",
+        "one weight for the model: squares 9 + 1 and 1 + 9",
+        [{"x": [3.0], "y": [1.0]}, {"x": [1.0], "y": [3.0]}],
+        {"x": [0.0], "y": [0.0]},
+        paper(1.0, {"x": [2.0], "y": [2.0]}, "the means"),
+        dtype="F64",
+        tolerance=1e-14,
+        options={"over": "model"},
+    )
+    nan = float("nan")
+    h.case(
+        "nan",
+        "a NaN makes NaN of all weights",
+        [[nan, 1.0], [2.0, 3.0]],
+        [0.0, 0.0],
+        paper(1.0, [nan, nan]),
+        official(1.0, [nan, nan]),
+        mergekit(1.0, [nan, nan]),
+    )
+    h.case(
+        "empty-and-scalar",
+        "a number, of squares 4 and 16: (4 2 + 16 4) / 20",
+        [{"e": [], "s": 3.0}, {"e": [], "s": 5.0}],
+        {"e": [], "s": 1.0},
+        paper(1.0, {"e": [], "s": 1.0 + 3.6}, ""),
+        mergekit(1.0, {"e": [], "s": 1.0 + 3.6}, ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case("topk-negative", "its code asserts", [[1.0], [2.0]], [0.0], official(-1.0, REFUSED))
+    h.case("density-above-one", "no fraction", [[1.0], [2.0]], [0.0], paper(1.5, REFUSED))
+    h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("sce", {}, REFUSED, ""))
+    h.case("no-models", "nothing to merge", [], [0.0], ("sce", {}, REFUSED, ""))
+    return h
