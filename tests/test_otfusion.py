@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from importlib import resources
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -26,7 +26,6 @@ from refmerge import open_checkpoint, registry
 from refmerge.checkpoint import Checkpoint
 from refmerge.errors import UsageError
 from refmerge.nets import gpt2, llama, mlp, resnet, vgg, vit
-from refmerge.procedures.alignment import _picture
 from refmerge.procedures.alignment.otfusion import (
     chain,
     corrected,
@@ -36,6 +35,10 @@ from refmerge.procedures.alignment.otfusion import (
     sinkhorn_plan,
 )
 from refmerge.symmetry import Block, Spec, architectures
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.draw_alignment import FOLDER
+from tests.draw_transport import PICTURES
 
 otfusion = registry.procedure("otfusion")
 DATA = Path(__file__).parent / "data" / "otfusion.npz"
@@ -522,10 +525,11 @@ def test_inputs_that_are_not_aligned_must_fit():
         otfusion([a, b], align_inputs=False)
 
 
-# --- The picture ------------------------------------------------------------------------------------------------------
+# --- The pictures -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", _picture.PICTURES)
-def test_the_picture_is_what_the_module_draws(name):
-    stored = (resources.files("refmerge.spec") / "alignment" / f"{name}.svg").read_text(encoding="utf-8")
-    assert stored == _picture.PICTURES[name](), "python -m refmerge.procedures.alignment._picture"
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture_is_what_the_command_draws(name):
+    stored = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert stored == PICTURES[name](), "python -m tests.draw_transport"
+    assert f"({name}.svg)" in (FOLDER / f"{name}.md").read_text(encoding="utf-8")
