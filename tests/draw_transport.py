@@ -1,5 +1,5 @@
-"""The pictures of otfusion and clafusion, plans as lines as wide as what they carry: `python -m tests.draw_transport` draws
-them anew."""
+"""The pictures of git_rebasin, otfusion and clafusion, plans as lines as wide as what they carry:
+`python -m tests.draw_transport` draws them anew."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 
 from refmerge.pages import BASE, COLOURS, FAINT, GRID, INK, RESULT, _g, _n, _svg
 from refmerge.procedures.alignment.clafusion import cost_matrix, layer_map
+from refmerge.procedures.alignment.git_rebasin import cost, git_rebasin
 from refmerge.procedures.alignment.otfusion import otfusion
+from refmerge.symmetry import Spec
 from tests.draw_alignment import FOLDER, heading, text
 
 CELL, GAP, TOP = 40.0, 70.0, 90.0
@@ -81,7 +83,31 @@ def layers() -> str:
     return _svg(460, TOP + 4 * CELL + 24, title, about, body)
 
 
-PICTURES = {"otfusion": units, "clafusion": layers}
+def shuffle() -> str:
+    """A layer of five units, the same shuffled, and what the matching makes of that."""
+    spec = Spec({"fc1.weight": ("P", None), "fc2.weight": (None, "P")})
+    rng = np.random.default_rng(2)
+    a = {"fc1.weight": rng.integers(-4, 5, (5, 3)).astype(float), "fc2.weight": rng.integers(-4, 5, (1, 5)).astype(float)}
+    b = spec.apply({"P": np.array([3, 0, 4, 1, 2])}, a)
+    found = git_rebasin([a, b], spec)
+    p = found.permutations[1]["P"]
+    C = cost("P", a, b, spec, {})
+    chosen = np.zeros_like(C)
+    chosen[range(5), p] = 1
+    title = "git_rebasin: a permutation that undoes a shuffle"
+    body = [heading(title), text(16, 42, "b is a with its hidden units in another order", FAINT)]
+    names, given = [f"a{i}" for i in range(5)], [f"b{i}" for i in range(5)]
+    inputs = ["x0", "x1", "x2"]
+    none = np.zeros((5, 3))
+    body += grid(40, "fc1 of a", a["fc1.weight"], names, inputs, none)
+    body += grid(220, "fc1 of b", b["fc1.weight"], given, inputs, none)
+    body += grid(400, "inner products of units", C, names, given, chosen)
+    body += grid(660, "fc1 of b, put in order", found.models[1]["fc1.weight"], [f"b{k}" for k in p], inputs, none)
+    about = "The weights of a layer, of the same layer shuffled, and the inner products of their units, the best marked."
+    return _svg(840, TOP + 5 * CELL + 24, title, about, body)
+
+
+PICTURES = {"git_rebasin": shuffle, "otfusion": units, "clafusion": layers}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
