@@ -122,11 +122,11 @@ class Adapter:
         ranks = {module: f.rank for module, f in factors.items()}
         alphas = {module: _whole(f.rank if f.alpha is None else f.alpha) for module, f in factors.items()}
         r, alpha = (max(Counter(x.values()).items(), key=lambda n: (n[1], n[0]), default=(1,))[0] for x in (ranks, alphas))
-        default = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none"}
+        default: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none"}
         default |= {"fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
         default["target_modules"] = sorted(factors)
         whole = sorted({name.rpartition(".")[0] for name in self.saved}) or None
-        own = {"r": r, "lora_alpha": alpha, "use_rslora": rslora == {True}, "modules_to_save": whole}
+        own: dict[str, Any] = {"r": r, "lora_alpha": alpha, "use_rslora": rslora == {True}, "modules_to_save": whole}
         own |= {"rank_pattern": _pattern(ranks, r), "alpha_pattern": _pattern(alphas, alpha)}
         return dict(sorted({**default, **self.config, **own}.items()))
 
@@ -195,7 +195,7 @@ def write_adapter(adapter: Adapter, out: str | Path, *, overwrite: bool = False)
 
 
 def apply_adapter(base: Mapping[str, np.ndarray], adapter: Adapter, *, weight: float = 1.0) -> dict[str, np.ndarray]:
-    """The model: theta_0 + weight * scaling * B A in float64, rounded once to the base's dtype. InputError lists modules that
+    """theta_0 + weight * scaling * B A in float64, rounded once to the base's dtype. InputError lists modules that
     the base does not have or has in another shape."""
     missing = [m for m in adapter.modules if f"{m}.weight" not in base] + [n for n in adapter.saved if n not in base]
     if missing:
@@ -213,6 +213,14 @@ def apply_adapter(base: Mapping[str, np.ndarray], adapter: Adapter, *, weight: f
 # ------------------------------------------------------------------------------------------- what procedures ask for
 
 
+def opened(adapters: Iterable[Any], method: str) -> list[Adapter]:
+    """Adapters, read where a path is given. UsageError for anything else, and for none."""
+    found = [read_adapter(a) if isinstance(a, str | Path) else a for a in adapters]
+    if not found or not all(isinstance(a, Adapter) for a in found):
+        raise UsageError(f"{method}: adapters are paths of PEFT's folders, or what read_adapter gives, and at least one")
+    return found
+
+
 def same_modules(adapters: Sequence[Adapter], method: str) -> list[str]:
     """The modules of all adapters. InputError lists those that some adapters do not have."""
     union = {module for a in adapters for module in a.modules}
@@ -225,7 +233,9 @@ def same_modules(adapters: Sequence[Adapter], method: str) -> list[str]:
 def nothing_saved(adapters: Sequence[Adapter], method: str) -> None:
     """UsageError where an adapter replaces tensors whole, which have no factors."""
     if some := [name for a in adapters for name in a.saved]:
-        raise UsageError(f"{method}: {listed(some)} are no factors but whole tensors (modules_to_save); merge these as models")
+        raise UsageError(
+            f"{method}: {listed(some)} are no factors but whole tensors (modules_to_save); merge these as models"
+        )
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -247,10 +257,17 @@ def factors_of(B: np.ndarray, A: np.ndarray, like: Factors, dtype: str, **change
     return Factors(*shaped, **{"embedding": like.embedding, **changed})
 
 
-def factorised(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def finite(D: np.ndarray, module: str) -> np.ndarray:
+    """D itself. InputError where it has no singular values."""
+    if not np.all(np.isfinite(D)):
+        raise InputError(f"module {module!r}: a change that is infinite or NaN has no singular values")
+    return D
+
+
+def factorised(B: np.ndarray, A: np.ndarray, module: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """U, S, V^T of B A in float64 without making the product: B = Q L, A^T = P R, and L R^T is small."""
-    Q, L = np.linalg.qr(B)
-    P, R = np.linalg.qr(A.T)
+    Q, L = np.linalg.qr(finite(B, module))
+    P, R = np.linalg.qr(finite(A, module).T)
     U, S, Vt = np.linalg.svd(L @ R.T, full_matrices=False)
     return Q @ U, S, Vt @ P.T
 
@@ -275,7 +292,7 @@ def chosen_rank(S: np.ndarray, rank: int | None, energy: float | None) -> int:
     if not 0 < energy <= 1:
         raise UsageError(f"energy = {energy!r} is outside (0, 1]")
     # What rounding makes of a zero is none of the energy.
-    squares = np.where(S > len(S) * np.finfo(np.float64).eps * max(S, default=0.0), S, 0.0) ** 2
+    squares = np.where(len(S) * np.finfo(np.float64).eps * max(S, default=0.0) < S, S, 0.0) ** 2
     sums = np.cumsum(squares)
     return int(np.searchsorted(sums, energy * sums[-1])) + 1 if squares.any() else 0
 
@@ -306,7 +323,9 @@ def _understood(config: Mapping[str, Any], label: str) -> None:
         raise InputError(f"{label}: {CONFIG} sets {listed(on)}: its weights do not change by B A alone")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVED_BASES):
-        raise InputError(f"{label}: init_lora_weights = {start!r} changed the base too; let PEFT convert it to plain LORA first")
+        raise InputError(
+            f"{label}: init_lora_weights = {start!r} changed the base too; let PEFT convert it to plain LORA first"
+        )
 
 
 def _matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

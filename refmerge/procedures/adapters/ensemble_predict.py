@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refmerge.adapters import apply_adapter
+from refmerge.adapters import apply_adapter, opened
 from refmerge.checkpoint import open_checkpoint
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores, total
@@ -12,8 +12,8 @@ from refmerge.procedure import procedure
 
 @dataclass(frozen=True)
 class Ensemble:
-    """mean: probabilities, the last axis sums to 1. members: those of each adapter. spread: entropy of the mean less the mean
-    entropy, in nats, of each prediction: 0 where all members agree."""
+    """mean: probabilities, the last axis sums to 1. members: those of each adapter. spread: of each prediction the entropy
+    of the mean less the mean entropy, in nats: 0 where all members agree."""
 
     mean: np.ndarray
     members: np.ndarray
@@ -24,9 +24,10 @@ class Ensemble:
 def ensemble_predict(base, adapters, forward, *, weights=None, average="probabilities"):
     """What an ensemble of adapters of one base predicts: an Ensemble.
 
-    base: a path, an open checkpoint or a mapping. forward: a function of a model, name -> array, to logits of any shape whose
-    last axis is that of the classes. One model is in memory at a time.
+    base: a path, an open checkpoint or a mapping. forward: a function of a model, name -> array, to logits of any shape with
+    the classes along the last axis. One model is in memory at a time.
     """
+    adapters = opened(adapters, "ensemble_predict")
     w = shares(weights, len(adapters))
     if average not in ("probabilities", "logits"):
         raise UsageError(f"ensemble_predict: average = {average!r} is none of 'probabilities', 'logits'")
@@ -47,8 +48,6 @@ def ensemble_predict(base, adapters, forward, *, weights=None, average="probabil
 
 def shares(weights, count):
     """One for each adapter, which sum to 1."""
-    if not count:
-        raise UsageError("ensemble_predict: at least one adapter")
     w = [1.0] * count if weights is None else [float(x) for x in weights]
     if len(w) != count or min(w) < 0 or not sum(w):
         raise UsageError(f"ensemble_predict: {count} weights, none below zero and not all zero, in place of {w}")

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, listed, rounded, split
+from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, finite, listed, rounded, split
 from refmerge.checkpoint import FLOATS, open_checkpoint, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
@@ -53,8 +53,7 @@ def lora_extraction(
         # 1. task vector
         tau = scores(x) - scores(y)
         tau = scores(rounded(tau, dtype)) if arithmetic == "native" else tau
-        if not np.all(np.isfinite(tau)):
-            raise InputError(f"tensor {name!r}: a change that is infinite or NaN has no singular values")
+        finite(tau, module)
         table = name in embeddings or module in embeddings
         turned = tau.T if table or (fan_in_fan_out and tau.ndim == 2) else tau
         D = turned.reshape(len(turned), -1)
@@ -65,7 +64,7 @@ def lora_extraction(
             U, S, Vt = np.linalg.svd(D, full_matrices=False)
         # 3. rank
         r = chosen_rank(S, rank, energy)
-        r = min(r, int(np.sum(S > threshold))) if threshold else r
+        r = min(r, int(np.sum(threshold < S))) if threshold else r
         # 4. factors
         B, A = split(U[:, :r], S[:r], Vt[:r], scale)
         B, A = B.reshape(*B.shape, *[1] * (turned.ndim - 2)), A.reshape(r, *turned.shape[1:])
@@ -74,8 +73,10 @@ def lora_extraction(
         error, size = float(np.linalg.norm(D - f.product())), float(np.linalg.norm(D))
         fits[module] = Fit(r, error, error / size if size else 0.0)
     if others and rest == "error":
-        raise InputError(f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' keeps "
-                         "them whole in the adapter, rest='skip' loses the change")  # fmt: skip
+        raise InputError(
+            f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' keeps them whole "
+            "in the adapter, rest='skip' loses the change"
+        )
     if rest == "save":
         saved = {name: np.asarray(rounded(scores(model[name]), dtype_name(model[name], name))) for name in others}
         if bad := [n for n in others if "." not in n or dtype_name(model[n], n) not in FLOATS]:
@@ -93,7 +94,9 @@ def check(scale, rest, arithmetic, randomized, rank):
         if value not in choices:
             raise UsageError(f"lora_extraction: {key} = {value!r} is none of {', '.join(map(repr, choices))}")
     if randomized and rank is None:
-        raise UsageError("lora_extraction: randomized needs rank: the energy of singular values that are not computed is unknown")
+        raise UsageError(
+            "lora_extraction: randomized needs rank: the energy of singular values that are not computed is unknown"
+        )
 
 
 def sketched(D, columns, iterations, seed):

@@ -1,8 +1,9 @@
 import math
+from functools import partial
 
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factorised, factors_of, listed, nothing_saved, same_modules
+from refmerge.adapters import Adapter, dtype_of, factorised, factors_of, finite, listed, nothing_saved, opened, same_modules
 from refmerge.api import call
 from refmerge.compat.peft._steps import weighted
 from refmerge.errors import InputError, UsageError
@@ -30,33 +31,29 @@ def lora_merge(
 ):
     """One LoRA adapter made of several, as PEFT's add_weighted_adapter does it.
 
-    adapters: of `refmerge.adapters`. draws: for each adapter a mapping `<module>.lora_A`, `.lora_B` or `.delta` -> recorded
-    0/1 draws of the dare types. bugs: "0.21.2" or "0.20.1" repeats what is wrong in that release. Returns an Adapter.
+    adapters: paths, or Adapters (refmerge.adapters). draws: for each adapter a mapping of `<module>.lora_A`, `.lora_B` or
+    `.delta` to recorded 0/1 draws of the dare types. bugs: "0.21.2" or "0.20.1" repeats what is wrong in that release.
+    Returns an Adapter.
     """
-    adapters, weights = list(adapters), list(weights)
+    adapters, weights = opened(adapters, "lora_merge"), list(weights)
     check(adapters, weights, combination_type, density, majority_sign_method, missing, bugs)
+    check_svd(svd_rank, svd_clamp)
     nothing_saved(adapters, "lora_merge")
     # 1. one adapter
     combination = "linear" if len(adapters) == 1 else combination_type
-    modules = same_modules(adapters, "lora_merge") if missing == "error" else sorted({m for a in adapters for m in a.modules})
+    if missing == "error":
+        same_modules(adapters, "lora_merge")
+    modules = sorted({m for a in adapters for m in a.modules})
     if combination in BY_FACTORS:
         equal_ranks(adapters, modules, combination)
     default_rank = max(f.rank for a in adapters for f in a.modules.values())
+    kind = combination.removesuffix("_svd")
+    rule = partial(combined, kind, density=density, majority=majority_sign_method, seed=seed, draws=draws)
     merged = {}
     for module in modules:
         here = [n for n, a in enumerate(adapters) if module in a.modules]
         factors, w = [adapters[n].modules[module] for n in here], [weights[n] for n in here]
         fits(factors, module)
-
-        def combined(xs, w, part, kind=combination.removesuffix("_svd"), module=module, here=here):
-            """The sum by the chosen rule, of what the adapters have under that name."""
-            if kind in ("linear", "svd"):
-                return stacked_sum(weighted(xs, w))
-            more = {"majority_sign_method": majority_sign_method} if "ties" in kind else {}
-            name = f"{module}.{part}"
-            stats = None if draws is None or "dare" not in kind else [{"mask": draws[n][name]} for n in here]
-            return call(f"peft:{kind}", xs, name=name, seed=seed, stats=stats, weights=w, density=density, **more)
-
         if combination == "cat":
             # 2. concatenation
             A = np.concatenate([w_n * f.scaling * f.matrices()[1] for w_n, f in zip(w, factors)])
@@ -65,18 +62,20 @@ def lora_merge(
             # 3. factor by factor
             c = [w_n * f.scaling for w_n, f in zip(w, factors)]
             roots = [math.sqrt(abs(c_n)) for c_n in c]
-            A = combined([f.matrices()[1] for f in factors], [s if c_n >= 0 else -s for s, c_n in zip(roots, c)], "lora_A")
-            B = combined([f.matrices()[0] for f in factors], roots, "lora_B")
+            signed = [s if c_n >= 0 else -s for s, c_n in zip(roots, c)]
+            A = rule([f.matrices()[1] for f in factors], signed, f"{module}.lora_A", here)
+            B = rule([f.matrices()[0] for f in factors], roots, f"{module}.lora_B", here)
         else:
             # 4. through the product
             if bugs == "0.20.1":
                 w = [w_n * f.scaling for w_n, f in zip(w, factors)]
             r = default_rank if svd_rank is None else svd_rank
-            if combination == "svd":  # never larger than the factors side by side
+            if combination == "svd" and svd_clamp is None:  # never larger than the factors side by side
                 left = [w_n * f.scaling * f.matrices()[0] for w_n, f in zip(map(float, np.float32(w)), factors)]
-                U, S, Vt = factorised(np.hstack(left), np.vstack([f.matrices()[1] for f in factors]))
+                U, S, Vt = factorised(np.hstack(left), np.vstack([f.matrices()[1] for f in factors]), module)
             else:
-                U, S, Vt = np.linalg.svd(finite(combined([f.product() for f in factors], w, "delta"), module), False)
+                D = rule([f.product() for f in factors], w, f"{module}.delta", here)
+                U, S, Vt = np.linalg.svd(finite(D, module), full_matrices=False)
             B, A = U[:, :r] * S[:r], Vt[:r]
             if svd_clamp is not None:
                 high = np.quantile(np.concatenate([B.ravel(), A.ravel()]), svd_clamp)
@@ -88,10 +87,17 @@ def lora_merge(
     return Adapter(merged, config)
 
 
+def combined(kind, xs, w, name, here, *, density, majority, seed, draws):
+    """Arrays of the adapters `here`, made one by the rule, under the name that draws depend on."""
+    if kind in ("linear", "svd"):
+        return stacked_sum(weighted(xs, w))
+    more = {"majority_sign_method": majority} if kind in ("ties", "dare_ties") else {}
+    stats = [{"mask": draws[n][name]} for n in here] if draws is not None and kind in ("dare_linear", "dare_ties") else None
+    return call(f"peft:{kind}", xs, name=name, seed=seed, stats=stats, weights=w, density=density, **more)
+
+
 def check(adapters, weights, combination, density, majority, missing, bugs):
     """UsageError for what cannot be meant."""
-    if not adapters or not all(isinstance(a, Adapter) for a in adapters):
-        raise UsageError("lora_merge: adapters are at least one Adapter, as read_adapter gives them")
     if len(weights) != len(adapters):
         raise UsageError(f"lora_merge: {len(weights)} weights for {len(adapters)} adapters")
     for key, value, choices in (
@@ -108,11 +114,21 @@ def check(adapters, weights, combination, density, majority, missing, bugs):
         raise InputError("lora_merge: fan_in_fan_out differs between the adapters: they are of different bases")
 
 
+def check_svd(svd_rank, svd_clamp):
+    """UsageError for a rank or a quantile that is none."""
+    if svd_rank is not None and (type(svd_rank) is not int or svd_rank < 1):
+        raise UsageError(f"lora_merge: svd_rank = {svd_rank!r} is no positive whole number")
+    if svd_clamp is not None and not 0 <= svd_clamp <= 1:
+        raise UsageError(f"lora_merge: svd_clamp = {svd_clamp!r} is outside [0, 1]")
+
+
 def equal_ranks(adapters, modules, combination):
     """InputError lists the modules whose factors cannot be added."""
     ranks = {m: [a.modules[m].rank for a in adapters if m in a.modules] for m in modules}
     if odd := [f"{m}: {r}" for m, r in ranks.items() if len(set(r)) > 1]:
-        raise InputError(f"lora_merge: {combination} adds factors, which needs equal ranks; {listed(odd)}; cat and svd do not")
+        raise InputError(
+            f"lora_merge: {combination} adds factors, which needs equal ranks; {listed(odd)}; cat and svd do not"
+        )
 
 
 def fits(factors, module):
@@ -121,10 +137,3 @@ def fits(factors, module):
     if len(shapes) > 1:
         some = "; ".join(f"A {list(f.A.shape)}, B {list(f.B.shape)}" for f in factors)
         raise InputError(f"module {module!r}: the adapters are of different layers: {some}")
-
-
-def finite(D, module):
-    """D itself. InputError where it has no singular values."""
-    if not np.all(np.isfinite(D)):
-        raise InputError(f"module {module!r}: a change that is infinite or NaN has no singular values")
-    return D

@@ -2,7 +2,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.adapters import Adapter, listed, rounded, same_modules
+from refmerge.adapters import listed, opened, rounded, same_modules
 from refmerge.checkpoint import open_checkpoint
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
@@ -33,7 +33,7 @@ def loraclr(
     base: a path, an open checkpoint or a mapping. inputs: for each adapter a mapping module -> its inputs there, N x in, or
     a pair of these and recorded outputs, N x out, less the bias.
     """
-    adapters = list(adapters)
+    adapters = opened(adapters, "loraclr")
     check(adapters, inputs, iterations)
     base = base if isinstance(base, Mapping) else open_checkpoint(base)
     merged = {}
@@ -46,6 +46,7 @@ def loraclr(
             raise InputError(f"loraclr: tensor {name!r} is {list(W.shape)}; only matrices are fitted")
         # 1. targets
         X, V = recorded(W, adapters, inputs, module, alpha)
+
         # 2. objective
         def objective(D, W=W, X=X, V=V):
             return loss(X @ (W + D).T, V, D, X, margin, lambda_con, lambda_mse, lambda_reg)
@@ -70,8 +71,6 @@ def loraclr(
 
 def check(adapters, inputs, iterations):
     """UsageError for what cannot be meant."""
-    if not adapters or not all(isinstance(a, Adapter) for a in adapters):
-        raise UsageError("loraclr: adapters are at least one Adapter, as read_adapter gives them")
     if len(inputs) != len(adapters):
         raise UsageError(f"loraclr: inputs of {len(inputs)} concepts for {len(adapters)} adapters")
     if type(iterations) is not int or iterations < 1:
@@ -87,7 +86,9 @@ def recorded(W, adapters, inputs, module, alpha):
         pair = given[module] if isinstance(given[module], tuple | list) else (given[module], None)
         change = adapter.delta(module)
         if change.shape != W.shape:
-            raise InputError(f"loraclr: module {module!r} of adapter {n} is {list(change.shape)}, the base's {list(W.shape)}")
+            raise InputError(
+                f"loraclr: module {module!r} of adapter {n} is {list(change.shape)}, the base's {list(W.shape)}"
+            )
         x = scores(pair[0])
         if x.ndim != 2 or x.shape[1] != W.shape[1]:
             raise InputError(f"loraclr: inputs of module {module!r}, concept {n}: {list(x.shape)}, not N x {W.shape[1]}")

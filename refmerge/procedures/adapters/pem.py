@@ -1,10 +1,11 @@
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factors_of, listed, nothing_saved, rounded, same_modules
-from refmerge.checkpoint import promote
+from refmerge.adapters import Adapter, dtype_of, factors_of, listed, nothing_saved, read_adapter, rounded, same_modules
+from refmerge.checkpoint import FLOATS, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores, total, tree_sum
 from refmerge.procedure import procedure
@@ -33,9 +34,10 @@ def pem(
 ):
     """Add, negate or combine by analogy parameter-efficient modules of one base, without training.
 
-    modules: Adapters, or mappings name -> array: LoRA factors, vectors of (IA)^3, or whole models. Returns the same kind.
+    modules: Adapters or their paths, or mappings name -> array: LoRA factors, vectors of (IA)^3, or whole models. Returns
+    the same kind.
     """
-    given = list(modules)
+    given = [read_adapter(m) if isinstance(m, str | Path) else m for m in modules]
     check(given, operation, kind, on, side, base, fisher)
     if on == "product":
         return on_products(given, operation, weights, scale)
@@ -44,6 +46,8 @@ def pem(
     c = coefficients(operation, weights, len(given))
     # 1. neutral element
     neutral = {"lora": lambda name: 0.0, "ia3": lambda name: 1.0, "full": lambda name: scores(base[name])}[kind]
+    if base is not None and (odd := [name for name in names if name not in base]):
+        raise InputError(f"pem: the base has no {listed(odd)}")
     F = None if fisher is None else fisher_of(fisher, names, fisher_normalization, fisher_floor, fisher_favor_target_model)
     result = {}
     for name in names:
@@ -51,10 +55,15 @@ def pem(
         if operation == "add" and "lora" not in name and any(part in name for part in leave):
             result[name] = models[-1][name]
             continue
+        if not {dtype_name(m[name], name) for m in models} <= FLOATS:
+            raise InputError(f"pem: tensor {name!r} holds whole numbers, which have no sum of shares; leave them out")
         if operation == "add":
             # 2. addition
             share = c if F is None else [c_n * F_n[name] for c_n, F_n in zip(c, F)]
-            merged = total(s * x_n for s, x_n in zip(share, x)) / (1.0 if F is None else total(share))
+            whole = 1.0 if F is None else total(share)
+            if F is not None and not np.all(whole):
+                raise InputError(f"pem: tensor {name!r}: no module has Fisher information somewhere; fisher_floor above 0")
+            merged = total(s * x_n for s, x_n in zip(share, x)) / whole
         elif operation == "negate":
             # 3. negation
             zero = neutral(name)
@@ -118,8 +127,8 @@ def same_names(models):
 
 
 def coefficients(operation, weights, count):
-    """One for each module, which sum to 1; for an analogy c_0 and c_1 may stand for c_0, c_1, c_1. Those of detox are taken as
-    they are."""
+    """One for each module, which sum to 1; for an analogy c_0 and c_1 may stand for c_0, c_1, c_1. Those of detox are taken
+    as they are."""
     if operation == "negate":
         if weights is not None:
             raise UsageError("pem: a negation has a scale and no weights")
@@ -140,8 +149,8 @@ def coefficients(operation, weights, count):
 
 
 def fisher_of(fisher, names, normalization, floor, favor_target_model):
-    """Each module's Fisher information, at least `floor` (of the last alone, or of all), over its norm over all tensors, which
-    is taken before."""
+    """Each module's Fisher information, at least `floor` (of the last alone, or of all), over its norm over all tensors,
+    which is taken before."""
     F = []
     for n, f in enumerate(fisher):
         if odd := sorted({*names} ^ {*f}):
@@ -184,7 +193,9 @@ def one_scaling(adapters, module):
 def on_products(adapters, operation, weights, scale):
     """The same of the changes B A themselves, exactly: the factors side by side, so that ranks add up."""
     c = coefficients(operation, weights, len(adapters))
-    c = {"add": lambda: c, "negate": lambda: [-scale], "detox": lambda: c, "analogy": lambda: [c[0], c[1], -c[2]]}[operation]()
+    c = {"add": lambda: c, "negate": lambda: [-scale], "detox": lambda: c, "analogy": lambda: [c[0], c[1], -c[2]]}[
+        operation
+    ]()
     merged = {}
     for module in same_modules(adapters, "pem"):
         factors = [a.modules[module] for a in adapters]
