@@ -80,7 +80,7 @@ class Factors:
 
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
         """B and A as matrices, in float64."""
-        return scores(self.B).reshape(-1, self.rank), scores(self.A).reshape(self.rank, self.shape[1])
+        return scores(self.B).reshape(self.B.shape[0], self.rank), scores(self.A).reshape(self.rank, self.shape[1])
 
     def product(self) -> np.ndarray:
         """scaling * B A in float64, out x in."""

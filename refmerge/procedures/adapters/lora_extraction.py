@@ -74,8 +74,8 @@ def lora_extraction(
         fits[module] = Fit(r, error, error / size if size else 0.0)
     if others and rest == "error":
         raise InputError(
-            f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' keeps them whole "
-            "in the adapter, rest='skip' loses the change"
+            f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' keeps them "
+            "whole in the adapter, rest='skip' loses the change"
         )
     if rest == "save":
         saved = {name: np.asarray(rounded(scores(model[name]), dtype_name(model[name], name))) for name in others}
