@@ -3,7 +3,7 @@ import numpy as np
 from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.methods.task_vectors.bitdelta import mean_magnitude, signs
-from refmerge.numeric import host
+from refmerge.numeric import at_precision, host
 
 
 @method(
@@ -27,7 +27,7 @@ def bitdelta(models, base, group, name, *, n_bits: int = 32):
     # 1. difference
     diff = theta - base
     # 2. coefficient
-    coeff = mean_magnitude(diff, group)
+    coeff = at_precision(mean_magnitude(diff, group), base)
     # 3. signs, of which 0 has +, times the coefficient
     return base + signs(diff) * coeff
 

@@ -19,7 +19,7 @@ def cart(models, base, name, *, rank_ratio: float = 0.12, prior: float = 2.0):
     if any(part in name for part in ("attn", "mlp")) and not any(part in name for part in ("ln", "bias")):
         if base.ndim != 2:
             raise UsageError(
-                f"official:cart: tensor {name!r} of shape {list(base.shape)} is no matrix, as the authors' code takes it for"
+                f"official:cart: tensor {name!r} of shape {list(base.shape)} is no matrix: their code takes it for one"
             )
         k = rank(rank_ratio, min(base.shape))
         tau = [like(truncated(finite(scores(tau_n), name), k), base) for tau_n in tau]

@@ -50,8 +50,8 @@ def refuse(base, name, density, strategy, group):
         )
     if strategy == "svd" and base.ndim != 2 and density > 0:
         raise UsageError(
-            f"official:twin_merging: tensor {name!r} of shape {list(base.shape)} is no matrix, for which the authors' code "
-            "takes it; mask_strategy = 'magnitude' or 'bernoulli' would do"
+            f"official:twin_merging: tensor {name!r} of shape {list(base.shape)} is no matrix, and the authors' code "
+            "decomposes no other; mask_strategy = 'magnitude' or 'bernoulli' would do"
         )
 
 

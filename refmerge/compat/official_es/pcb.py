@@ -16,5 +16,6 @@ def pcb(models, base, group, *, pcb_ratio: float = 0.05, lams: PerModel[float] =
     # 3. balance
     inter = [stacked_sum(of(np.tanh, s_i * s_j) for s_j in signed) for s_i in signed]
     balancing = [intra(N_n, len(F)) * inter_n for N_n, inter_n in zip(N, inter)]
-    # 4. drop and merge
+    # 4. drop and merge; their tensor of lams is of float32
+    lams = [float(np.float32(lam)) for lam in lams]
     return base + merged(C, kept(balancing, pcb_ratio, group), lams)

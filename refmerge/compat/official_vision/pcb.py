@@ -15,5 +15,6 @@ def pcb(models, base, group, *, att_ratio: float = 0.05, lams: PerModel[float] =
     signed = [array_namespace(F_n).sign(F_n) * N_n for F_n, N_n in zip(F, N)]
     # 3. balance
     balancing = [intra(N_n, len(F)) * of(np.tanh, F_n * stacked_sum(signed)) for F_n, N_n in zip(F, N)]
-    # 4. drop and merge
+    # 4. drop and merge; their tensor of lams is of float32
+    lams = [float(np.float32(lam)) for lam in lams]
     return base + merged(C, kept(balancing, att_ratio, group), lams)

@@ -5,7 +5,7 @@ from refmerge.numeric import array_namespace, indicator
 
 
 @method("bitdelta", paper="arXiv:2402.10193", models=(1, 1))
-def bitdelta(models, base, group, name, *, layers: tuple = ("*mlp*proj*.weight", "*self_attn*proj*.weight")):
+def bitdelta(models, base, group, name, *, layers: tuple = ("*mlp*.*proj*.weight", "*self_attn*.*proj*.weight")):
     """BitDelta: what a fine-tune changed in each matrix, cut down to the sign of each entry times one scale.
 
     Tensors that none of the globs `layers` names stay the fine-tune's.

@@ -42,12 +42,12 @@ def mask(tau_t, gamma):
 
 
 def rescaler(tau_t, masked, group, average):
-    """The sum of the magnitudes of the task vector over that of what the mask leaves; 0 where nothing is left.
-
-    Averaged over tensors, each entry counts as one over the number of entries of its tensor.
-    """
-    magnitudes = list(map(array_namespace(tau_t).abs, (tau_t, masked)))
-    if average == "tensors":
-        magnitudes = [(1 / group.tensor.size) * x for x in magnitudes]
-    own, left = group.sum(*magnitudes)
+    """The sum of the magnitudes of the task vector over that of what the mask leaves; 0 where nothing is left."""
+    own, left = group.sum(*magnitudes(tau_t, masked, group.tensor.size, average))
     return own / left if left else 0.0
+
+
+def magnitudes(tau_t, masked, size, average):
+    """Averaged over tensors, each entry counts as one over the number of entries of its tensor."""
+    found = list(map(array_namespace(tau_t).abs, (tau_t, masked)))
+    return [(1 / size) * x for x in found] if average == "tensors" else found
