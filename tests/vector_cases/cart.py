@@ -15,20 +15,27 @@ def hand() -> Hand:
     h = Hand("cart", CODE)
 
     def case(
-        id: str, comment: str, models: Any, ratio: float, scale: float, expect: Any, why: str = "", name: str = "attn.w", **more: Any
-    ) -> None:  # fmt: skip
+        id: str,
+        comment: str,
+        models: Any,
+        ratio: float,
+        scale: float,
+        expect: Any,
+        why: str = "",
+        name: str = "attn.w",
+    ) -> None:
         given = [{name: x} for x in models]
         zero = {name: zeros(models[0])}
         h.case(
             id, comment, given, zero,
             ("cart", {"rank_ratio": ratio, "lambda_": scale}, {name: expect}, why),
             ("official:cart", {"rank_ratio": ratio, "prior": scale}, {name: expect}, "the same"),
-            tolerance=SLACK, **more,
+            tolerance=SLACK,
         )  # fmt: skip
 
     six = (
-        "average 1; with P = (1, 1)^T (1, 2, 2) and Q = (1, -1)^T (2, 1, -2), at right angles and of one norm, the models are "
-        "1 + 3 P - Q, 1 - 2 P - Q, 1 - P + 2 Q"
+        "average 1; with P = (1, 1)^T (1, 2, 2) and Q = (1, -1)^T (2, 1, -2), at right angles and of one norm, the models "
+        "are 1 + 3 P - Q, 1 - 2 P - Q, 1 - P + 2 Q"
     )
     models = [
         [[2.0, 6.0, 9.0], [6.0, 8.0, 5.0]],
@@ -41,12 +48,21 @@ def hand() -> Hand:
     case("rank-zero", six, models, 0.0, 0.5, ones, "none of the terms")
     case("at-least-one", six, models, 0.25, 1.0, [[6.0, 5.0, -1.0], [-2.0, 1.0, 7.0]], "int(1/4 of 2) = 0 becomes 1")
     case("lambda-zero", six, models, 0.5, 0.0, ones, "the average")
-    case("two-models", "their differences from the average are opposite, and so is what is kept of them",
-         [[[4.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 3.0]]], 0.5, 5.0, [[2.0, 0.0], [0.0, 2.0]], "the average")  # fmt: skip
+    case(
+        "two-models",
+        "their differences from the average are opposite, and so is what is kept of them",
+        [[[4.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 3.0]]],
+        0.5,
+        5.0,
+        [[2.0, 0.0], [0.0, 2.0]],
+        "the average",
+    )
     case("equal", "three equal models", [ones, ones, ones], 0.5, 2.0, ones)
     case("one-model", "its difference from itself is 0", [models[0]], 0.5, 2.0, models[0])
     case("name", six + "; no name of an attention or MLP layer", models, 0.5, 0.5, ones, "the average", name="proj")
-    case("vector", "three vectors", [[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]], 0.5, 2.0, [1.0, 1.0], "the average", name="mlp.bias")
+    case(
+        "vector", "three vectors", [[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]], 0.5, 2.0, [1.0, 1.0], "the average", name="mlp.bias"
+    )
     h.case(
         "ln",
         six + "; a matrix whose name has ln in it, by accident",

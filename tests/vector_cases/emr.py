@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from vector_cases import OPEN, REFUSED, Hand, Tensors, Test, i64, origin
 
 CODE = {
@@ -97,7 +95,8 @@ def hand() -> Hand:
     zero = {"a": [0.0], "b": [0.0] * 4}
     h.case(
         "average",
-        "base 0; tau = 4 and (1, -1, 1, 1), 8 and (1, 2, 1, 1); unified 8 and (1, 2, 1, 1), of which task 0 has 8 and (1, 0, 1, 1)",
+        "base 0; tau = 4 and (1, -1, 1, 1), 8 and (1, 2, 1, 1); unified 8 and (1, 2, 1, 1), of which task 0 has 8 and "
+        "(1, 0, 1, 1)",
         small,
         zero,
         ("emr", {}, {"a": [64 / 11], "b": [8 / 11, 0.0, 8 / 11, 8 / 11]}, "8 over 11"),

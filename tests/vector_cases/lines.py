@@ -71,8 +71,8 @@ def hand() -> Hand:
         "two blocks, alpha 1/4, beta 1/2: names with two numbers, of block 1",
         [names],
         zeros(names),
-        ("lines", plain(2, 0.25, 0.5), dict.fromkeys(names, [3.0]), "1/4 + 1/2: the first number counts"),
-        ("official:lines", official(2, 0.25, 0.5), dict.fromkeys(names, [1.0]), "1/4: .0. is looked for before .1."),
+        ("lines", plain(2, 0.25, 0.5), {key: [3.0] for key in names}, "1/4 + 1/2: the first number counts"),
+        ("official:lines", official(2, 0.25, 0.5), {key: [1.0] for key in names}, "1/4: .0. is looked for before .1."),
         flags="LinesFirstNumber",
     )
     h.case(
@@ -108,8 +108,8 @@ def hand() -> Hand:
         "two blocks, alpha 1/4: a number counts between two dots only",
         [ends],
         zeros(ends),
-        ("lines", plain(2, 0.25, 0.5), dict.fromkeys(ends, [1.0]), ""),
-        ("official:lines", official(2, 0.25, 0.5), dict.fromkeys(ends, [1.0]), ""),
+        ("lines", plain(2, 0.25, 0.5), {key: [1.0] for key in ends}, ""),
+        ("official:lines", official(2, 0.25, 0.5), {key: [1.0] for key in ends}, ""),
     )
     h.case(
         "identity",

@@ -50,9 +50,7 @@ def hand() -> Hand:
         """What the four give: one value for all, or one each."""
         each = expect if len(expect) == 4 else expect * 4
         keys = ("att_ratio", "pcb_ratio", "att_ratio", "pcb_ratio")
-        return [
-            (entry, {key: ratio, "clamp": clamp, "lams": 1.0}, x, w) for entry, key, x, w in zip(CODE, keys, each, why)
-        ]
+        return [(entry, {key: ratio, "clamp": clamp, "lams": 1.0}, x, w) for entry, key, x, w in zip(CODE, keys, each, why)]
 
     one, two = [-0.5, -0.25, 1.0, 0.75], [1.5, 0.0, -2.0, 1.0]
     b_1, b_2 = scores([one, two])
@@ -65,7 +63,7 @@ def hand() -> Hand:
         *officials(
             0.5, 0.0, [0.0, 0.0, -2.0, 0.75], [0.0, 0.0, -2.0, 0.75], [1.5, 0.0, 0.0, 0.75], [0.0, 0.0, 0.0, 0.875],
             why=(
-                "e^(2 N^2) tanh(F sum F) = (-0.58, 0.06, -5.63, 2.10), (2.79, 0, 7.12, 1.55); the second best has the weight 0",
+                "e^(2 N^2) tanh(F sum F) = (-0.58, 0.06, -5.63, 2.10), (2.79, 0, 7.12, 1.55); the second best weighs 0",
                 "as there",
                 "e^(2 N^2) tanh(F sum SN) = (-0.26, 0, 0, 1.71), (1.71, 0, 0, 1.36)",
                 "e^(2 N^2) sum tanh(SN SN) = (-0.17, 0, 0, 1.80), (0.82, 0, 0, 0.93): the mean of 3/4 and 1",

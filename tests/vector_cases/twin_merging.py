@@ -69,8 +69,8 @@ def hand() -> Hand:
         return {"router_prob": router, "mask_strategy": strategy, "mask_rate": rate, "scaling": scale}
 
     six = (
-        "base 1, tau = S + V and S - V, S = (1, 0, 2; 0, 1, 0), V = (4, 5, 2; 0, 3, 6) = 2 P + Q with P = (1, 1)^T (1, 2, 2) and "
-        "Q = (1, -1)^T (2, 1, -2); lambda 1/2: shared 1 + S, remainders V and -V, of which 2 P and -2 P are the first terms"
+        "base 1, tau = S + V and S - V, S = (1, 0, 2; 0, 1, 0), V = (4, 5, 2; 0, 3, 6) = 2 P + Q with P = (1, 1)^T (1, 2, 2) "
+        "and Q = (1, -1)^T (2, 1, -2); lambda 1/2: shared 1 + S, remainders V and -V, of which 2 P and -2 P are the first terms"
     )
     models = [[[6.0, 6.0, 5.0], [1.0, 5.0, 7.0]], [[-2.0, -4.0, 1.0], [1.0, -1.0, -5.0]]]
     ones = [[1.0] * 3] * 2
@@ -122,8 +122,8 @@ def hand() -> Hand:
     flat = [[8.0, 0.0, 0.0, -4.0]], [[0.0, 2.0, -4.0, 0.0]]
     h.case(
         "magnitude",
-        "base 0, tau = (8, 0, 0, -4), (0, 2, -4, 0); lambda 1/2: shared (4, 1, -2, -2), remainders (4, -1, 2, -2) and its negative; "
-        "half of the entries: (4, 0, 2, 0), the lower index of 2 and -2",
+        "base 0, tau = (8, 0, 0, -4), (0, 2, -4, 0); lambda 1/2: shared (4, 1, -2, -2), remainders (4, -1, 2, -2) and its "
+        "negative; half of the entries: (4, 0, 2, 0), the lower index of 2 and -2",
         [flat[0], flat[1]],
         [[0.0] * 4],
         ("twin_merging", plain([1.0, 0.0], "magnitude"), [[8.0, 1.0, 0.0, -2.0]], ""),
@@ -134,11 +134,16 @@ def hand() -> Hand:
     h.tests[-1].id += "-none"
     h.case(
         "bernoulli",
-        "base 0, tau = (8, 0, 0, -4), (0, 2, -4, 0); lambda 1/2: shared (4, 1, -2, -2), remainders (4, -1, 2, -2) and its negative; "
-        "kept entries 1 and 2 of the first, 3 of the second, divided by 1/2",
+        "base 0, tau = (8, 0, 0, -4), (0, 2, -4, 0); lambda 1/2: shared (4, 1, -2, -2), remainders (4, -1, 2, -2) and its "
+        "negative; kept entries 1 and 2 of the first, 3 of the second, divided by 1/2",
         [flat[0], flat[1]],
         [[0.0] * 4],
-        ("twin_merging", plain([0.5, 0.25], "bernoulli"), [[8.0, 0.0, -3.0, -2.0]], "+ 1/2 (8, -2, 0, 0) + 1/4 (0, 0, -4, 0)"),
+        (
+            "twin_merging",
+            plain([0.5, 0.25], "bernoulli"),
+            [[8.0, 0.0, -3.0, -2.0]],
+            "+ 1/2 (8, -2, 0, 0) + 1/4 (0, 0, -4, 0)",
+        ),
         masks=[[[1, 1, 0, 0]], [[0, 0, 1, 0]]],
     )
     h.case(
@@ -184,7 +189,12 @@ def hand() -> Hand:
         six + "; of shape (2, 3, 1)",
         cube,
         [[[1.0]] * 3] * 2,
-        ("twin_merging", plain([0.75, 0.25]), [[[3.0], [3.0], [5.0]], [[2.0], [4.0], [3.0]]], "a row for each index of the first"),
+        (
+            "twin_merging",
+            plain([0.75, 0.25]),
+            [[[3.0], [3.0], [5.0]], [[2.0], [4.0], [3.0]]],
+            "a row for each index of the first",
+        ),
         ("official:twin_merging", official([1.0, 0.0]), REFUSED, "a batch of matrices, of which the wrong axis is cut"),
         flags="TwinManyAxes",
         tolerance=SLACK,
@@ -203,9 +213,12 @@ def hand() -> Hand:
         ("twin_merging", plain(1.0), REFUSED, ""),
     )  # fmt: skip
     h.case(
-        "nan", "NaN is the largest and stays; what is dropped of it is NaN too, 0 times NaN", [[[nan, 1.0, 4.0, 2.0]]], [[0.0] * 4],
+        "nan",
+        "NaN is the largest and stays",
+        [[[nan, 1.0, 4.0, 2.0]]],
+        [[0.0] * 4],
         ("twin_merging", plain(1.0, "magnitude"), [[nan, 0.5, 4.0, 1.0]], "shared (NaN, 1/2, 2, 1), remainder the same"),
-    )  # fmt: skip
+    )
     h.case("no-weight", "the router's weights have no default", [[1.0]], [0.0], ("twin_merging", {}, REFUSED, ""))
     h.case("density-negative", "density -1/4", [[1.0]], [0.0], ("twin_merging", plain(1.0, density=-0.25), REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("twin_merging", plain(1.0), REFUSED, ""))

@@ -4,6 +4,5 @@ from refmerge.method import same_as
 bitdelta = same_as(
     ours,
     "fusion_bench:bitdelta",
-    source="tanganke/fusion_bench@54c9e8c fusion_bench/method/bitdelta/bitdelta_utils/diff.py:compress_diff",
-    n_bits="n_bits",
+    source="tanganke/fusion_bench@54c9e8c fusion_bench/method/bitdelta/bitdelta_utils/diff.py",
 )

@@ -6,12 +6,10 @@ from refmerge.methods.task_vectors.bitdelta import mean_magnitude, signs
 from refmerge.numeric import at_precision, host
 
 
-@method(
-    "official:bitdelta", paper="FasterDecoding/BitDelta@ecbee1e bitdelta/diff.py:compress_diff", models=(1, 1), view="tensor"
-)
-def bitdelta(models, base, group, name, *, n_bits: int = 32):
-    """The compressed model before its scales are trained. Linear layers with proj in their name, inside of a module with mlp
-    or self_attn in its own, lose their bias to the base's; n_bits is how many signs a word of their file holds."""
+@method("official:bitdelta", paper="FasterDecoding/BitDelta@ecbee1e bitdelta/diff.py:compress_diff", models=(1, 1))
+def bitdelta(models, base, group, name):
+    """The compressed model before its scales are trained. Layers with proj in their name, inside of a module with mlp or
+    self_attn in its own, lose their bias to the base's."""
     (theta,) = models
     module, _, parameter = name.rpartition(".")
     parent, _, child = module.rpartition(".")
@@ -19,11 +17,6 @@ def bitdelta(models, base, group, name, *, n_bits: int = 32):
         return theta
     if parameter != "weight":
         return base
-    if base.ndim != 2 or base.shape[1] % n_bits:
-        raise UsageError(
-            f"official:bitdelta: tensor {name!r} of shape {list(base.shape)}: the authors' code packs the signs of {n_bits} "
-            "columns of a matrix into a word, and fails where some are left over; another n_bits may fit"
-        )
     # 1. difference
     diff = theta - base
     # 2. coefficient

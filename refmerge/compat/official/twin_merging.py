@@ -35,15 +35,15 @@ def twin_merging(
     twin = [theta_n - merged for theta_n in models]
     # 3. sparsify
     if base.ndim != 1 and density < 1:
-        refuse(base, name, density, mask_strategy, group)
-        twin = compressed(twin, mask_strategy, density, group, rng, name)
+        refuse(base, name, density, mask_strategy, group.tensor)
+        twin = compressed(twin, mask_strategy, density, group.tensor, rng, name)
     # 4. merge
     return merged + total(w_n * twin_n for w_n, twin_n in zip(softmax(router_prob), twin))
 
 
-def refuse(base, name, density, strategy, group):
+def refuse(base, name, density, strategy, tensor):
     """UsageError where their code fails, or makes something else of a tensor."""
-    if strategy == "magnitude" and int(density * group.size) == 0:
+    if strategy == "magnitude" and int(density * tensor.size) == 0:
         raise UsageError(
             f"official:twin_merging: nothing of tensor {name!r} would be kept, which the authors' code refuses too; a lower "
             "mask_rate keeps more"

@@ -35,12 +35,12 @@ def twin_merging(
     v = [theta_n - theta for theta_n in models]
     # 3. compress
     if base.ndim > 1 and density < 1:
-        v = compressed(v, sparsify, density, group, rng, name)
+        v = compressed(v, sparsify, density, group.tensor, rng, name)
     # 4. merge
     return theta + total(w_n * v_n for w_n, v_n in zip(weight, v))
 
 
-def compressed(v, how, density, group, rng, name):
+def compressed(v, how, density, tensor, rng, name):
     """int(density r) singular terms of each matrix, its int(density n) largest entries, or a random fraction of its entries,
     divided by that fraction."""
     if how == "svd":
@@ -49,7 +49,7 @@ def compressed(v, how, density, group, rng, name):
         return [like(truncated(R, k).reshape(v_n.shape), v_n) for R, v_n in zip(matrices, v)]
     if how == "magnitude":
         magnitude = map(array_namespace(*v).abs, v)
-        return [m_n * v_n for m_n, v_n in zip(group.top(*magnitude, k=[int(density * group.size)] * len(v)), v)]
+        return [m_n * v_n for m_n, v_n in zip(tensor.top(*magnitude, k=[int(density * tensor.size)] * len(v)), v)]
     if density == 0:
         return [0 * v_n for v_n in v]
     return [(1 / density) * (rng.keep(density, model=n) * v_n) for n, v_n in enumerate(v)]

@@ -52,8 +52,8 @@ def fits(stored, base, key, name, shape):
     wanted = {"whole": tuple(base[name].shape), "sign": (-(-size // 8),), "scale": ()}
     if shape != wanted[key]:
         raise InputError(
-            f"{stored.path}: what is stored of {name!r} does not fit the base's shape {list(base[name].shape)}: it was stored "
-            "against another base"
+            f"{stored.path}: what is stored of {name!r} does not fit the base's shape {list(base[name].shape)}: it was "
+            "stored against another base"
         )
 
 

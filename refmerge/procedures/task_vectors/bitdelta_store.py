@@ -29,7 +29,8 @@ def bitdelta_store(
     """Write a fine-tune as a bit for each entry and a number for each tensor that one of the globs `layers` names, and all
     other tensors as they are. Returns it, open; `bitdelta_restore` adds it to the base, to the bit what `bitdelta` gives.
 
-    model, base: a path or an open checkpoint, or a mapping name -> array. out: a folder, or a file that ends in .safetensors.
+    model, base: a path or an open checkpoint, or a mapping name -> array. out: a folder, or a file that ends in
+    .safetensors.
     """
     model, base = (x if isinstance(x, Mapping) else open_checkpoint(x) for x in (model, base))
     plan = prepare([model], bitdelta, base=base, integers=integers, nonfinite=nonfinite, missing="skip")
