@@ -69,8 +69,8 @@ def hand() -> Hand:
         return {"router_prob": router, "mask_strategy": strategy, "mask_rate": rate, "scaling": scale}
 
     six = (
-        "base 1, tau = S + V and S - V, S = (1, 0, 2; 0, 1, 0), V = (4, 5, 2; 0, 3, 6) = 2 P + Q with P = (1, 1)^T (1, 2, 2) "
-        "and Q = (1, -1)^T (2, 1, -2); lambda 1/2: shared 1 + S, remainders V and -V, of which 2 P and -2 P are the first terms"
+        "base 1, tau = S + V and S - V, S = (1, 0, 2; 0, 1, 0), V = (4, 5, 2; 0, 3, 6) = 2 P + Q, P = (1, 1)^T (1, 2, 2), "
+        "Q = (1, -1)^T (2, 1, -2); lambda 1/2: shared 1 + S, remainders V and -V, of which 2 P and -2 P are the first terms"
     )
     models = [[[6.0, 6.0, 5.0], [1.0, 5.0, 7.0]], [[-2.0, -4.0, 1.0], [1.0, -1.0, -5.0]]]
     ones = [[1.0] * 3] * 2
