@@ -2,7 +2,6 @@ from typing import Literal
 
 import numpy as np
 
-from refmerge.errors import UsageError
 from refmerge.method import PerModel, method
 from refmerge.methods.task_vectors.twin_merging import compressed
 from refmerge.numeric import total
@@ -34,25 +33,10 @@ def twin_merging(
     # 2. twin vectors
     twin = [theta_n - merged for theta_n in models]
     # 3. sparsify
-    if base.ndim != 1 and density < 1:
-        refuse(base, name, density, mask_strategy, group.tensor)
+    if base.ndim > 1 and density < 1:
         twin = compressed(twin, mask_strategy, density, group.tensor, rng, name)
     # 4. merge
     return merged + total(w_n * twin_n for w_n, twin_n in zip(softmax(router_prob), twin))
-
-
-def refuse(base, name, density, strategy, tensor):
-    """UsageError where their code fails, or makes something else of a tensor."""
-    if strategy == "magnitude" and int(density * tensor.size) == 0:
-        raise UsageError(
-            f"official:twin_merging: nothing of tensor {name!r} would be kept, which the authors' code refuses too; a lower "
-            "mask_rate keeps more"
-        )
-    if strategy == "svd" and base.ndim != 2 and density > 0:
-        raise UsageError(
-            f"official:twin_merging: tensor {name!r} of shape {list(base.shape)} is no matrix, and the authors' code "
-            "decomposes no other; mask_strategy = 'magnitude' or 'bernoulli' would do"
-        )
 
 
 def softmax(logits):
