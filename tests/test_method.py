@@ -367,8 +367,8 @@ def test_a_broken_backend_is_named_and_the_others_listed(plugins, plugin_module)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tise", r"no method 'tise'; did you mean ties\? \(available: breadcrumbs, .*widen, wise_ft\)"),
-        ("qqqq", r"no method 'qqqq' \(available: breadcrumbs"),
+        ("tise", r"no method 'tise'; did you mean ties\? \(available: .*breadcrumbs, .*widen, wise_ft\)"),
+        ("qqqq", r"no method 'qqqq' \(available: .*breadcrumbs"),
         ("mergekit:widen", "mergekit has mergekit:breadcrumbs, .*; widen exists as widen, official:widen"),
         ("nobody:ties", "no entry of that tool exists; ties exists as ties, .*mergekit:ties, .*official:ties"),
         ("", "no method ''"),
