@@ -15,7 +15,7 @@ def emr(models, base, group, *, task: int = 0, flat: bool = False):
     # 1. task vectors
     vectors = [theta_t - base for theta_t in models]
     # 2. elect
-    flag = 2 * indicator(stacked_sum(vectors) > 0, like=base) - 1
+    flag = elect(vectors)
     vector_unified = unified(vectors, flag)
     # 3. mask
     masked = vector_unified * mask(vectors[task], flag)
@@ -24,6 +24,11 @@ def emr(models, base, group, *, task: int = 0, flat: bool = False):
     rescaler = float(scale / new_scale)
     # 5. recover
     return base + masked * rescaler
+
+
+def elect(vectors):
+    """+1 where the mean is above 0, and -1 elsewhere."""
+    return 2 * indicator(stacked_sum(vectors) > 0, like=vectors[0]) - 1
 
 
 def scales(vector, masked, group, flat):
