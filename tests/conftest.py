@@ -14,8 +14,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from refmerge import registry
+
+settings.register_profile("no_clock", deadline=None, derandomize=True)  # machines are busy, and a run can be repeated
+settings.load_profile("no_clock")
 
 DEMANDED = {name.strip() for name in os.environ.get("REFMERGE_TEST_BACKENDS", "").split(",")} - {""}
 KNOWN = ("numpy", "torch", "array_api_strict", "torch:cuda:0", "cupy")
