@@ -101,7 +101,7 @@ def call(
     arrays = [np.asarray(m, dtype=np.float64) if isinstance(m, list | tuple) else m for m in models]
     named = None
     if stats is not None:
-        named = [{f"{name}.{key}" if key else name: x for key, x in s.items()} for s in stats]
+        named = [{stat_name(name, key): np.asarray(x, float) if isinstance(x, list) else x for key, x in s.items()} for s in stats]
     result = prepare(
         [{name: m} for m in arrays], method, base=None if base is None else {name: base}, stats=named, seed=seed, over=over,
         dtype=dtype, threads=1, nonfinite="propagate", params=params,
@@ -157,8 +157,7 @@ def prepare(
     m.check_models(len(models), base is not None)
     if not callable(params):
         m.bind(params, len(models))  # complain about parameters before any file is opened
-    if stats is not None and len(stats) != len(models):
-        raise UsageError(f"stats has {len(stats)} entries for {len(models)} models")
+    _check_count(m, len(models), stats)
 
     everything = [*models, *([] if base is None else [base])]
     sources, used, example = _sources(everything, len(models), backend, read_dtype)
@@ -346,6 +345,18 @@ def _stat_sources(stats: Sequence[Model | None] | None, backend: Any, example: A
             _one_library([{"the models": example}, s or {}])
             sources.append(ArraySource(s or {}, label))
     return sources
+
+
+def _check_count(m: Method, count: int, stats: Sequence[Any] | None) -> None:
+    """UsageError unless there are statistics for each model, where the method wants some."""
+    first = m.needs == "base and models"
+    of = "the base and each model" if first else "each model"
+    if stats is None and m.needs:
+        wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
+        raise UsageError(f"{m.name} rests on statistics ({wanted}): give stats=, one mapping or path for {of}")
+    if stats is not None and len(stats) != count + first:
+        models = f"{count} models" + (" and the base, which comes first" if first else "")
+        raise UsageError(f"stats has {len(stats)} entries for {models}")
 
 
 def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:

@@ -111,6 +111,8 @@ class Method:
     widens: whether 16-bit inputs are computed in float32 even where arithmetic="native" is asked for.
     optional_base: whether the base may be left out.
     least: the dtype that results have at least where the caller asks for none, or None: that of the inputs.
+    needs: whether statistics may be left out (""), must be given for each model ("models"), or for the base too, first
+        ("base and models").
     """
 
     name: str
@@ -127,6 +129,7 @@ class Method:
     widens: bool = False
     optional_base: bool = False
     least: str | None = None
+    needs: str = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -241,6 +244,7 @@ def method(
     work: str | None = None,
     widens: bool = False,
     least: str | None = None,
+    needs: Literal["", "models", "base and models"] = "",
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""
 
@@ -269,7 +273,7 @@ def method(
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
         return Method(
             name, fn, paper, tuple(asks), MappingProxyType(params), view, over, models,
-            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base, least,
+            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base, least, needs,
         )  # fmt: skip
 
     return wrap
@@ -304,5 +308,5 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
         name, run, source, ours.asks, MappingProxyType(renamed), view, ours.over, ours.models, ours.stats,
-        ours.outputs, ours.work, ours.widens, ours.optional_base, ours.least,
+        ours.outputs, ours.work, ours.widens, ours.optional_base, ours.least, ours.needs,
     )  # fmt: skip
