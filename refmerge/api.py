@@ -361,7 +361,7 @@ def _check_count(m: Method, count: int, stats: Sequence[Any] | None) -> None:
 
 def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:
     """UsageError for statistics of which the method reads none: they were meant to have an effect."""
-    if stats is None or not any(s.names() for s in stats):
+    if stats is None or not (m.needs == "models" or any(s.names() for s in stats)):
         return
     if not m.stats:
         raise UsageError(f"{m.name} reads no statistics: leave stats out")
@@ -369,7 +369,11 @@ def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None
     modules = {n.rpartition(".")[0] for n in names}
     if not any(stat_name(n, key) in present for key in m.stats for n in [*names, *modules]):
         wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
-        raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({sorted(present)[0]!r}, ...)")
+        raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({names_of(present)})")
+
+
+def names_of(present: Collection[str]) -> str:
+    return f"{min(present)!r}, ..." if present else "nothing is"
 
 
 def _refuse_tied(partial: Sequence[str], everywhere: set[str], sources: Sequence[Source]) -> None:

@@ -21,7 +21,7 @@ import refmerge
 from refmerge import pages, registry, testing
 from refmerge.api import prepare
 from refmerge.explain import explain, outline, render
-from refmerge.laws import LAWS
+from refmerge.laws import LAWS, statistics
 from refmerge.method import Method
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,8 @@ def test_each_input_byte_is_read_as_often_as_the_page_says(both):
     arrays = [{"x": draw.standard_normal((64, 64)).astype(np.float32)} for _ in range(count + 1)]
     read = 4 * 64 * 64 * (count + method.needs_base)
     for elements, passes in ((1 << 22, said[0]), (512, said[-1])):
-        plan = prepare(arrays[1:], method, base=arrays[0] if method.needs_base else None, threads=1)
+        stats = [statistics(method, x, draw) for x in arrays[1:]] if method.needs else None
+        plan = prepare(arrays[1:], method, base=arrays[0] if method.needs_base else None, stats=stats, threads=1)
         plan.elements = elements
         plan.run()
         assert (plan.ran.passes, plan.ran.bytes_read, plan.ran.bytes_sampled) == (passes, passes * read, 0)
