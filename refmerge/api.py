@@ -173,7 +173,7 @@ def prepare(
         raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(_DTYPES)}")
     over = m.over if over is None else over
     stored = {n: promote([s.dtype(n) for s in sources]) for n in floats}
-    kept = {n: out_name or promote([d, _DTYPES[m.least]] if m.least else [d]) for n, d in stored.items()}
+    kept: dict[str, str] = {}
     wide = any(d == "F64" for d in stored.values())
     tensors = []
     for n in floats:
@@ -184,7 +184,10 @@ def prepare(
             needed = "float64" if stored[n] == "F64" or (wide and over != "tensor") else "float32"
             work_dtype = m.work or dtype or needed
         given = params(n, floats) if callable(params) else params
-        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, m.bind(given, len(models)), kept[n]))
+        bound = m.bind(given, len(models))
+        least = m.least_for(bound)
+        kept[n] = out_name or promote([stored[n], _DTYPES[least]] if least else [stored[n]])
+        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, bound, kept[n]))
 
     specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}

@@ -110,7 +110,8 @@ class Method:
     work: the dtype in which the method insists on computing, or None.
     widens: whether 16-bit inputs are computed in float32 even where arithmetic="native" is asked for.
     optional_base: whether the base may be left out.
-    least: the dtype that results have at least where the caller asks for none, or None: that of the inputs.
+    least: the dtype that results have at least where the caller asks for none, or None: that of the inputs; or a function of
+        parameters, by their names, that says which.
     needs: whether statistics may be left out (""), must be given for each model ("models"), or for the base too, first
         ("base and models").
     """
@@ -128,7 +129,7 @@ class Method:
     work: str | None = None
     widens: bool = False
     optional_base: bool = False
-    least: str | None = None
+    least: str | None | Callable[..., str | None] = None
     needs: str = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +153,12 @@ class Method:
             return self.view
         facts = {**params, "ndim": ndim}
         return self.view(**{key: facts[key] for key in inspect.signature(self.view).parameters})
+
+    def least_for(self, params: Mapping[str, Any]) -> str | None:
+        """`least` for these bound parameters."""
+        if not callable(self.least):
+            return self.least
+        return self.least(**{key: params[key] for key in inspect.signature(self.least).parameters})
 
     def check_models(self, count: int, has_base: bool) -> None:
         """UsageError unless `count` models, with or without a base, can be merged by this method."""
@@ -243,7 +250,7 @@ def method(
     domain: Mapping[str, tuple[float, float]] | None = None,
     work: str | None = None,
     widens: bool = False,
-    least: str | None = None,
+    least: str | None | Callable[..., str | None] = None,
     needs: Literal["", "models", "base and models"] = "",
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""

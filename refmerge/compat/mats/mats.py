@@ -15,7 +15,7 @@ from refmerge.numeric import like, scores, total
     paper="r-three/mats@cb52c38 src/merging/conjugateGradient_fisherMerging.py:conjugateGradient_fisherMerging",
     view="tensor",
     work="float64",
-    least="float64",
+    least=lambda kind: "float64" if kind == "average" else None,
     stats={"": "whole", "out/": "whole", "in/": "whole", "init/": "whole"},
 )
 def mats(
