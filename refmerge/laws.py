@@ -58,7 +58,7 @@ def statistics(method: Method, tensors: Tensors, draw: np.random.Generator) -> T
     for key, kind in method.stats.items():
         for name, x in tensors.items():
             if kind == "element":
-                found[stat_name(name, key)] = draw.integers(1, 9, x.shape).astype(x.dtype) / 4
+                found[stat_name(name, key)] = np.asarray(draw.integers(1, 9, x.shape) / 4, x.dtype)
             elif kind == "whole" and x.ndim == 2:
                 side = x.shape[0 if "gradient" in key else 1]
                 rows = draw.integers(-2, 3, (side, side)).astype(x.dtype)

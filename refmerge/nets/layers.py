@@ -26,10 +26,12 @@ class Layers:
     def linear(self, name: str, x: Any, weight: str = "weight", bias: str = "bias") -> Any:
         """W x + b, W of shape (out, in)."""
         w = self.params[f"{name}.{weight}"]
+        self._in(f"{name}.{weight}", x)
         return self._out(f"{name}.{weight}", self._plus(x @ array_namespace(w).matrix_transpose(w), f"{name}.{bias}"))
 
     def conv1d(self, name: str, x: Any) -> Any:
         """x W + b, W of shape (in, out), as GPT-2 has it."""
+        self._in(f"{name}.weight", x)
         return self._out(f"{name}.weight", self._plus(x @ self.params[f"{name}.weight"], f"{name}.bias"))
 
     def conv(self, name: str, x: Any, stride: int = 1, padding: int = 0) -> Any:
@@ -80,6 +82,11 @@ class Layers:
         assert self.taps is not None
         there = self.taps.get(name)
         self.taps[name] = x if there is None else array_namespace(x).concat([there, x], axis=x.ndim - 2)
+
+    def _in(self, name: str, x: Any) -> None:
+        """What a linear layer reads, for taps that take it (refmerge.stats)."""
+        if hasattr(self.taps, "reads"):
+            self.taps.reads(name, x)
 
     def _out(self, name: str, y: Any, axis: int = -1) -> Any:
         if self.taps is not None:
