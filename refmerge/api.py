@@ -101,7 +101,9 @@ def call(
     arrays = [np.asarray(m, dtype=np.float64) if isinstance(m, list | tuple) else m for m in models]
     named = None
     if stats is not None:
-        named = [{stat_name(name, key): np.asarray(x, float) if isinstance(x, list) else x for key, x in s.items()} for s in stats]
+        named = [
+            {stat_name(name, key): np.asarray(x, float) if isinstance(x, list) else x for key, x in s.items()} for s in stats
+        ]
     result = prepare(
         [{name: m} for m in arrays], method, base=None if base is None else {name: base}, stats=named, seed=seed, over=over,
         dtype=dtype, threads=1, nonfinite="propagate", params=params,

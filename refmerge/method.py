@@ -129,7 +129,7 @@ class Method:
     work: str | None = None
     widens: bool = False
     optional_base: bool = False
-    least: str | None | Callable[..., str | None] = None
+    least: str | Callable[..., str | None] | None = None
     needs: str = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +250,7 @@ def method(
     domain: Mapping[str, tuple[float, float]] | None = None,
     work: str | None = None,
     widens: bool = False,
-    least: str | None | Callable[..., str | None] = None,
+    least: str | Callable[..., str | None] | None = None,
     needs: Literal["", "models", "base and models"] = "",
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""

@@ -139,9 +139,7 @@ class Statistics(Mapping[str, np.ndarray]):
         """One safetensors file of float64 means, with definitions and counts in its metadata."""
         from safetensors.numpy import save_file
 
-        about = {
-            name: {"definition": DEFINITIONS[name.rpartition(".")[2]], "count": self._counts[name]} for name in self
-        }
+        about = {name: {"definition": DEFINITIONS[name.rpartition(".")[2]], "count": self._counts[name]} for name in self}
         save_file({name: self[name] for name in self}, str(path), {KEY: json.dumps(about, sort_keys=True)})
 
     @classmethod

@@ -154,5 +154,7 @@ def test_taps_of_a_network_are_read_by_regmean(tmp_path):
     assert np.max(np.abs(gradient)) < 1e-10
     for i, s in enumerate(stats):
         s.save(tmp_path / f"{i}.safetensors")
-    from_files = refmerge.merge(models, "regmean", stats=[tmp_path / "0.safetensors", tmp_path / "1.safetensors"], off_diagonal=1.0)
+    from_files = refmerge.merge(
+        models, "regmean", stats=[tmp_path / "0.safetensors", tmp_path / "1.safetensors"], off_diagonal=1.0
+    )
     assert np.array_equal(from_files[name], merged[name])

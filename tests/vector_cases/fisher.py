@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Test, arrays
+from vector_cases import REFUSED, Hand, arrays
 
 STEMS = ("fisher", "fisher_mats", "fisher_merging")
 TOOLS = ("fusion_bench", "mmatena", "dataless", "mats", "wise_ft")
@@ -20,8 +20,6 @@ CODE = {
     "wise_ft:fisher": "mlfoundations/wise-ft@58b7a4b src/wise_ft.py:_merge",
 }
 FLAGS = {"fisher_mats-mats-03": ["FisherFloor"], "fisher_merging-wise_ft-00": ["FisherMissing"]}
-
-
 
 
 def hand() -> Hand:

@@ -34,7 +34,7 @@ def hand() -> Hand:
     one = {"objective": "gram", "iterations": 1}
     case(
         "one-step",
-        "G_1 + G_2 = diag(4, 2); from the mean the residual has two columns of the same length: step (1 + 1) / (4 + 2) = 1/3",
+        "G_1 + G_2 = diag(4, 2); from the mean the residual has two equally long columns: step (1 + 1) / (4 + 2) = 1/3",
         W,
         G,
         ("mats", one, [[5.0, -2.0], [0.0, 1.0], [2.0, 0.0]], ""),

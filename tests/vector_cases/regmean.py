@@ -11,13 +11,13 @@ from vector_cases import REFUSED, Hand
 STEMS = ("regmean", "regmean_mats")
 TOOLS = ("fusion_bench", "dataless", "mats")
 CODE = {
-    "fusion_bench:regmean": "tanganke/fusion_bench@54c9e8c fusion_bench/method/regmean/regmean.py:merging_with_regmean_weights",
+    "fusion_bench:regmean": "tanganke/fusion_bench@54c9e8c fusion_bench/method/regmean/regmean.py:"
+    "merging_with_regmean_weights",
     "dataless:regmean": "bloomberg/dataless-model-merging@92247ae src/model_merge/avg_merger.py:"
     "FedAvgMerger.regmean_mean_params",
     "mats:regmean": "r-three/mats@cb52c38 src/merging/regmean.py:regmean",
 }
 FLAGS = {"regmean_mats-mats-03": ["RegMeanSingular"]}
-TOOL = {"fusion_bench": "fusion_bench:regmean", "dataless": "dataless:regmean", "mats": "mats:regmean"}
 
 
 def hand() -> Hand:

@@ -18,7 +18,7 @@ def regmean(
     models, stats, name, *, model_coeffs: tuple | None = None, regmean_reduce_nondiag: float = -1.0,
     regmean_diag: bool = False,
 ):  # fmt: skip
-    """RegMean by an explicit inverse; a negative regmean_reduce_nondiag shrinks nothing, and coefficients need not sum to 1."""
+    """RegMean by an explicit inverse; regmean_reduce_nondiag below 0 shrinks nothing, coefficients need not sum to 1."""
     N = len(models)
     # 1. Gram matrices of the module's inputs
     G = grams(stats, name, models)

@@ -29,8 +29,8 @@ def regmean(models, stats, name, *, reduce_non_diagonal_ratio: float = 1.0, weig
 
 
 def grams(stats, name, models, axis=1):
-    """The matrix of each model; None for what is no weight of a module that has one. UsageError where some models lack it, or
-    it does not fit."""
+    """The matrix of each model; None for what is no weight of a module that has one. UsageError where some models lack it,
+    or it does not fit."""
     has = ["" in s for s in stats]
     if not any(has) or models[0].ndim != 2 or ("." in name and not name.endswith(".weight")):
         return None

@@ -6,7 +6,7 @@ import numpy as np
 from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.methods.data_driven.regmean import check_sizes, definite, matrices, oriented, restored, shrunk
-from refmerge.numeric import mean, scores, total
+from refmerge.numeric import mean, total
 
 LARGEST = 4096  # unknowns up to which a system that couples all entries of a weight is solved directly
 
@@ -41,12 +41,12 @@ def mats(
 
     C_n says which directions matter to model n. Stopped early, the result stays near the start where nothing matters.
     """
+    W = [oriented(theta_n, layout) for theta_n in models]
     # 1. operators
     C = operators(objective, stats, name, models, layout, off_diagonal)
     if not C:
         # 2. no statistics: average
         return mean(models)
-    W = [oriented(theta_n, layout) for theta_n in models]
     # 3. right-hand side
     B = total(C_n(W_n) for C_n, W_n in zip(C, W))
     if solver == "direct":
@@ -66,6 +66,9 @@ class Diagonal:
     def __init__(self, F):
         self.F = F
 
+    def __repr__(self):
+        return "X -> F X"
+
     def __call__(self, X):
         return self.F * X
 
@@ -76,6 +79,9 @@ class Gram:
     def __init__(self, G):
         self.G = G
 
+    def __repr__(self):
+        return "X -> X G"
+
     def __call__(self, X):
         return X @ self.G
 
@@ -85,6 +91,9 @@ class KFAC:
 
     def __init__(self, G, H):
         self.G, self.H = G, H
+
+    def __repr__(self):
+        return "X -> H X G"
 
     def __call__(self, X):
         return self.H @ X @ self.G
@@ -143,7 +152,9 @@ def direct(C, B, name):
         F = total(C_n.F for C_n in C)
         if np.any(F == 0):
             at = [int(i) for i in np.argwhere(F == 0)[0]]
-            raise UsageError(f"tensor {name!r}: its Fisher information is 0 in all models at {at}; solver='cg' keeps the start")
+            raise UsageError(
+                f"tensor {name!r}: its Fisher information is 0 in all models at {at}; solver='cg' keeps the start"
+            )
         return B / F
     if isinstance(C[0], Gram):
         return np.linalg.solve(definite(total(C_n.G for C_n in C), name, "solver='cg'"), B.T).T

@@ -22,14 +22,14 @@ def regmean(models, stats, name, *, off_diagonal: float = 0.9, layout: Literal["
 
     W = (sum_n W_n G_n) (sum_n G_n)^-1 with the Gram matrix G_n of the inputs of model n; what has none is averaged.
     """
+    W = [oriented(theta_n, layout) for theta_n in models]
     # 1. Gram matrices of the layer's inputs
     G = matrices(stats, "gram", name, models)
     if not G:
         # 2. no layer: average
         return mean(models)
-    W = [oriented(theta_n, layout) for theta_n in models]
-    check_sizes(G, W[0].shape[1], name, "gram")
     # 3. shrink what is off the diagonal
+    check_sizes(G, W[0].shape[1], name, "gram")
     G = [shrunk(G_n, off_diagonal) for G_n in G]
     # 4. solve the normal equations
     S = definite(total(G), name, "off_diagonal below 1")

@@ -20,8 +20,8 @@ Params = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a network. prefix: of the names of its tensors. run: (params, h, reads) -> h, which calls reads(module, x) with
-    what each linear layer is about to read."""
+    """A part of a network. prefix: of the names of its tensors. run: (params, h, reads) -> h, which calls reads(module, x)
+    with what each linear layer is about to read."""
 
     prefix: str
     run: Callable[[Params, Any, Callable[[str, Any], None]], Any]
