@@ -85,8 +85,9 @@ class Layers:
 
     def _in(self, name: str, x: Any) -> None:
         """What a linear layer reads, for taps that take it (refmerge.stats)."""
-        if hasattr(self.taps, "reads"):
-            self.taps.reads(name, x)
+        reads = getattr(self.taps, "reads", None)
+        if reads is not None:
+            reads(name, x)
 
     def _out(self, name: str, y: Any, axis: int = -1) -> Any:
         if self.taps is not None:
