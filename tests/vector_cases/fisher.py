@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, arrays
+from vector_cases import REFUSED, Hand, arrays, numbered
 
 STEMS = ("fisher", "fisher_mats", "fisher_merging")
 TOOLS = ("fusion_bench", "mmatena", "dataless", "mats", "wise_ft")
@@ -32,7 +32,17 @@ def hand() -> Hand:
             stats = None if F is None else [arrays(f, dtype) if f is not None else {} for f in F]
             if stats is not None and ":" not in answer[0]:
                 stats = [{f"{name}.fisher": x for name, x in one.items()} for one in stats]
-            h.case(id, comment, models, base, answer, flags=flags, dtype=dtype, stats=stats, tolerance=tolerance)
+            h.case(
+                numbered(h, id, answer[0]),
+                comment,
+                models,
+                base,
+                answer,
+                flags=flags,
+                dtype=dtype,
+                stats=stats,
+                tolerance=tolerance,
+            )
 
     off = {"normalize": False}
     case(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand
+from vector_cases import REFUSED, Hand, numbered
 
 TOOLS = ("mats",)
 CODE = {
@@ -18,7 +18,7 @@ FLAGS = {"mats-mats-06": ["MatsHead"], "mats-mats-09": ["MatsBaseTurned"]}
 def hand() -> Hand:
     h = Hand("mats", CODE)
 
-    def case(id: str, comment: str, W: list[Any], stats: list[dict[str, Any]] | None, *answers: Any, base: Any = None,
+    def case(first: str, comment: str, W: list[Any], stats: list[dict[str, Any]] | None, *answers: Any, base: Any = None,
              flags: str = "", name: str = "l.weight") -> None:  # fmt: skip
         """One weight; our statistics are l.gram, l.gradient_gram and l.weight.fisher, theirs l, in/l and out/l."""
         for entry, params, expect, why in answers:
@@ -26,6 +26,7 @@ def hand() -> Hand:
             if given is not None and ":" in entry:
                 given = [{k.replace("l.gram", "l"): x for k, x in s.items()} for s in given]
             answer = (entry, params, expect if expect is REFUSED else {name: expect}, why)
+            id = numbered(h, first, entry)
             h.case(id, comment, [{name: w} for w in W], None if base is None else {name: base}, answer, flags=flags,
                    dtype="F64", stats=given, tolerance=1e-6 if ":" in entry else 1e-12)  # fmt: skip
 

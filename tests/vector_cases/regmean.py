@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand
+from vector_cases import REFUSED, Hand, numbered
 
 STEMS = ("regmean", "regmean_mats")
 TOOLS = ("fusion_bench", "dataless", "mats")
@@ -33,7 +33,17 @@ def hand() -> Hand:
             if expect is not REFUSED:
                 expect = expect if isinstance(expect, dict) else {"l.weight": expect}
             answer = (entry, params, expect, why)
-            h.case(id, comment, models, None, answer, flags=flags, dtype="F64", stats=stats, tolerance=1e-12)
+            h.case(
+                numbered(h, id, answer[0]),
+                comment,
+                models,
+                None,
+                answer,
+                flags=flags,
+                dtype="F64",
+                stats=stats,
+                tolerance=1e-12,
+            )
 
     G = [[[2.0, 1.0], [1.0, 2.0]], [[2.0, -1.0], [-1.0, 2.0]]]
     W = [[[2.0, 2.0]], [[-2.0, 2.0]]]
