@@ -224,7 +224,8 @@ def blocks(t: Trial) -> None:
         sizes: tuple[int, ...] = (1, 2, 3, 7)
     else:  # more than one leaf of a sum, and blocks that cut leaves
         models, base = t.inputs()
-        shapes = {"a": (t.choose(2500, 1024, 1025),), "b": (3, 700)}
+        columns = 70 if "whole" in t.method.stats.values() else 700  # a matrix of all pairs of columns has to be made
+        shapes = {"a": (t.choose(2500, 1024, 1025),), "b": (3, columns)}
         draw = np.random.default_rng(t.choose(*range(64)))
         large = [{k: (draw.integers(-8, 9, s) / 4).astype(np.float32) for k, s in shapes.items()} for _ in range(9)]
         models, base = t.informed(large[1 : len(models) + 1]), base and large[0]
