@@ -7,7 +7,7 @@ one inner product each. Where the loss's own gradient comes from is a *provider*
 - `autograd` and `jax_grad`: torch's and jax's own, which are imported only there;
 - `contracted(f)`: your f(params, task, batch) gives the loss and its gradients by tensor, from whatever framework.
 
-Nothing here draws or shuffles: batches come in the order in which they are used, and so a run is a function of its arguments.
+Nothing here draws or shuffles: batches come in the order in which they are used, and a run is a function of its arguments.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Example = tuple[int, Any]
 class Composition:
     """theta = theta_0 + sum of c[row, t] m tau_t over the rows and masks m of each tensor.
 
-    base, tau: arrays by name; names that tau lacks are taken from the base. rows: for each name of tau the rows of the matrix
-    of coefficients that it has, each with a mask or None. labels: of the rows.
+    base, tau: arrays by name; names that tau lacks are taken from the base. rows: for each name the rows of the matrix of
+    coefficients that it has, each with a mask or None. labels: of the rows.
     """
 
     base: Arrays
@@ -190,7 +190,9 @@ def autograd(step: Step, x: Numbers) -> tuple[float, Numbers]:
 
     some = step.composition.example
     given = {
-        k: torch.tensor(v, dtype=torch.float64 if k == "coefficients" else some.dtype, device=some.device, requires_grad=True)
+        k: torch.tensor(
+            v, dtype=torch.float64 if k == "coefficients" else some.dtype, device=some.device, requires_grad=True
+        )
         for k, v in x.items()
     }
     with torch.enable_grad():
@@ -198,7 +200,9 @@ def autograd(step: Step, x: Numbers) -> tuple[float, Numbers]:
         if not (isinstance(value, torch.Tensor) and value.requires_grad):
             return number(value), {k: np.zeros(v.shape) for k, v in x.items()}
         found = torch.autograd.grad(value, list(given.values()), allow_unused=True)
-    return number(value), {k: np.zeros(v.shape) if g is None else host(g).astype(float) for (k, v), g in zip(x.items(), found)}
+    return number(value), {
+        k: np.zeros(v.shape) if g is None else host(g).astype(float) for (k, v), g in zip(x.items(), found)
+    }
 
 
 def jax_grad(step: Step, x: Numbers) -> tuple[float, Numbers]:
@@ -215,7 +219,7 @@ def contracted(gradient: Callable[[Arrays, int, Any], tuple[Any, Arrays]]) -> Pr
 
     def provider(step: Step, x: Numbers) -> tuple[float, Numbers]:
         if step.model is not None or len(x) > 1:
-            raise UsageError("gradients by tensor reach only the coefficients of a merge: not heads, and no linearised model")
+            raise UsageError("gradients by tensor reach only the coefficients of a merge: no heads, no linearised model")
         theta, value, total = step.composition.theta(x["coefficients"]), 0.0, np.zeros(step.composition.shape)
         for task, batch in step.examples:
             loss, found = gradient(theta, task, batch)
@@ -234,7 +238,7 @@ def provider_for(gradient: Any, example: Any, who: str) -> Provider:
     known = {"differences": differences, "torch": autograd, "jax": jax_grad}
     if gradient not in known:
         raise UsageError(f"{who}: gradient = {gradient!r} is none of 'differences', 'torch', 'jax', nor a function")
-    if gradient == "torch" and not is_torch_array(example) or gradient == "jax" and not is_jax_array(example):
+    if {"torch": not is_torch_array(example), "jax": not is_jax_array(example)}.get(gradient):
         raise UsageError(f"{who}: gradient = {gradient!r} needs models that are {gradient} arrays")
     return known[gradient]
 
@@ -426,13 +430,13 @@ def fit(
     low, high = clamp or (-math.inf, math.inf)
     losses, gradients, path = [], [], [x["coefficients"]]
     moved = np.zeros(composition.shape, bool)
-    for k, examples in enumerate(checked_steps(steps, len(composition.tau), who)):
-        raw = x["coefficients"]
+    for k, given in enumerate(checked_steps(steps, len(composition.tau), who)):
+        raw, examples = x["coefficients"], list(given)
         used = ["coefficients", *dict.fromkeys(name for task, _ in examples for name in of_task(task))]
         effective = {key: x[key] for key in used} | {"coefficients": np.clip(raw, low, high)}
         step = Step(composition, examples, loss, model)
         if before is not None:
-            examples = before(composition.theta(effective["coefficients"]), step.arrays(effective), examples)
+            examples = list(before(composition.theta(effective["coefficients"]), step.arrays(effective), examples))
             if not examples:
                 losses.append(math.nan)
                 gradients.append(np.zeros(composition.shape))
