@@ -325,7 +325,7 @@ def clipped(gradients: Numbers, most: float) -> Numbers:
 @dataclass(frozen=True)
 class Coefficients:
     """What was learned. labels: of the rows, tensor names or "model". values: (rows, tasks). method: which takes them, under
-    its parameter `key`, with `params` besides. prior: for tensors that were not there."""
+    its parameter `key`, with `params` besides; "parts" is none. prior: for tensors that were not there."""
 
     labels: tuple[str, ...]
     values: np.ndarray
@@ -341,12 +341,18 @@ class Coefficients:
         row = self.labels.index(name) if name in self.labels else None
         return [self.prior] * self.values.shape[1] if row is None else [float(v) for v in self.values[row]]
 
+    def check(self, models: Sequence[Any]) -> None:
+        """UsageError where these coefficients are not of so many models, or of none that are merged whole."""
+        if len(models) != self.values.shape[1]:
+            raise UsageError(f"these are coefficients of {self.values.shape[1]} models, {len(models)} given")
+        if self.method == "parts":
+            raise UsageError("coefficients of parts of tensors fit no merge of whole ones: use composition.theta of the fit")
+
     def merge(self, models: Sequence[Any], base: Any, *, out: Any = None, **options: Any) -> Any:
         """The merge with these coefficients: refmerge.merge, with one set of parameters a tensor."""
         from refmerge.api import prepare
 
-        if len(models) != self.values.shape[1]:
-            raise UsageError(f"these are coefficients of {self.values.shape[1]} models, {len(models)} given")
+        self.check(models)
         write = {k: options.pop(k) for k in ("max_shard_size", "overwrite") if k in options}
         plan = prepare(
             models, self.method, base=base, params=lambda name, _: {**self.params, self.key: self.of(name)},
@@ -356,8 +362,7 @@ class Coefficients:
 
     def recipe(self, models: Sequence[str], base: str) -> str:
         """The same as YAML, for paths of checkpoints."""
-        if len(models) != self.values.shape[1]:
-            raise UsageError(f"these are coefficients of {self.values.shape[1]} models, {len(models)} given")
+        self.check(models)
         lines = ["refmerge: 1", f"merge_method: {self.method}", f"base_model: {json.dumps(str(base))}", "models:"]
         for t, model in enumerate(models):
             lines += [f"  - model: {json.dumps(str(model))}", "    parameters:"]
@@ -387,7 +392,8 @@ def plain(x: float) -> str:
 @dataclass(frozen=True)
 class Fit:
     """coefficients: the result. raw: before the clamp. losses and gradients (by the coefficients as they enter the merge):
-    of each step. path: raw coefficients before the first step and after each. trained: other arrays that were trained."""
+    of each step. path: raw coefficients before the first step and after each. trained: other arrays that were trained.
+    composition: of the models that were given; composition.theta(coefficients.values) is the merge that was scored."""
 
     coefficients: Coefficients
     raw: np.ndarray
@@ -395,6 +401,7 @@ class Fit:
     gradients: tuple[np.ndarray, ...]
     path: tuple[np.ndarray, ...]
     trained: Numbers
+    composition: Composition
 
     def merge(self, models: Sequence[Any], base: Any, **options: Any) -> Any:
         """refmerge.merge with the coefficients."""
@@ -464,10 +471,10 @@ def fit(
     if idle and losses:
         shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
         text = f"{who}: the loss does not depend on {shown}: merged with the coefficient that they started from"
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
     raw = x.pop("coefficients")
     result = Coefficients(composition.labels, np.clip(raw, low, high), prior=float(np.clip(prior, low, high)))
-    return Fit(result, raw, tuple(losses), tuple(gradients), tuple(path), x)
+    return Fit(result, raw, tuple(losses), tuple(gradients), tuple(path), x, composition)
 
 
 def checked_steps(steps: Iterable[Sequence[Example]], tasks: int | None, who: str) -> Iterator[list[Example]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -69,11 +70,14 @@ def atlas(
 
     # 4. steps of AdamW
     rates = None if isinstance(lr, int | float) else [float(r) for r in lr]
-    return fit(
+    result = fit(
         composition, steps, total, who="atlas", prior=prior, provider=provider, clip=clip, rates=rates, model=model,
         optimiser=Adam(0.0 if rates is not None else lr, weight_decay=weight_decay),
         penalty=None if lp is None else lambda c: lp_norm(c, lp),
     )  # fmt: skip
+    if parts is None:
+        return result
+    return replace(result, coefficients=replace(result.coefficients, method="parts"))
 
 
 def partition(tau: Mapping[str, Any], parts: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], tuple[str, ...]]:
