@@ -54,14 +54,14 @@ def adamerging(
     )
     if density is None:
         return result
-    plus = {"method": "official:adamerging_pp", "key": "lambdas", "params": {"K": 100 * density}}
+    plus = {"method": "official:adamerging", "key": "lambdas", "params": {"K": 100 * density}}
     return replace(result, coefficients=replace(result.coefficients, **plus))
 
 
 def kept(tau: list[dict[str, Any]], density: float) -> list[dict[str, Any]]:
-    """What official:adamerging_pp keeps of each task vector."""
+    """What official:adamerging keeps of each task vector."""
     if not 0 <= density <= 1:
         raise UsageError(f"adamerging: density = {density!r} is outside of [0, 1]")
     zeros = {name: array_namespace(x).zeros_like(x) for name, x in tau[0].items()}
     ones = [[float(n == t) for n in range(len(tau))] for t in range(len(tau))]
-    return [merge(tau, "official:adamerging_pp", base=zeros, lambdas=one, K=100 * density) for one in ones]
+    return [merge(tau, "official:adamerging", base=zeros, lambdas=one, K=100 * density) for one in ones]
