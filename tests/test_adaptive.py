@@ -30,7 +30,7 @@ from refmerge.adaptive import (
 )  # fmt: skip
 from refmerge.nets import mlp
 from refmerge.numeric import array_namespace
-from refmerge.procedures.data_driven.atlas import lp_norm
+from refmerge.procedures.data_driven.atlas import lp_norm, tangent
 from refmerge.procedures.data_driven.model_tinting import confident
 from refmerge.recipe.plan import load_recipe, resolve
 
@@ -418,8 +418,21 @@ def test_the_tangent_is_the_model_where_that_is_linear(exact):
     base, *models = ({k: exact.array(m[k]) for k in only} for m in (base, *models))
     forward = lambda p, task, batch: mlp.forward(p, batch[0])  # noqa: E731 (one layer, which is linear)
     steps = [[(k, (exact.array(x[k]), y[k])) for k in range(3)]] * 5
-    plain, tangent = (atlas(models, base, forward, steps, lr=0.01, linearised=flag) for flag in (False, True))
-    assert np.abs(plain.raw - tangent.raw).max() < 1e-8
+    plain, linear_one = (atlas(models, base, forward, steps, lr=0.01, linearised=flag) for flag in (False, True))
+    assert np.abs(plain.raw - linear_one.raw).max() < 1e-8
+
+
+def test_the_tangent_is_torchs(torch):
+    """f(theta_0) + J delta at coefficients away from 0, by differences and by torch along delta as a whole."""
+    base, models, x, _ = toy(0)
+    tau = [{k: m[k] - base[k] for k in base} for m in models]
+    composition = Composition(base, tau, *blocks(sorted(base), "tensor", "x"))
+    c = np.random.default_rng(0).standard_normal((4, 3))
+    ours = tangent(composition, lambda p, task, batch: smooth(p, batch))(c, 0, ((0, 0), x[0]))
+    delta = {k: torch.tensor(v - base[k]) for k, v in composition.theta(c).items()}
+    start = {k: torch.tensor(v) for k, v in base.items()}
+    z, slope = torch.func.jvp(lambda p: smooth(p, torch.tensor(x[0])), (start,), (delta,))
+    assert np.abs(ours - (z + slope).numpy()).max() < 1e-8
 
 
 def test_the_tangent_starts_as_the_model_does(exact):
@@ -427,9 +440,9 @@ def test_the_tangent_starts_as_the_model_does(exact):
     base, *models = ({k: exact.array(v) for k, v in m.items()} for m in (base, *models))
     forward = lambda p, task, batch: smooth(p, batch[0])  # noqa: E731
     steps = [[(k, (exact.array(x[k]), y[k])) for k in range(3)]] * 5
-    plain, tangent = (atlas(models, base, forward, steps, lr=0.1, linearised=flag) for flag in (False, True))
-    assert np.abs(plain.gradients[0] - tangent.gradients[0]).max() < 1e-8
-    assert np.abs(plain.raw - tangent.raw).max() > 1e-3
+    plain, linear_one = (atlas(models, base, forward, steps, lr=0.1, linearised=flag) for flag in (False, True))
+    assert np.abs(plain.gradients[0] - linear_one.gradients[0]).max() < 1e-8
+    assert np.abs(plain.raw - linear_one.raw).max() > 1e-3
 
 
 # --- The result -------------------------------------------------------------------------------------------------------
