@@ -1,15 +1,15 @@
-"""Plots of a loss along a path, as SVG made by hand like the pictures of the pages."""
+"""Plots of a loss along a path and of a search, as SVG made by hand like the pictures of the pages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refmerge.errors import UsageError
 from refmerge.pages import COLOURS, FAINT, GRID, INK, RESULT, _escape, _g, _n, _svg
 
-__all__ = ["draw_paths"]
+__all__ = ["draw_paths", "draw_search"]
 
 WIDE, HIGH, LEFT, TOP = 420.0, 220.0, 64.0, 58.0
 
@@ -70,3 +70,36 @@ def ticks(low: float, high: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
     step *= next(k for k in (5, 2, 1) if (high - low) / (k * step) >= 3 or k == 1)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def draw_search(scores: Sequence[float]) -> str:
+    """The scores of the trials of a search, and the best so far. UsageError where there is nothing finite to draw."""
+    finite = [s for s in scores if math.isfinite(s)]
+    if not finite:
+        raise UsageError("there is no plot of scores none of which is finite")
+    low, high = min(finite), max(finite)
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    last = max(len(scores) - 1, 1)
+
+    def at(i: int, value: float) -> tuple[float, float]:
+        return LEFT + i / last * WIDE, TOP + (high - value) / (high - low) * HIGH
+
+    title = f"{len(scores)} trials, the best {_g(max(finite))}"
+    body = [f'<text x="16" y="24" font-size="14" font-weight="bold" fill="{INK}">{title}</text>']
+    for value in ticks(low, high):
+        _, y = at(0, value)
+        body.append(f'<path d="M{_n(LEFT)} {_n(y)}h{_n(WIDE)}" stroke="{GRID}"/>')
+        body.append(f'<text x="{_n(LEFT - 8)}" y="{_n(y + 4)}" text-anchor="end" fill="{FAINT}">{_g(value)}</text>')
+    for i in sorted({0, last}):
+        x, y = at(i, low)
+        body.append(f'<text x="{_n(x)}" y="{_n(y + 18)}" text-anchor="middle" fill="{FAINT}">{i}</text>')
+    best, line = -math.inf, ""
+    for i, value in enumerate(scores):
+        if math.isfinite(value):
+            x, y = at(i, value)
+            body.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="2" fill="{COLOURS[0]}"/>')
+        if value > best and math.isfinite(value):
+            x, y = at(i, value)
+            line, best = f"{line}H{_n(x)}V{_n(y)}" if line else f"M{_n(x)} {_n(y)}", value
+    body.append(f'<path d="{line}H{_n(LEFT + WIDE)}" stroke="{RESULT}" stroke-width="2" fill="none"/>')
+    return _svg(LEFT + WIDE + 28, TOP + HIGH + 30, title, "The score of each trial of a search, and the best so far.", body)
