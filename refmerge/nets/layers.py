@@ -12,9 +12,20 @@ from array_api_compat import device
 from refmerge.numeric import array_namespace, host, like
 from refmerge.symmetry.axes import Entry, names, places_of
 
-__all__ = ["Layers", "causal", "drawn", "gelu", "gelu_tanh", "in_order", "max_pool", "relu", "rotated", "silu", "softmax"]
+__all__ = [
+    "Layers", "Reads", "causal", "drawn", "gelu", "gelu_tanh", "in_order", "max_pool", "relu", "rotated", "silu", "softmax",
+]  # fmt: skip
 
 Params = Mapping[str, Any]
+
+
+class Reads(dict[str, Any]):
+    """Taps that have in `reads` too, under the name of its weight, what each linear layer and convolution reads: a row for
+    each sample or place, with as many numbers as one row of the weight (outputs, inputs, ...) has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: dict[str, Any] = {}
 
 
 class Layers:
@@ -26,10 +37,12 @@ class Layers:
     def linear(self, name: str, x: Any, weight: str = "weight", bias: str = "bias") -> Any:
         """W x + b, W of shape (out, in)."""
         w = self.params[f"{name}.{weight}"]
+        self._in(f"{name}.{weight}", x)
         return self._out(f"{name}.{weight}", self._plus(x @ array_namespace(w).matrix_transpose(w), f"{name}.{bias}"))
 
     def conv1d(self, name: str, x: Any) -> Any:
         """x W + b, W of shape (in, out), as GPT-2 has it."""
+        self._in(f"{name}.weight", x)
         return self._out(f"{name}.weight", self._plus(x @ self.params[f"{name}.weight"], f"{name}.bias"))
 
     def conv(self, name: str, x: Any, stride: int = 1, padding: int = 0) -> Any:
@@ -38,6 +51,7 @@ class Layers:
         xp, (n, _, height, width) = array_namespace(x), x.shape
         rows, columns = ((size + 2 * padding - k) // stride + 1 for size, k in zip((height, width), w.shape[2:]))
         x, total = padded(x, padding, 0.0), 0.0
+        self._in(f"{name}.weight", x, windows(x, w.shape[2], w.shape[3], stride, rows, columns))
         for part, i, j in windows(x, w.shape[2], w.shape[3], stride, rows, columns):
             total = total + w[:, :, i, j] @ xp.reshape(part, (n, x.shape[1], rows * columns))
         y = xp.reshape(total, (n, w.shape[0], rows, columns))
@@ -80,6 +94,15 @@ class Layers:
         assert self.taps is not None
         there = self.taps.get(name)
         self.taps[name] = x if there is None else array_namespace(x).concat([there, x], axis=x.ndim - 2)
+
+    def _in(self, name: str, x: Any, parts: Iterable[tuple[Any, int, int]] = ()) -> None:
+        """x, or the parts of an image below each place of a kernel, is what a layer reads."""
+        if isinstance(self.taps, Reads):
+            xp, below = array_namespace(x), [part for part, _, _ in parts]
+            if below:
+                x = xp.permute_dims(xp.stack(below, axis=2), (0, 3, 4, 1, 2))  # samples, rows, columns, channels, places
+                x = xp.reshape(x, (*x.shape[:3], -1))
+            self.taps.reads[name] = xp.reshape(x, (-1, x.shape[-1]))
 
     def _out(self, name: str, y: Any, axis: int = -1) -> Any:
         if self.taps is not None:
