@@ -1,4 +1,4 @@
-"""Plots of a loss along a path, as SVG made by hand like the pictures of the pages."""
+"""Plots of a loss along a path and of numbers over a size, as SVG made by hand like the pictures of the pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from refmerge.errors import UsageError
 from refmerge.pages import COLOURS, FAINT, GRID, INK, RESULT, _escape, _g, _n, _svg
 
-__all__ = ["draw_paths"]
+__all__ = ["draw_paths", "draw_series"]
 
 WIDE, HIGH, LEFT, TOP = 420.0, 220.0, 64.0, 58.0
 
@@ -51,6 +51,45 @@ def draw_paths(paths: Mapping[str, Any], title: str, label: str = "loss") -> str
         body.append(f'<text x="{_n(LEFT)}" y="{_n(TOP + HIGH + 38 + 16 * i)}" fill="{colour}">{_escape(word)}</text>')
     height = TOP + HIGH + 38 + 16 * len(paths)
     return _svg(LEFT + WIDE + 28, height, title, "The loss along a path between two models.", body)
+
+
+def draw_series(series: Mapping[str, Mapping[float, Any]], title: str, label: str, along: str) -> str:
+    """What several measurements at each of some sizes give: their means joined, a bar from the smallest to the largest. Sizes
+    are at their logarithms. UsageError where a number is not finite or a size not above 0."""
+    numbers = [float(y) for points in series.values() for ys in points.values() for y in ys]
+    sizes = sorted({x for points in series.values() for x in points})
+    if not numbers or not all(map(math.isfinite, numbers)) or sizes[0] <= 0:
+        raise UsageError("there is no plot of numbers that are not finite, over sizes not above 0, or of none")
+    low, high = min(0.0, *numbers), max(0.0, *numbers)
+    high = high if high > low else low + 1
+    span = math.log(sizes[-1] / sizes[0]) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return LEFT + math.log(x / sizes[0]) / span * WIDE, TOP + (high - y) / (high - low) * HIGH
+
+    body = [f'<text x="16" y="24" font-size="14" font-weight="bold" fill="{INK}">{_escape(title)}</text>']
+    for value in ticks(low, high):
+        _, y = at(sizes[0], value)
+        body.append(f'<path d="M{_n(LEFT)} {_n(y)}h{_n(WIDE)}" stroke="{GRID}"/>')
+        body.append(f'<text x="{_n(LEFT - 12)}" y="{_n(y + 4)}" text-anchor="end" fill="{FAINT}">{_g(value)}</text>')
+    for size in sizes:
+        x, y = at(size, low)
+        body.append(f'<text x="{_n(x)}" y="{_n(y + 18)}" text-anchor="middle" fill="{FAINT}">{_g(size)}</text>')
+    body.append(f'<text x="{_n(LEFT - 12)}" y="{_n(TOP - 10)}" text-anchor="end" fill="{FAINT}">{_escape(label)}</text>')
+    body.append(f'<text x="{_n(LEFT + WIDE + 16)}" y="{_n(TOP + HIGH + 18)}" fill="{FAINT}">{_escape(along)}</text>')
+    for i, (name, points) in enumerate(series.items()):
+        colour, aside = COLOURS[i % len(COLOURS)], 3 * (i - (len(series) - 1) / 2)
+        means = []
+        for size, ys in points.items():
+            x, y = at(size, sum(map(float, ys)) / len(ys))
+            x, (_, top), (_, bottom) = x + aside, at(size, float(max(ys))), at(size, float(min(ys)))
+            means.append(f"{_n(x)} {_n(y)}")
+            body.append(f'<path d="M{_n(x)} {_n(top)}V{_n(bottom)}" stroke="{colour}"/>')
+            body.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="3" fill="{colour}"/>')
+        body.append(f'<path d="M{"L".join(means)}" stroke="{colour}" stroke-width="2" fill="none"/>')
+        body.append(f'<text x="{_n(LEFT)}" y="{_n(TOP + HIGH + 38 + 16 * i)}" fill="{colour}">{_escape(name)}</text>')
+    height = TOP + HIGH + 30 + 16 * len(series)
+    return _svg(LEFT + WIDE + 60, height, title, f"{label} over {along}: means, and bars over all measurements.", body)
 
 
 def pieces(path: Any, at: Any) -> list[str]:

@@ -28,9 +28,12 @@ def initial(random: np.random.RandomState, layers: Mapping[str, tuple[int, int]]
 
 def train(
     weights: Weights, images: np.ndarray, labels: np.ndarray, *, epochs: int, random: np.random.RandomState,
-    rate: float = 0.02,
+    rate: float = 0.02, decay: float = 0.0,
 ) -> Weights:  # fmt: skip
-    """Stochastic gradient descent with momentum on the cross-entropy, batches of 32. Labels are numbers of outputs."""
+    """Stochastic gradient descent with momentum on the cross-entropy, batches of 32. Labels are numbers of outputs.
+
+    decay: of weights, that fraction of them is added to their slopes.
+    """
     weights = {name: array.copy() for name, array in weights.items()}
     velocity = {name: np.zeros_like(array) for name, array in weights.items()}
     outputs = len(weights[f"{mlp.order(weights)[-1]}.bias"])
@@ -39,6 +42,7 @@ def train(
         order = random.permutation(len(pixels))
         for batch in np.split(order, range(32, len(order), 32)):
             for name, slope in gradient(weights, pixels[batch], targets[batch]).items():
+                slope = slope + decay * weights[name] if decay else slope
                 velocity[name] = 0.9 * velocity[name] - rate * slope
                 weights[name] += velocity[name]
     return weights
