@@ -54,8 +54,8 @@ def draw_paths(paths: Mapping[str, Any], title: str, label: str = "loss") -> str
 
 
 def draw_series(series: Mapping[str, Mapping[float, Any]], title: str, label: str, along: str) -> str:
-    """What several measurements at each of some sizes give: their means joined, a bar from the smallest to the largest. Sizes
-    are at their logarithms. UsageError where a number is not finite or a size not above 0."""
+    """What several measurements at each of some sizes give: their means joined, bars from the smallest to the largest.
+    Sizes are at their logarithms. UsageError where a number is not finite or a size not above 0."""
     numbers = [float(y) for points in series.values() for ys in points.values() for y in ys]
     sizes = sorted({x for points in series.values() for x in points})
     if not numbers or not all(map(math.isfinite, numbers)) or sizes[0] <= 0:

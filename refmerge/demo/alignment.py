@@ -29,7 +29,7 @@ from refmerge.demo.training import Weights, gradient, initial, losses, train
 from refmerge.nets import mlp
 from refmerge.plots import draw_series
 from refmerge.procedures.alignment.canonicalize import canonicalize
-from refmerge.procedures.alignment.clafusion import add_layers, clafusion
+from refmerge.procedures.alignment.clafusion import clafusion
 from refmerge.procedures.alignment.git_rebasin import git_rebasin
 from refmerge.procedures.alignment.otfusion import otfusion
 from refmerge.procedures.alignment.repair import repair, statistics_of
@@ -38,11 +38,12 @@ from refmerge.procedures.alignment.zipit import covariances, zipit
 from refmerge.procedures.measures.loss_barrier import loss_barrier
 from refmerge.symmetry import architectures
 
-__all__ = ["TABLES", "Digits", "barriers_plot", "main", "markdown", "run"]
+__all__ = ["CLAIMS", "TABLES", "Digits", "barriers_plot", "main", "markdown", "run", "verdicts"]
 
 PAIRS = 5
 WIDTHS = (8, 16, 32, 64, 128, 256)
 DECAY = 0.001
+JOINT = "right of ten"
 
 Numbers = dict[str, float]
 Rows = dict[str, Numbers]
@@ -120,20 +121,20 @@ def aligned(a: Weights, b: Weights, by: str) -> tuple[Sequence[Weights], Weights
 
 
 def widths(k: int, sizes: Sequence[int] = WIDTHS, **how: Any) -> Rows:
-    """Two hidden layers: the barrier on the straight line, before and after alignment."""
+    """The barrier on the straight line, before and after alignment."""
     rows = {}
     for n in sizes:
         a, b = pair(k, (n, n), **how)
         rows[str(n)] = {"parents' loss": (loss(a) + loss(b)) / 2, "parents right": (right(a) + right(b)) / 2}
-        for by in ("nothing", "weights", "activations"):
+        for by, word in (("nothing", "before"), ("weights", "by weights"), ("activations", "by activations")):
             models, merged = aligned(a, b, by)
-            rows[str(n)] |= {f"barrier by {by}": barrier(models), f"right by {by}": right(merged)}
+            rows[str(n)] |= {f"barrier {word}": barrier(models), f"right {word}": right(merged)}
     return rows
 
 
 def disjoint(k: int, sizes: Sequence[int] = (32, 128), **how: Any) -> Rows:
     """Digits 0 to 4 and 5 to 9, a network each: right among all ten digits, and among the five of a network."""
-    rows = {}
+    rows: Rows = {}
     for n in sizes:
         models = (
             network(2 * k, (n, n), classes=range(5), **how),
@@ -148,7 +149,7 @@ def disjoint(k: int, sizes: Sequence[int] = (32, 128), **how: Any) -> Rows:
             f"{n}: permuted by weights": of_zip(zipit(P, spec, C, match="identity", multihead=True)),
             f"{n}: permuted by activations": of_zip(zipit(models, spec, C, match="permute", multihead=True)),
             f"{n}: zipped": of_zip(zipit(models, spec, C, multihead=True)),
-            f"{n}: zipped, any pair (alpha 1, beta 1)": of_zip(zipit(models, spec, C, alpha=1, beta=1, multihead=True)),
+            f"{n}: zipped, alpha 1, beta 1": of_zip(zipit(models, spec, C, alpha=1, beta=1, multihead=True)),
         }
         first = {"layer1": C["layer1"]}
         rows |= {
@@ -169,14 +170,14 @@ def of_heads(models: Sequence[Mapping[str, Any]]) -> Numbers:
     low = y < 5
     tasks = [logits[low, :5].argmax(axis=1) == y[low], logits[~low, 5:].argmax(axis=1) == y[~low] - 5]
     return {
-        "right of ten": 100 * np.mean(logits.argmax(axis=1) == y),
+        JOINT: 100 * np.mean(logits.argmax(axis=1) == y),
         "right of five": 100 * np.mean([np.mean(t) for t in tasks]),
     }
 
 
 def transport(k: int, sizes: tuple[int, int] = (128, 64), **how: Any) -> Rows:
     """A wide network fused into a narrow one, and the other way round."""
-    rows = {}
+    rows: Rows = {}
     for one, other in (sizes, sizes[::-1]):
         a, b = network(2 * k, (one, one), **how), network(2 * k + 1, (other, other), **how)
         given = {
@@ -201,28 +202,24 @@ def depths(k: int, deep: int = 4, shallow: int = 2, n: int = 64, **how: Any) -> 
     """A deep network and a shallow one."""
     a, b = network(2 * k, (n,) * deep, **how), network(2 * k + 1, (n,) * shallow, **how)
     before = partial(activations, before=True)
-    added = clafusion(a, b)
+    added, folded = clafusion(a, b), clafusion(a, b, balance="merge", activations=before)
     given = {
-        "layers added, averaged": merge([a, added.shallow], "linear"),
+        "layers added, averaged": merge([added.deep, added.shallow], "linear"),
         "layers added, fused by weights": added.merged,
         "layers added, fused by activations": clafusion(a, b, match="activations", activations=before).merged,
-    }
-    rows = compared(f"{deep} into {shallow}: ", given, a, b, k)
-    folded = {
-        "layers merged, the deep one alone": clafusion(a, b, balance="merge", activations=before).deep,
-        "layers merged, fused by weights": clafusion(a, b, balance="merge", activations=before).merged,
+        "layers merged, averaged": merge([folded.deep, folded.shallow], "linear"),
+        "layers merged, fused by weights": folded.merged,
         "layers merged, fused by activations": clafusion(
             a, b, balance="merge", match="activations", activations=before
         ).merged,
     }
-    return rows | compared(f"{deep} into {shallow}: ", folded, a, b, k)
+    return compared("", given, a, b, k)
 
 
 def compared(title: str, given: Mapping[str, Weights], a: Weights, b: Weights, k: int) -> Rows:
-    """The parents, what was made of them, and a new network; each also after five more epochs."""
-    shapes = {
-        name: next(iter(given.values()))[f"{name}.weight"].shape[::-1] for name in mlp.order(next(iter(given.values())))
-    }
+    """The parents, what was made of them, and a new network of its shape; each also after five more epochs."""
+    last = list(given.values())[-1]
+    shapes = {name: last[f"{name}.weight"].shape[::-1] for name in mlp.order(last)}
     rows = {"model 0": a, "model 1": b, **given, "a new network": initial(np.random.RandomState(2 * k), shapes)}
     return {title + name: {"right": right(m), "after 5 epochs": right(more(m, k))} for name, m in rows.items()}
 
@@ -242,7 +239,7 @@ def repairs(k: int, depths: Sequence[int] = (1, 2, 4, 6), n: int = 64, **how: An
             models, merged = aligned(a, b, by)
             restored = repair(merged, models, mlp.forward, [digits().train_x]).model
             for title, model in (("", merged), (", repaired", restored)):
-                rows[f"{depth} hidden, by {by}{title}"] = {
+                rows[f"{depth} hidden, {by}{title}"] = {
                     "excess": loss(model) - (loss(a) + loss(b)) / 2,
                     "deviation": deviation(model, models),
                     "right": right(model),
@@ -297,13 +294,103 @@ def slope(weights: Mapping[str, np.ndarray], step: int) -> tuple[float, Weights]
 # ---------------------------------------------------------------------------------------------------------------- all pairs
 
 TABLES: dict[str, tuple[str, Callable[..., Rows]]] = {
-    "widths": (f"Width of two hidden layers, weight decay {DECAY}", widths),
+    "widths": ("Width of two hidden layers", widths),
     "lazy": ("The same without weight decay", partial(widths, decay=0.0)),
-    "repair": ("REPAIR, layers of 64", repairs),
-    "zip": ("Disjoint classes", disjoint),
-    "transport": ("Different widths", transport),
-    "depths": ("Different depths", depths),
-    "ways": ("Other ways, width 64", ways),
+    "repair": ("REPAIR, layers of 64 units", repairs),
+    "zip": ("Disjoint classes, two hidden layers", disjoint),
+    "transport": ("Different widths, two hidden layers", transport),
+    "depths": ("Different depths, four hidden layers and two of 64 units", depths),
+    "ways": ("Other ways, two hidden layers of 64 units", ways),
+}
+
+
+# What the papers say: a table, (row, column) of what is better, and of what it is better than
+CLAIMS: dict[str, tuple[str, tuple[str, str], tuple[str, str]]] = {
+    "matching weights lowers the barrier, width 8": ("widths", ("8", "barrier by weights"), ("8", "barrier before")),
+    "matching weights lowers the barrier, width 256": ("widths", ("256", "barrier by weights"), ("256", "barrier before")),
+    "the barrier that is left is lower at width 64 than at 8": (
+        "widths",
+        ("64", "barrier by weights"),
+        ("8", "barrier by weights"),
+    ),
+    "the barrier that is left is lower at width 256 than at 64": (
+        "widths",
+        ("256", "barrier by weights"),
+        ("64", "barrier by weights"),
+    ),
+    "the same without weight decay": ("lazy", ("256", "barrier by weights"), ("64", "barrier by weights")),
+    "the same by activations, without weight decay": (
+        "lazy",
+        ("256", "barrier by activations"),
+        ("64", "barrier by activations"),
+    ),
+    "REPAIR lowers the loss, 1 hidden layer": (
+        "repair",
+        ("1 hidden, weights, repaired", "excess"),
+        ("1 hidden, weights", "excess"),
+    ),
+    "REPAIR lowers the loss, 2 hidden layers": (
+        "repair",
+        ("2 hidden, weights, repaired", "excess"),
+        ("2 hidden, weights", "excess"),
+    ),
+    "REPAIR lowers the loss, 6 hidden layers": (
+        "repair",
+        ("6 hidden, weights, repaired", "excess"),
+        ("6 hidden, weights", "excess"),
+    ),
+    "REPAIR alone does as well as matching weights, 2 hidden layers": (
+        "repair",
+        ("2 hidden, nothing, repaired", "excess"),
+        ("2 hidden, weights", "excess"),
+    ),
+    "zipping beats permuting, width 32": ("zip", ("32: zipped", JOINT), ("32: permuted by activations", JOINT)),
+    "zipping beats permuting, width 128": ("zip", ("128: zipped", JOINT), ("128: permuted by activations", JOINT)),
+    "zipping without a budget beats permuting, width 32": (
+        "zip",
+        ("32: zipped, alpha 1, beta 1", JOINT),
+        ("32: permuted by activations", JOINT),
+    ),
+    "zipping without a budget beats permuting, width 128": (
+        "zip",
+        ("128: zipped, alpha 1, beta 1", JOINT),
+        ("128: permuted by activations", JOINT),
+    ),
+    "zipping only layer1 beats permuting only layer1, width 128": (
+        "zip",
+        ("128: layer1 zipped", JOINT),
+        ("128: layer1 permuted by activations", JOINT),
+    ),
+    "otfusion by activations beats averaging what fits, 128 into 64": (
+        "transport",
+        ("128 into 64: otfusion by activations", "right"),
+        ("128 into 64: the first 64 units, averaged", "right"),
+    ),
+    "fused and trained on, better than model 1 trained on, 128 into 64": (
+        "transport",
+        ("128 into 64: otfusion by activations", "after 5 epochs"),
+        ("128 into 64: model 1", "after 5 epochs"),
+    ),
+    "clafusion by activations beats averaging, layers added": (
+        "depths",
+        ("layers added, fused by activations", "right"),
+        ("layers added, averaged", "right"),
+    ),
+    "clafusion by activations beats averaging, layers merged": (
+        "depths",
+        ("layers merged, fused by activations", "right"),
+        ("layers merged, averaged", "right"),
+    ),
+    "fused and trained on, better than model 1 trained on, layers merged": (
+        "depths",
+        ("layers merged, fused by activations", "after 5 epochs"),
+        ("model 1", "after 5 epochs"),
+    ),
+    "straight_through beats matching weights": (
+        "ways",
+        ("git_rebasin, straight_through", "barrier"),
+        ("git_rebasin, weights", "barrier"),
+    ),
 }
 
 
@@ -328,10 +415,21 @@ def spread(x: np.ndarray, key: str) -> str:
     return f"{x.mean():.{places}f} ± {deviation:.{places}f}"
 
 
+def verdicts(tables: Mapping[str, Table]) -> str:
+    """What becomes of each claim: by how much better, and in how many pairs."""
+    lines = ["| claim | better by | in pairs |", "|---|---:|---:|"]
+    for claim, (table, better, worse) in CLAIMS.items():
+        if table in tables:
+            x, y = (tables[table][row][column] for row, column in (better, worse))
+            gain = y - x if better[1].startswith(("barrier", "excess")) else x - y
+            lines.append(f"| {claim} | {spread(gain, better[1])} | {np.count_nonzero(gain > 0)} of {len(gain)} |")
+    return "\n".join(lines)
+
+
 def barriers_plot(decayed: Table, lazy: Table) -> str:
     """SVG of the tables "widths" and "lazy": the barriers over the width."""
-    keys = {"before": "barrier by nothing", "by weights": "barrier by weights", "by activations": "barrier by activations"}
-    series = {name: {float(n): row[key] for n, row in decayed.items()} for name, key in keys.items()}
+    keys = ("before", "by weights", "by activations")
+    series = {key: {float(n): row[f"barrier {key}"] for n, row in decayed.items()} for key in keys}
     series["by weights, no weight decay"] = {float(n): row["barrier by weights"] for n, row in lazy.items()}
     return draw_series(series, "Loss barrier of pairs trained apart, over their width", "barrier", "width")
 
@@ -358,6 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             start = time.perf_counter()
             tables[name] = run(name, each=pool.map)
             print(f"\n{TABLES[name][0]} ({time.perf_counter() - start:.0f} seconds)\n\n{markdown(tables[name])}", flush=True)
+    print(f"\nClaims\n\n{verdicts(tables)}")
     if options.plot:
         options.plot.write_text(barriers_plot(tables["widths"], tables["lazy"]), encoding="utf-8")
 
