@@ -54,26 +54,27 @@ def draw_paths(paths: Mapping[str, Any], title: str, label: str = "loss") -> str
 
 
 def draw_series(series: Mapping[str, Mapping[float, Any]], title: str, label: str, along: str) -> str:
-    """What several measurements at each of some sizes give: their means joined, bars from the smallest to the largest.
-    Sizes are at their logarithms. UsageError where a number is not finite or a size not above 0."""
+    """What several measurements at each of some sizes give: their means joined, bars from the smallest to the largest. Both
+    axes are logarithmic. UsageError where a number or a size is not finite and above 0."""
     numbers = [float(y) for points in series.values() for ys in points.values() for y in ys]
-    sizes = sorted({x for points in series.values() for x in points})
-    if not numbers or not all(map(math.isfinite, numbers)) or sizes[0] <= 0:
-        raise UsageError("there is no plot of numbers that are not finite, over sizes not above 0, or of none")
-    low, high = min(0.0, *numbers), max(0.0, *numbers)
-    high = high if high > low else low + 1
+    sizes = sorted({float(x) for points in series.values() for x in points})
+    if not numbers or not all(0 < x < math.inf for x in (*numbers, *sizes)):
+        raise UsageError("a plot with logarithmic axes has numbers and sizes that are finite and above 0")
+    low, high = (math.log10(x) for x in (min(numbers), max(numbers)))
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
     span = math.log(sizes[-1] / sizes[0]) or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return LEFT + math.log(x / sizes[0]) / span * WIDE, TOP + (high - y) / (high - low) * HIGH
+        return LEFT + math.log(x / sizes[0]) / span * WIDE, TOP + (high - math.log10(y)) / (high - low) * HIGH
 
+    rules = [k * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for k in (1, 2, 5)]
     body = [f'<text x="16" y="24" font-size="14" font-weight="bold" fill="{INK}">{_escape(title)}</text>']
-    for value in ticks(low, high):
+    for value in (rule for rule in rules if low <= math.log10(rule) <= high):
         _, y = at(sizes[0], value)
         body.append(f'<path d="M{_n(LEFT)} {_n(y)}h{_n(WIDE)}" stroke="{GRID}"/>')
         body.append(f'<text x="{_n(LEFT - 12)}" y="{_n(y + 4)}" text-anchor="end" fill="{FAINT}">{_g(value)}</text>')
     for size in sizes:
-        x, y = at(size, low)
+        x, y = at(size, 10**low)
         body.append(f'<text x="{_n(x)}" y="{_n(y + 18)}" text-anchor="middle" fill="{FAINT}">{_g(size)}</text>')
     body.append(f'<text x="{_n(LEFT - 12)}" y="{_n(TOP - 10)}" text-anchor="end" fill="{FAINT}">{_escape(label)}</text>')
     body.append(f'<text x="{_n(LEFT + WIDE + 16)}" y="{_n(TOP + HIGH + 18)}" fill="{FAINT}">{_escape(along)}</text>')
