@@ -1,4 +1,4 @@
-"""The experiments on aligned networks run, on tiny ones; their numbers are on the page, and no test needs minutes for them."""
+"""The experiments on alignment run, on tiny networks. Their numbers, which take minutes, are on the page."""
 
 from __future__ import annotations
 
