@@ -201,13 +201,13 @@ def test_an_identity_of_the_inputs():
 def test_fusing_networks_of_two_depths(swap, bias, balance, match):
     deep, shallow = spread([3, 6, 5, 6, 4, 2], 0, bias), spread([3, 5, 4, 2], 1, bias)
     models = (shallow, deep) if swap else (deep, shallow)
-    found = clafusion(*models, balance=balance, activations=taps, match=match, fusion={"t": 0.25})
+    found = clafusion(*models, balance=balance, activations=taps, match=match, fusion={"weight": [0.25, 0.75]})
     assert found.swapped == swap
     assert found.map.tolist() == [1, 4]  # 4 is 4 wide
     expected = add_layers(shallow, [1, 4], deep) if balance == "add" else shallow
     assert {name: x.shape for name, x in found.merged.items()} == {name: x.shape for name, x in expected.items()}
-    acts = (taps(found.deep), taps(found.shallow)) if match == "activations" else None
-    again = otfusion(found.deep, found.shallow, list(found.shallow), activations=acts, t=0.25)
+    acts = [taps(found.shallow), taps(found.deep)] if match == "activations" else None
+    again = otfusion([found.shallow, found.deep], list(found.shallow), activations=acts, weight=[0.25, 0.75])
     assert all(np.array_equal(x, found.merged[name]) for name, x in again.merged.items())
 
 
@@ -215,7 +215,7 @@ def test_equal_depths_are_just_fused():
     a, b = spread([3, 6, 5, 2]), spread([3, 4, 5, 2], 1)
     found = clafusion(a, b)
     assert found.map.tolist() == [1, 2]
-    assert all(np.array_equal(x, found.merged[name]) for name, x in otfusion(a, b).merged.items())
+    assert all(np.array_equal(x, found.merged[name]) for name, x in otfusion([b, a]).merged.items())
 
 
 @pytest.mark.parametrize("metric", ["cka", "cca", "wd"])
@@ -237,7 +237,7 @@ def test_permuting_units_of_the_deep_model(seed):
     from refmerge.procedures.alignment.otfusion import chain
 
     deep, shallow = spread([3, 6, 5, 4, 2], seed), spread([3, 5, 4, 2], seed + 1)
-    spec = chain(deep, deep)
+    spec = chain(deep)
     moved = spec.apply(spec.random(deep, np.random.default_rng(seed)), deep)
     one, other = (clafusion(model, shallow).merged for model in (deep, moved))
     for name, x in one.items():

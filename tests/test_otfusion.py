@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from importlib import resources
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import refmerge
 from refmerge import open_checkpoint, registry
+from refmerge.checkpoint import Checkpoint
 from refmerge.errors import UsageError
 from refmerge.nets import gpt2, llama, mlp, resnet, vgg, vit
-from refmerge.procedures.alignment import _picture
 from refmerge.procedures.alignment.otfusion import (
     chain,
     corrected,
@@ -34,6 +35,10 @@ from refmerge.procedures.alignment.otfusion import (
     sinkhorn_plan,
 )
 from refmerge.symmetry import Block, Spec, architectures
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.draw_alignment import FOLDER
+from tests.draw_transport import PICTURES
 
 otfusion = registry.procedure("otfusion")
 DATA = Path(__file__).parent / "data" / "otfusion.npz"
@@ -75,10 +80,9 @@ def same(a, b, tolerance=1e-12):
 def test_the_authors_results(case):
     options = dict(OPTIONS[case])
     keywords = from_official(options, clafusion=options.pop("clafusion"))
-    acts = (part(case, "acts0"), part(case, "acts1"))
-    models = part(case, "model0"), part(case, "model1")
-    found = otfusion(*models, list(models[1]), activations=acts if acts[0] else None, **keywords)
-    for T, expected in zip(found.plans.values(), part(case, "plan").values(), strict=True):
+    models, acts = ([part(case, f"{what}{i}") for i in (1, 0)] for what in ("model", "acts"))
+    found = otfusion(models, list(models[0]), activations=acts if acts[0] else None, **keywords)
+    for T, expected in zip(found.transports[0].plans.values(), part(case, "plan").values(), strict=True):
         np.testing.assert_allclose(T, expected, atol=1e-5 * expected.max(), rtol=0)
     for name, expected in part(case, "out").items():
         assert found.merged[name].dtype == np.float32
@@ -96,7 +100,7 @@ def test_the_authors_defaults_and_what_is_refused():
     assert from_official({"correction": True, "proper_marginals": True})["correction"] == "columns"
     assert from_official({"correction": True})["correction"] == "constant"
     assert from_official({"correction": True, "geom_ensemble_type": "acts"})["correction"] == "rows"
-    for option in ("unbalanced", "gromov", "update_acts"):
+    for option in ("unbalanced", "gromov", "update_acts", "act_bug"):
         with pytest.raises(UsageError, match=option):
             from_official({option: True})
 
@@ -241,32 +245,41 @@ SIZES = st.lists(st.integers(2, 6), min_size=3, max_size=5)
 @settings(deadline=None, max_examples=30)
 def test_permuting_the_units_of_either_model(sizes, seed):
     a, b = spread(sizes, seed), spread(sizes, seed + 1)
-    spec = chain(a, b)
+    spec = chain(a)
     p, q = (spec.random(model, np.random.default_rng(seed + 2 + i)) for i, model in enumerate((a, b)))
-    merged = otfusion(a, b, spec).merged
-    same(otfusion(spec.apply(p, a), b, spec).merged, merged)
-    same(otfusion(a, spec.apply(q, b), spec).merged, spec.apply(q, merged))
+    merged = otfusion([a, b], spec).merged
+    same(otfusion([a, spec.apply(q, b)], spec).merged, merged)
+    same(otfusion([spec.apply(p, a), b], spec).merged, spec.apply(p, merged))
 
 
 @given(SIZES, st.integers(0, 2**32), st.sampled_from([{}, {"metric": "cosine"}, {"normalize": "log", "squared": True}]))
 @settings(deadline=None, max_examples=30)
 def test_where_plans_are_permutations_the_transported_model_computes_the_same(sizes, seed, how):
     a, b = spread(sizes, seed), spread(sizes, seed + 1)
-    found = otfusion(a, b, **how)
+    found = otfusion([a, b], **how)
     x = np.random.default_rng(seed).standard_normal((8, sizes[0]))
-    np.testing.assert_allclose(mlp.forward(found.transported, x), mlp.forward(a, x), rtol=1e-9, atol=1e-9)
-    same(chain(a, b).apply(found.permutations, a), found.transported, 1e-9)
+    np.testing.assert_allclose(mlp.forward(found.models[1], x), mlp.forward(b, x), rtol=1e-9, atol=1e-9)
+    same(chain(a).apply(found.transports[0].permutations, b), found.models[1], 1e-9)
 
 
-def test_the_ends_of_t_and_equal_models():
+def test_weights_and_equal_models():
     a, b = spread([4, 6, 5, 3]), spread([4, 6, 5, 3], 1)
-    found = otfusion(a, b, t=1.0)
-    assert all(np.array_equal(x, b[name]) for name, x in found.merged.items())
-    same(otfusion(a, b, t=0.0).merged, found.transported)
-    same(otfusion(a, a).merged, a, 1e-12)
-    half = otfusion(a, b)
-    same(half.merged, {name: 0.5 * half.transported[name] + 0.5 * b[name] for name in b})
-    assert half.objectives == {P: np.sum(T * half.costs[P]) for P, T in half.plans.items()}
+    found = otfusion([a, b], weight=[1.0, 0.0])
+    assert found.models[0] is a
+    assert all(np.array_equal(x, a[name]) for name, x in found.merged.items())
+    same(otfusion([a, b], weight=[0, 1]).merged, found.models[1])
+    same(otfusion([a, a]).merged, a, 1e-12)
+    same(otfusion([a, b]).merged, {name: (found.models[1][name] + a[name]) / 2 for name in a})
+    (transport,) = found.transports
+    assert transport.objectives == {P: np.sum(T * transport.costs[P]) for P, T in transport.plans.items()}
+
+
+def test_more_than_two_models_all_come_to_the_first():
+    a, b, c = (spread([4, 6, 5, 3], seed) for seed in range(3))
+    found = otfusion([a, b, c])
+    for k, other in ((1, b), (2, c)):
+        same(otfusion([a, other]).models[1], found.models[k])
+    same(found.merged, {name: (a[name] + found.models[1][name] + found.models[2][name]) / 3 for name in a})
 
 
 RNG = np.random.default_rng(7)
@@ -289,35 +302,34 @@ def test_a_permuted_copy_is_found_again(name, by_name):
     spec = architectures.ARCHITECTURES[name.partition(",")[0]](model, **heads)
     perms = {P: p for P, p in spec.random(model, np.random.default_rng(3)).items() if not spec.owners[P]}
     copy = spec.apply(perms, model)
-    found = otfusion(model, copy, spec)
+    found = otfusion([copy, model], spec)
     same(found.merged, copy)
-    assert found.permutations.keys() == perms.keys()
-    assert all(np.array_equal(found.permutations[P], p) for P, p in perms.items())
+    assert found.transports[0].permutations.keys() == perms.keys()
+    assert all(np.array_equal(found.transports[0].permutations[P], p) for P, p in perms.items())
 
 
 @pytest.mark.parametrize(("name", "forward"), [("mlp", mlp.forward), ("vgg", vgg.forward), ("resnet", resnet.forward)])
 def test_a_permuted_copy_is_found_by_activations(name, forward):
     model, _ = NETWORKS[name]
     spec = architectures.ARCHITECTURES[name](model)
-    perms = spec.random(model, np.random.default_rng(3))
-    copy = spec.apply(perms, model)
+    copy = spec.apply(spec.random(model, np.random.default_rng(3)), model)
     batch = np.random.default_rng(4).standard_normal((40, 5) if name == "mlp" else (40, 3, 8, 8))
-    taps = {}, {}
-    for params, tap in zip((model, copy), taps):
+    taps = [{}, {}]
+    for params, tap in zip((copy, model), taps):
         forward(params, batch, tap)
-    same(otfusion(model, copy, spec, activations=taps).merged, copy)
+    same(otfusion([copy, model], spec, activations=taps).merged, copy)
 
 
-def test_fused_networks_of_other_widths_have_model_1s_shapes():
-    a, b = mlp.init(RNG, [5, 9, 4, 3]), mlp.init(RNG, [5, 6, 7, 3])
+def test_fused_networks_of_other_widths_have_the_first_ones_shapes():
+    a, b = mlp.init(RNG, [5, 6, 7, 3]), mlp.init(RNG, [5, 9, 4, 3])
     for how in ({}, {"exact": False, "reg": 0.1}, {"masses": "l2"}):
-        found = otfusion(a, b, architectures.mlp(b), **how)
-        assert {name: x.shape for name, x in found.merged.items()} == {name: x.shape for name, x in b.items()}
-        for K in found.maps.values():
+        found = otfusion([a, b], architectures.mlp(a), **how)
+        assert {name: x.shape for name, x in found.merged.items()} == {name: x.shape for name, x in a.items()}
+        for K in found.transports[0].maps.values():
             np.testing.assert_allclose(K.sum(axis=0), 1)
-    a, b = resnet.init(RNG, (4, 6), 2, shortcut="conv"), resnet.init(RNG, (6, 4), 2)
-    merged = otfusion(a, b, architectures.resnet(b)).merged
-    assert {name: x.shape for name, x in merged.items()} == {name: x.shape for name, x in b.items()}
+    a, b = resnet.init(RNG, (6, 4), 2), resnet.init(RNG, (4, 6), 2)
+    merged = otfusion([a, b], architectures.resnet(a)).merged
+    assert {name: x.shape for name, x in merged.items()} == {name: x.shape for name, x in a.items()}
 
 
 # --- Chains and specs -------------------------------------------------------------------------------------------------
@@ -342,101 +354,152 @@ def test_a_chain_is_the_spec_of_its_layers():
         "d.weight": (None, "c"),
         "d.bias": (None,),
     }
-    assert chain(model, model) == Spec(axes)
-    assert chain(model, model, output="transport") == Spec(axes | {"d.weight": ("d", "c"), "d.bias": ("d",)})
+    assert chain(model) == Spec(axes)
+    assert chain(model, output="transport") == Spec(axes | {"d.weight": ("d", "c"), "d.bias": ("d",)})
+    assert list(chain(model, list(reversed(model))).axes) == list(reversed(model))
 
 
 def test_shortcuts_read_what_they_go_around():
     shapes = {"a": (4, 3, 3), "b": (6, 4, 3), "c": (6, 6, 3), "s": (6, 4, 1), "d": (6, 6, 3), "e": (6, 6, 3), "out": (2, 6)}
     model = {f"{name}.weight": np.ones((*s[:2], *[s[2]] * 2) if len(s) > 2 else s) for name, s in shapes.items()}
-    read = {name.removesuffix(".weight"): axes[1] for name, axes in chain(model, model, shortcuts=True).axes.items()}
+    read = {name.removesuffix(".weight"): axes[1] for name, axes in chain(model, shortcuts=True).axes.items()}
     assert read == {"a": None, "b": "a", "c": "b", "s": "a", "d": "s + c", "e": "d", "out": "e"}
-    first = {name: model[name] for name in ("a.weight", "s.weight")}
     with pytest.raises(UsageError, match="no layer before it"):
-        chain(first, first, shortcuts=True)
+        chain({name: model[name] for name in ("a.weight", "s.weight")}, shortcuts=True)
 
 
 def test_residual_streams_have_one_map_in_a_spec():
     model = resnet.init(np.random.default_rng(0), (3, 4), 2)
     spec = architectures.resnet(model)
-    assert otfusion(model, model, spec).plans.keys() == set(spec.permutations)
+    assert otfusion([model, model], spec).transports[0].plans.keys() == set(spec.permutations)
     assert len(spec.permutations) == 6  # two streams and four blocks
 
 
 def test_written_by_says_what_is_compared():
     """Weights of shape (inputs, outputs): the first axis of the second layer is not where its outputs are."""
-    a = {"1": np.array([[1.0, 2]]), "2": np.array([[5.0, 5], [5, 5]])}
-    b = {"1": np.array([[2.0, 1]]), "2": np.array([[5.0, 5], [5, 5]])}
+    a = {"1": np.array([[2.0, 1]]), "2": np.array([[5.0, 5], [5, 5]])}
+    b = {"1": np.array([[1.0, 2]]), "2": np.array([[5.0, 5], [5, 5]])}
     spec = Spec({"1": (None, "P"), "2": ("P", None)})
-    assert otfusion(a, b, spec).permutations["P"].tolist() == [0, 1]
-    assert otfusion(a, b, spec, written_by={"P": ["1"]}).permutations["P"].tolist() == [1, 0]
+    assert otfusion([a, b], spec).transports[0].permutations["P"].tolist() == [0, 1]
+    assert otfusion([a, b], spec, written_by={"P": ["1"]}).transports[0].permutations["P"].tolist() == [1, 0]
     with pytest.raises(UsageError, match="written_by names 'Q'"):
-        otfusion(a, b, spec, written_by={"Q": ["1"]})
+        otfusion([a, b], spec, written_by={"Q": ["1"]})
 
 
 def test_what_cannot_be_ordered_is_matched_by_activations():
     """Each of two sets needs the other before it."""
     spec = Spec({"w": ("P", "Q")})
-    a = {"w": np.array([[1.0, 2], [3, 4]])}
-    b = {"w": np.array([[4.0, 3], [2, 1]])}
+    a = {"w": np.array([[4.0, 3], [2, 1]])}
+    b = {"w": np.array([[1.0, 2], [3, 4]])}
     with pytest.raises(UsageError, match="activations need none"):
-        otfusion(a, b, spec)
+        otfusion([a, b], spec)
     acts = {"P": np.array([[0.0, 1]]), "Q": np.array([[0.0, 1]])}
     turned = {P: x[:, ::-1] for P, x in acts.items()}
-    assert np.array_equal(otfusion(a, b, spec, activations=(acts, turned)).merged["w"], b["w"])
+    assert np.array_equal(otfusion([a, b], spec, activations=[turned, acts]).merged["w"], a["w"])
 
 
 def test_given_plans_are_used():
     a, b = spread([2, 2, 1]), spread([2, 2, 1], 1)
     T = np.array([[0.0, 0.5], [0.5, 0]])
-    found = otfusion(a, b, plans={"fc1": T})
-    assert np.array_equal(found.transported["fc1.weight"], a["fc1.weight"][::-1])
-    assert np.array_equal(found.plans["fc1"], T)
+    found = otfusion([a, b], plans=[{"fc1": T}])
+    assert np.array_equal(found.models[1]["fc1.weight"], b["fc1.weight"][::-1])
+    assert np.array_equal(found.transports[0].plans["fc1"], T)
     with pytest.raises(UsageError, match="plan of 'fc1'"):
-        otfusion(a, b, plans={"fc1": np.ones((3, 2))})
+        otfusion([a, b], plans=[{"fc1": np.ones((3, 2))}])
 
 
 # --- Inputs -----------------------------------------------------------------------------------------------------------
 
 
-def test_open_checkpoints_dtypes_and_integers(tmp_path):
+@pytest.fixture
+def stored(tmp_path):
+    """Two models of other widths, in memory and in files, with a counter."""
+    models = [spread([3, n, 2], seed) | {"0.steps": np.array([seed])} for seed, n in enumerate((4, 6))]
+    models = [{name: x.astype(np.float32) if name != "0.steps" else x for name, x in model.items()} for model in models]
+    for name, model in zip("ab", models):
+        save_file(model, tmp_path / f"{name}.safetensors")
+    return models, [tmp_path / f"{name}.safetensors" for name in "ab"]
+
+
+def test_open_checkpoints_are_views(stored, tmp_path):
+    models, paths = stored
+    order = list(models[0])
+    expected = otfusion(models, order)
+    assert expected.merged["0.steps"] == expected.models[1]["0.steps"] == 0
+    found = otfusion(paths, order)
+    assert found.merged is None
+    assert isinstance(found.models[1], Checkpoint)
+    for name, x in expected.models[1].items():
+        assert np.array_equal(found.models[1][name], x) and found.models[1][name].dtype == x.dtype
+        assert found.models[1].tensors[name].shape == x.shape
+    merged = otfusion([open_checkpoint(path) for path in paths], order, out=tmp_path / "merged").merged
+    assert all(np.array_equal(merged[name], x) for name, x in expected.merged.items())
+    whole = found.models[1]["fc1.weight"].reshape(-1).view(np.uint8)
+    piece = np.empty(12, np.uint8)
+    found.models[1].read("fc1.weight", 2, 5, piece)
+    assert np.array_equal(piece, whole[8:20])
+
+
+def test_a_recipe_aligns_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = [mlp.init(np.random.default_rng(seed), [3, 4, 2]) for seed in range(2)]
+    for name, model in zip("ab", models):
+        (tmp_path / name).mkdir()
+        save_file({n: x.astype(np.float32) for n, x in model.items()}, tmp_path / name / "model.safetensors")
+    align = "{method: otfusion, parameters: {exact: false, reg: 0.5}}"
+    text = f"{{refmerge: 1, merge_method: linear, models: [{{model: ./a}}, {{model: ./b}}], align: {align}}}"
+    (tmp_path / "r.yml").write_text(text)
+    refmerge.run_recipe("r.yml", "merged")
+    aligned = otfusion([tmp_path / "a", tmp_path / "b"], architectures.mlp(models[0]), exact=False, reg=0.5)
+    expected = refmerge.merge(aligned.models, "linear", out=tmp_path / "expected")
+    merged = open_checkpoint("merged")
+    assert all(np.array_equal(merged[name], expected[name]) for name in models[0])
+
+
+def test_dtypes():
     a, b = (spread([3, 4, 2], seed) for seed in (0, 1))
-    order = list(a)
-    for name, model in (("a", a), ("b", b)):
-        stored = {n: x.astype(np.float32) for n, x in model.items()} | {"0.steps": np.array([len(name)])}
-        save_file(stored, tmp_path / f"{name}.safetensors")
-    opened = [open_checkpoint(tmp_path / f"{name}.safetensors") for name in "ab"]
-    merged = otfusion(*opened, [*order, "0.steps"]).merged
-    assert merged["0.steps"].tolist() == [1]
-    exact = otfusion(a, b).merged
-    for name in order:
-        assert merged[name].dtype == np.float32
-        np.testing.assert_allclose(merged[name], exact[name], rtol=1e-5, atol=1e-6)
-    narrow = {n: x.astype(ml_dtypes.bfloat16) for n, x in b.items()}
-    assert {x.dtype for x in otfusion(a, narrow).merged.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    narrow = {n: x.astype(ml_dtypes.bfloat16) for n, x in a.items()}
+    found = otfusion([narrow, b])
+    assert {x.dtype for model in (found.merged, found.models[1]) for x in model.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    wide = otfusion([{n: x.astype(np.float64) for n, x in narrow.items()}, b]).models[1]
+    assert all(np.array_equal(x, wide[n].astype(ml_dtypes.bfloat16)) for n, x in found.models[1].items())
 
 
 def test_torch(torch):
-    a, b = (spread([3, 4, 2], seed) for seed in (0, 1))
-    merged = otfusion(*({n: torch.from_numpy(x).to(torch.float32) for n, x in m.items()} for m in (a, b))).merged
-    assert all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in merged.values())
+    models = [{n: torch.from_numpy(x).to(torch.float32) for n, x in spread([3, 4, 2], seed).items()} for seed in (0, 1)]
+    found = otfusion(models)
+    for model in (found.merged, found.models[1]):
+        assert all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in model.values())
 
 
 def test_spec_or_chain_but_not_both():
     a = spread([2, 3, 1])
     with pytest.raises(UsageError, match="chains of layers"):
-        otfusion(a, a, chain(a, a), output="transport")
+        otfusion([a, a], chain(a), output="transport")
+
+
+def test_kinds_and_numbers_of_models(stored):
+    models, paths = stored
+    with pytest.raises(UsageError, match="all checkpoints or all mappings"):
+        otfusion([models[0], paths[1]], list(models[0]))
+    with pytest.raises(UsageError, match="1 models"):
+        otfusion(models[:1])
+    for keywords in ({"activations": [{}]}, {"plans": [{}, {}]}):
+        with pytest.raises(UsageError, match=next(iter(keywords))):
+            otfusion(models, **keywords)
 
 
 @pytest.mark.parametrize(
     ("change", "keywords", "message"),
     [
         ({"fc1.weight": np.full((3, 2), np.nan)}, {}, "'fc1.weight' is NaN"),
-        ({"fc1.weight": np.ones((3, 4))}, {}, "axis 1 of 'fc1.weight' has 4 places in model 0 and 2 in model 1"),
+        ({"fc1.weight": np.ones((3, 4))}, {}, "axis 1 of 'fc1.weight', .* 2 places here and 4 in model 1"),
         ({"fc2.weight": np.ones((2, 3))}, {}, "axis 0 of 'fc2.weight'"),
         ({"fc2.weight": np.ones((1, 5))}, {}, "'fc1' has 3 units"),
-        ({"fc3.weight": np.ones((1, 1))}, {}, "the same ones"),
+        ({"fc3.weight": np.ones((1, 1))}, {}, "'fc3.weight' is in the model and not in the spec"),
         ({"fc1.weight": np.ones((0, 2)), "fc2.weight": np.ones((1, 0))}, {}, "'fc1' has no units"),
+        ({"fc1.weight": np.ones((5, 2)), "fc2.weight": np.ones((1, 5))}, {"correction": "rows"}, "equal widths"),
+        ({}, {"spec": ["fc1.weight"]}, "each tensor once"),
         ({}, {"metric": "angular"}, "metric = 'angular'"),
         ({}, {"normalize": "std"}, "normalize = 'std'"),
         ({}, {"masses": "l3"}, "masses = 'l3'"),
@@ -444,21 +507,29 @@ def test_spec_or_chain_but_not_both():
         ({}, {"output": "none"}, "output = 'none'"),
         ({}, {"exact": False, "reg": 0.0}, "reg = 0.0"),
         ({}, {"exact": False, "kernel": "float16"}, "kernel = 'float16'"),
-        ({}, {"activations": ({}, {})}, "no activations of 'fc1'"),
-        ({}, {"activations": ({"fc1": np.ones((5, 4))}, {"fc1": np.ones((5, 3))})}, "3 units"),
-        ({}, {"activations": ({"fc1": np.full((5, 3), np.inf)}, {"fc1": np.ones((5, 3))})}, "NaN or infinite"),
+        ({}, {"activations": [{}, {}]}, "no activations of 'fc1'"),
+        ({}, {"activations": [{"fc1": np.ones((5, 3))}, {"fc1": np.ones((5, 4))}]}, "3 units"),
+        ({}, {"activations": [{"fc1": np.ones((5, 3))}, {"fc1": np.full((5, 3), np.inf)}]}, "NaN or infinite"),
+        ({}, {"activations": [{"fc1": np.ones((5, 3))}, {"fc1": np.ones((4, 3))}]}, "samples the same"),
     ],
 )
 def test_errors(change, keywords, message):
     model = spread([2, 3, 1])
     with pytest.raises(UsageError, match=message):
-        otfusion(model | change, model, **keywords)
+        otfusion([model, model | change], **keywords)
 
 
-# --- The picture ------------------------------------------------------------------------------------------------------
+def test_inputs_that_are_not_aligned_must_fit():
+    a, b = spread([3, 4, 4, 2]), spread([3, 6, 6, 2])
+    with pytest.raises(UsageError, match="align_inputs is off"):
+        otfusion([a, b], align_inputs=False)
 
 
-@pytest.mark.parametrize("name", _picture.PICTURES)
-def test_the_picture_is_what_the_module_draws(name):
-    stored = (resources.files("refmerge.spec") / "alignment" / f"{name}.svg").read_text(encoding="utf-8")
-    assert stored == _picture.PICTURES[name](), "python -m refmerge.procedures.alignment._picture"
+# --- The pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture_is_what_the_command_draws(name):
+    stored = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert stored == PICTURES[name](), "python -m tests.draw_transport"
+    assert f"({name}.svg)" in (FOLDER / f"{name}.md").read_text(encoding="utf-8")

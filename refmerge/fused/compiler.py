@@ -64,11 +64,11 @@ def folder() -> Path | None:
 
 
 class _Job:
-    """One source on its way to a function."""
+    """One source on its way to a library."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.function: Any = None
+        self.library: Any = None
         self.failed = False
         home = folder()
         self.failed = home is None
@@ -78,9 +78,9 @@ class _Job:
         self._scratch: Path | None = None
 
     def look(self) -> Any:
-        """The function, where it is there by now."""
-        if self.function is not None or self.failed:
-            return self.function
+        """The library, where it is there by now."""
+        if self.library is not None or self.failed:
+            return self.library
         if self._process is not None:
             if waits:
                 self._process.wait()
@@ -93,11 +93,10 @@ class _Job:
             return self.look() if waits and self._process is not None else None
         if not self.failed and self.target.exists():
             try:
-                self.function = ctypes.CDLL(str(self.target)).run
-                self.function.restype = None
-            except (OSError, AttributeError):
+                self.library = ctypes.CDLL(str(self.target))
+            except OSError:
                 self.failed = True
-        return self.function
+        return self.library
 
     def finish(self) -> None:
         if self._process is not None:
@@ -158,8 +157,8 @@ def finish() -> None:
         job.finish()
 
 
-def function(source: str) -> Any:
-    """The function `run` of a C source; None while it is being compiled, and where it cannot be."""
+def library(source: str) -> Any:
+    """The compiled C source; None while it is being compiled, and where it cannot be."""
     if command() is None:
         return None
     job = _jobs.get(source)

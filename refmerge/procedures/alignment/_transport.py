@@ -25,6 +25,8 @@ def ground_cost(x, y, *, metric="euclidean", squared=False, unit_rows=False, div
         if value not in choices:
             raise UsageError(f"otfusion: {key} = {value!r} is none of {', '.join(map(repr, choices))}")
     x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
+    if x.ndim != 2 or x.shape[1:] != y.shape[1:]:
+        raise UsageError(f"otfusion: rows of {list(x.shape)} and {list(y.shape)} are not as long: are samples the same?")
     if unit_rows:
         x, y = (a / (np.linalg.norm(a, axis=1, keepdims=True) + 1e-9) for a in (x, y))
     if metric == "cosine":

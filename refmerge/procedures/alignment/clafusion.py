@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from refmerge.errors import UsageError
 from refmerge.numeric import host, like, scores
 from refmerge.procedure import procedure
 from refmerge.procedures.alignment.otfusion import Fusion, called, exact_plan, finite, ground_cost, otfusion
+from refmerge.procedures.measures.cka import cca, cka
 
 __all__ = ["CrossLayerFusion", "add_layers", "clafusion", "cost_matrix", "diagonal", "layer_map", "merge_layers"]
 
@@ -14,8 +16,8 @@ __all__ = ["CrossLayerFusion", "add_layers", "clafusion", "cost_matrix", "diagon
 @dataclass(frozen=True)
 class CrossLayerFusion:
     """What `clafusion` gives. map: for each hidden layer of the shallow model the number of its layer in the deep one, from
-    1 on. costs: the matrix of each chunk. deep, shallow: the models, made equally deep. fusion: of the first into the
-    second. swapped: whether the deep one is model 1."""
+    1 on. costs: the matrix of each chunk. deep, shallow: the models, made equally deep. fusion: of the deep into the
+    shallow one. swapped: whether the deep one is model 1."""
 
     map: np.ndarray
     costs: list
@@ -26,7 +28,8 @@ class CrossLayerFusion:
 
     @property
     def merged(self):
-        return self.fusion.merged
+        """In the order of the layers."""
+        return {name: self.fusion.merged[name] for name in self.shallow}
 
 
 @procedure("clafusion", paper="arXiv:2110.15538")
@@ -85,8 +88,8 @@ def clafusion(
     else:
         deep = merge_layers(deep, A, activations(deep) if activations else {}, shallow, relu=relu)
     # 5. fusion
-    taps = (activations(deep), activations(shallow)) if match == "activations" else None
-    found = otfusion(deep, shallow, list(shallow), activations=taps, **(fusion or {}))
+    taps = [activations(shallow), activations(deep)] if match == "activations" else None
+    found = otfusion([shallow, deep], list(shallow), activations=taps, **(fusion or {}))
     return CrossLayerFusion(np.array(A), costs, deep, shallow, found, swapped)
 
 
@@ -163,7 +166,7 @@ def cost_matrix(x, y, metric="euclidean", **ground):
     """
     if metric == "euclidean":
         return (np.asarray(x, dtype=np.float64)[:, None] - np.asarray(y, dtype=np.float64)[None, :]) ** 2
-    pairs = {"cka": alignment, "cca": correlation, "wd": lambda a, b: distance(a, b, **ground)}
+    pairs = {"cka": alignment, "cca": lambda a, b: 1 - cca(flat(a), flat(b)), "wd": lambda a, b: distance(a, b, **ground)}
     if metric not in pairs:
         raise UsageError(f"clafusion: metric = {metric!r} is none of {', '.join(map(repr, ('euclidean', *pairs)))}")
     x, y = ([scores(a) for a in some] for some in (x, y))
@@ -172,17 +175,15 @@ def cost_matrix(x, y, metric="euclidean", **ground):
     return np.array([[pairs[metric](a, b) for b in y] for a in x])
 
 
+def flat(x):
+    """One row a sample."""
+    return x.reshape(len(x), -1)
+
+
 def alignment(a, b):
-    """1 - |A^T B|^2 / (|A^T A| |B^T B|) of the Gram matrices; 1 where all samples are alike."""
-    K, L = (centred @ centred.T for centred in (x - x.mean(axis=0) for x in (a.reshape(len(a), -1), b.reshape(len(b), -1))))
-    size = np.linalg.norm(K) * np.linalg.norm(L)
-    return 1 - np.vdot(K, L) / size if size else 1.0
-
-
-def correlation(a, b):
-    """1 - |Q^T R|^2 / units, Q and R of QR decompositions, columns not centred; of the smaller number of units."""
-    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    return 1 - np.sum((np.linalg.qr(a)[0].T @ np.linalg.qr(b)[0]) ** 2) / min(a.shape[1], b.shape[1])
+    """1 - CKA, 1 where all samples are alike."""
+    value = cka(flat(a), flat(b))
+    return 1.0 if math.isnan(value) else 1 - value
 
 
 def distance(a, b, **ground):

@@ -1,26 +1,31 @@
+import threading
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 
+from refmerge.api import merge
+from refmerge.checkpoint import Checkpoint, itemsize, open_checkpoint
 from refmerge.errors import UsageError
 from refmerge.numeric import like, scores
 from refmerge.procedure import procedure
 from refmerge.procedures.alignment._transport import exact_plan, ground_cost, sinkhorn_plan
 from refmerge.procedures.averaging.weight_selection import shapes
+from refmerge.sources import stored_bytes
 from refmerge.symmetry import Block, Nested, Slices, Spec
 from refmerge.symmetry.axes import names, places_of
 
-__all__ = ["Fusion", "chain", "corrected", "exact_plan", "from_official", "ground_cost", "otfusion", "sinkhorn_plan"]
+__all__ = [
+    "Fusion", "Transport", "chain", "corrected", "exact_plan", "from_official", "ground_cost", "otfusion", "sinkhorn_plan",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Fusion:
-    """What `otfusion` gives. merged: the fused model. transported: model 0 in model 1's frame. By permutation, of a chain by
-    layer: costs M, plans T, and maps K, the plans as they are applied."""
+class Transport:
+    """How one model comes to the first. By permutation of the spec, of a chain by layer: costs M, plans T, and maps K, the
+    plans as they are applied. Rows are the model's units, columns those of the first."""
 
-    merged: dict
-    transported: dict
     costs: dict
     plans: dict
     maps: dict
@@ -32,18 +37,27 @@ class Fusion:
 
     @cached_property
     def permutations(self):
-        """p for each plan that is a permutation: unit p[i] of model 0 goes to unit i of model 1."""
+        """p for each plan that is a permutation: the model's unit p[i] goes to unit i of the first one."""
         hard = {P: T > 0 for P, T in self.plans.items() if T.shape[0] == T.shape[1]}
         return {P: np.argmax(T, axis=0) for P, T in hard.items() if all(np.all(T.sum(axis=a) == 1) for a in (0, 1))}
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """models: the first as it is, the others transported; open checkpoints as views that compute what is read. merged: their
+    average, None for open checkpoints without `out`. transports: one for each model but the first."""
+
+    models: tuple
+    merged: dict | Checkpoint | None
+    transports: tuple
+
+
 @procedure("otfusion", paper="arXiv:1910.05653")
 def otfusion(
-    model0,
-    model1,
+    models,
     spec=None,
     *,
-    t=0.5,
+    weight=None,
     activations=None,
     metric="euclidean",
     squared=False,
@@ -63,66 +77,110 @@ def otfusion(
     output="identity",
     shortcuts=False,
     written_by=None,
+    out=None,
 ):
-    """Fuse two models, which may have different widths: optimal transport says, layer by layer, which units of model 0 are
-    averaged into which of model 1, and there the models are averaged.
+    """Fuse models, which may have different widths: optimal transport says, layer by layer, which units of a model are
+    averaged into which of the first one's, and there the models are averaged.
 
-    model0, model1: mappings name -> array, open checkpoints too. spec: a refmerge.symmetry.Spec; or the names of all tensors
-    of a chain of layers, in order; without it the tensors in model 1's order are that chain. Returns a Fusion.
+    models: mappings name -> array, open checkpoints, or paths. spec: a refmerge.symmetry.Spec; or the names of all tensors
+    of a chain of layers, in order; without it the tensors in the first model's order are that chain. Returns a Fusion.
     """
-    if not isinstance(spec, Spec):
-        spec = chain(model0, model1, spec, output=output, shortcuts=shortcuts)
-    elif output != "identity" or shortcuts:
+    models = [open_checkpoint(model) if isinstance(model, str | Path) else model for model in models]
+    if len(models) < 2:
+        raise UsageError(f"otfusion: {len(models)} models: it takes two at least")
+    if isinstance(spec, Spec) and (output != "identity" or shortcuts):
         raise UsageError("otfusion: output and shortcuts are for chains of layers: a spec says which axes are permuted")
-    sizes = agreed(spec, model0, model1)
-    by_weights = activations is None
-    Ms, Ts, K = {}, {}, {}
-    for P, tensors in in_order(spec, written_by or {}, by_weights or masses != "uniform"):
-        # 1. input alignment
-        W0, W1 = rows(model0, spec, P, tensors, {}), rows(model1, spec, P, tensors, {})
-        A = rows(model0, spec, P, tensors, K)
-        # 2. ground cost
-        x, y = (A, W1) if by_weights else (units(acts, P, n[P]) for acts, n in zip(activations, sizes))
-        M = ground_cost(
-            x, y, metric=metric, squared=squared, unit_rows=unit_rows, divide=divide, normalize=normalize, clip=clip
-        )
-        # 3. masses
-        kind = masses if is_read(P, spec, tensors) else "uniform"
-        mu, nu = (mass(W, kind, n[P]) for W, n in zip((W0, W1), sizes))
-        # 4. coupling
-        if P in (plans or ()):
-            T = given(plans[P], P, M.shape)
-        elif exact:
-            T = exact_plan(mu, nu, M)
-        else:
-            T = sinkhorn_plan(mu, nu, M, reg=reg, iterations=iterations, kernel=kernel)
-        # 5. correction
-        Ms[P], Ts[P], K[P] = M, T, corrected(T, correction, eps)
+    spec = spec if isinstance(spec, Spec) else chain(models[0], spec, output=output, shortcuts=shortcuts)
+    check(models, spec, activations, plans)
+    by_weights, scale = activations is None, {"divide": divide, "normalize": normalize, "clip": clip}
+    first, *others = models
+    transports = []
+    for k, model in enumerate(others, 1):
+        Ms, Ts, K = {}, {}, {}
+        for P, tensors in in_order(spec, written_by or {}, by_weights or masses != "uniform"):
+            # 1. input alignment
+            W, V = rows(model, spec, P, tensors, {}), rows(first, spec, P, tensors, {})
+            A = rows(model, spec, P, tensors, K)
+            # 2. ground cost
+            x, y = (A, V) if by_weights else (units(activations[i], P, models[i], spec) for i in (k, 0))
+            M = ground_cost(x, y, metric=metric, squared=squared, unit_rows=unit_rows, **scale)
+            # 3. masses
+            kind = masses if is_read(P, spec, tensors) else "uniform"
+            mu, nu = mass(W, kind, M.shape[0]), mass(V, kind, M.shape[1])
+            # 4. coupling
+            if P in (plans[k - 1] if plans else ()):
+                T = given(plans[k - 1][P], P, M.shape)
+            elif exact:
+                T = exact_plan(mu, nu, M)
+            else:
+                T = sinkhorn_plan(mu, nu, M, reg=reg, iterations=iterations, kernel=kernel)
+            # 5. correction
+            Ms[P], Ts[P], K[P] = M, T, corrected(T, correction, eps)
+        transports.append(Transport(Ms, Ts, K))
     # 6. transport
-    theta = {name: transported(model0, spec, name, K, align_inputs) for name in model1}
-    # 7. average
     kept = last_layer(spec) if output == "second" else ()
-    merged = {name: averaged(x, model1[name], 1.0 if name in kept else t) for name, x in theta.items()}
-    return Fusion(merged, {name: averaged(x, model1[name], 0.0) for name, x in theta.items()}, Ms, Ts, K)
+    moves = [partial(transported, model, first, spec, t.maps, align_inputs, kept) for model, t in zip(others, transports)]
+    is_open = isinstance(first, Checkpoint)
+    moved = [View(m, first, f) if is_open else {name: f(name) for name in first} for m, f in zip(others, moves)]
+    # 7. average
+    shares = [1 / len(models)] * len(models) if weight is None else list(weight)
+    wanted = out is not None or not is_open
+    merged = merge([first, *moved], "linear", weight=shares, normalize=False, out=out) if wanted else None
+    return Fusion((first, *moved), merged, tuple(transports))
 
 
-def chain(model0, model1, order=None, *, output="identity", shortcuts=False):
+def transported(model, first, spec, K, align_inputs, kept, name):
+    """A tensor in the first model's frame, K^T x along every axis: in float64, rounded once to the first one's dtype.
+    Integers, and tensors that are kept, are the first one's."""
+    target = first[name]
+    if name in kept or "float" not in str(target.dtype):
+        return target
+    x, entries = finite(model, name), spec.axes[name] or ()
+    is_matched = any(part in K for entry in entries[:1] for P, _ in names(entry) for part in parts(P))
+    for axis, entry in enumerate(entries):
+        if align_inputs or axis == 0 or not is_matched:
+            x = along(x, axis, entry, K)
+    if x.shape != tuple(target.shape):
+        raise UsageError(f"otfusion: {name!r} becomes {list(x.shape)} and meets {list(target.shape)}: align_inputs is off")
+    return like(x, target)
+
+
+class View(Checkpoint):
+    """An open checkpoint whose tensors are those of a function of their names, called when they are read."""
+
+    def __init__(self, checkpoint, first, tensor):
+        self.__dict__.update(checkpoint.__dict__)
+        self.tensors, self.nbytes = first.tensors, first.nbytes
+        self._tensor, self._last, self._turn = tensor, ("", np.empty(0, np.uint8)), threading.Lock()
+
+    def read(self, name, start, stop, out):
+        dtype = self.tensors[name].dtype
+        with self._turn:
+            if self._last[0] != name:
+                self._last = name, stored_bytes(self._tensor(name), dtype)
+            out[:] = self._last[1][start * itemsize(dtype) : stop * itemsize(dtype)]
+
+    def ahead(self, name, start, stop):
+        """Nothing: a tensor is read as a whole."""
+
+
+def chain(model, order=None, *, output="identity", shortcuts=False):
     """The spec of a chain of layers: each tensor of two or more axes is a layer (outputs, inputs, kernel ...) that reads
     what the one before gives, and a vector belongs to the layer before it.
 
-    order: the tensors' names; else they are in model 1's order. output: whether the last layer's outputs are matched by
+    order: the tensors' names; else they are in the model's order. output: whether the last layer's outputs are matched by
     "identity", or by "transport" like all others; "second" is "identity" here. shortcuts: 1 x 1 convolutions that change the
     number of channels read what the last other one that changes it read, and the layer after them the mean of both maps.
     """
     if output not in ("identity", "transport", "second"):
         raise UsageError(f"otfusion: output = {output!r} is none of 'identity', 'transport', 'second'")
-    before, shape = shapes(model0), shapes(model1)
+    shape = shapes(model)
     order = list(shape if order is None else order)
-    if len({*order}) < len(order) or {*order} != shape.keys() or shape.keys() != before.keys():
-        raise UsageError("otfusion: a chain is an order of all tensors, and both models have the same ones")
+    if len({*order}) < len(order) or {*order} != shape.keys():
+        raise UsageError("otfusion: the order of a chain has each tensor once")
     layers = [name for name in order if len(shape[name]) > 1]
     axes, out, n = {}, None, {}
-    reads = readings({name: before[name] for name in layers}, shortcuts)
+    reads = readings({name: shape[name] for name in layers}, shortcuts)
     for name in order:
         if name in reads:
             out = None if name == layers[-1] and output != "transport" else called(name)
@@ -172,19 +230,23 @@ def last_layer(spec):
     return order[max((i for i, name in enumerate(order) if len(spec.axes[name]) > 1), default=len(order)) :]
 
 
-def agreed(spec, model0, model1):
-    """The numbers of units in both models. UsageError where they differ and nothing is permuted."""
-    sizes = [spec.sizes(model) for model in (model0, model1)]
-    if empty := [P for n in sizes for P in n if not n[P]]:
-        raise UsageError(f"otfusion: {empty[0]!r} has no units, of which there is no mean")
-    one, other = shapes(model0), shapes(model1)
-    for name, entries in spec.axes.items():
-        for axis, (a, b) in enumerate(zip(one[name], other[name])):
-            if a != b and (entries is None or entries[axis] is None):
-                raise UsageError(
-                    f"otfusion: axis {axis} of {name!r} has {a} places in model 0 and {b} in model 1, and is not matched"
-                )
-    return sizes
+def check(models, spec, activations, plans):
+    """UsageError unless models, and what comes with them, fit the spec and one another."""
+    if len({isinstance(model, Checkpoint) for model in models}) > 1:
+        raise UsageError("otfusion: models are all checkpoints or all mappings of arrays")
+    for key, values, count in (("activations", activations, len(models)), ("plans", plans, len(models) - 1)):
+        if values is not None and len(values) != count:
+            raise UsageError(f"otfusion: {key} has {len(values)} mappings, and there is one for each of {count} models")
+    first = shapes(models[0])
+    for k, model in enumerate(models):
+        if empty := [P for P, n in spec.sizes(model).items() if not n]:
+            raise UsageError(f"otfusion: {empty[0]!r} has no units, of which there is no mean")
+        for name, shape in shapes(model).items():
+            for axis, (n, m) in enumerate(zip(first[name], shape)):
+                if n != m and (spec.axes[name] is None or spec.axes[name][axis] is None):
+                    raise UsageError(
+                        f"otfusion: axis {axis} of {name!r}, which is not matched, has {n} places here and {m} in model {k}"
+                    )
 
 
 def in_order(spec, written_by, by_weights):
@@ -242,8 +304,9 @@ def rows(model, spec, P, tensors, K):
     return np.concatenate(found, axis=1)
 
 
-def units(activations, P, n):
+def units(activations, P, model, spec):
     """The activations of P's units as the rows of a matrix: arrays (samples, units, ...)."""
+    n = spec.sizes(model)[P]
     if P not in activations:
         raise UsageError(
             f"otfusion: no activations of {P!r}, there are those of {', '.join(map(repr, activations)) or 'none'}"
@@ -275,8 +338,8 @@ def given(T, P, shape):
 
 
 def corrected(T, correction="columns", eps=0.0):
-    """K: the plan as it is applied. "columns": columns divided by their sums, so that each unit of model 1 gets a mean of
-    units. "constant": all divided by 1 / n1. "rows": rows divided by their sums. "none": the plan. eps goes onto divisors."""
+    """K: the plan as it is applied. "columns": columns divided by their sums, so that each place gets a mean of units.
+    "constant": all divided by 1 / n, n columns. "rows": rows divided by their sums. "none": T. eps is added to divisors."""
     if correction == "rows" and T.shape[0] != T.shape[1]:
         raise UsageError(
             f"otfusion: correction = {correction!r} is for equal widths, not {T.shape[0]} and {T.shape[1]}: 'columns'"
@@ -290,18 +353,6 @@ def corrected(T, correction="columns", eps=0.0):
     if correction != "none":
         raise UsageError(f"otfusion: correction = {correction!r} is none of 'columns', 'rows', 'constant', 'none'")
     return T
-
-
-def transported(model, spec, name, K, align_inputs):
-    """K^T x along every axis, in float64; None for integers, which are not."""
-    if "float" not in str(model[name].dtype):
-        return None
-    x, entries = finite(model, name), spec.axes[name] or ()
-    is_matched = any(part in K for entry in entries[:1] for P, _ in names(entry) for part in parts(P))
-    for axis, entry in enumerate(entries):
-        if align_inputs or axis == 0 or not is_matched:
-            x = along(x, axis, entry, K)
-    return x
 
 
 def along(x, axis, entry, K):
@@ -325,17 +376,6 @@ def carried(x, entry, K):
     return x
 
 
-def averaged(x, y, t):
-    """(1 - t) x + t y in float64, rounded once to the dtype of y. Integers are model 1's."""
-    if x is None:
-        return y
-    if x.shape != tuple(y.shape):
-        raise UsageError(
-            f"otfusion: a tensor of shape {list(x.shape)} meets {list(y.shape)}: widths differ where nothing is matched"
-        )
-    return like((1 - t) * x + t * scores(y), y)
-
-
 def finite(model, name):
     """The tensor in float64. UsageError where it is not finite."""
     x = scores(model[name])
@@ -345,20 +385,20 @@ def finite(model, name):
 
 
 def from_official(params, *, clafusion=False):
-    """The keywords of `otfusion` for options of the authors' command line, under their names and with their defaults; with
-    `clafusion` those of CLAFusion's copy of the code.
+    """The keywords of `otfusion([model 1, model 0], ...)` for options of the authors' command line, under their names and
+    with their defaults; with `clafusion` for CLAFusion's copy of the code.
 
     What does not touch the fusion is passed over. Activations are given beside them where geom_ensemble_type is "acts".
     """
     get = DEFAULTS | dict(params)
-    if refused := [key for key in ("unbalanced", "gromov", "update_acts") if get[key]]:
+    if refused := [key for key in ("unbalanced", "gromov", "update_acts", "act_bug") if get[key]]:
         raise UsageError(f"otfusion: {refused[0]} is a trial in the authors' code, not part of the method, and is not here")
     acts = get["geom_ensemble_type"] == "acts"
     counted = get["ground_metric_eff"] and get["dist_normalize"] and get["activation_histograms"]
     kept = {"average": "identity", "second": "second"}[get["skip_last_layer_type"] if acts else "average"]
     correction = "columns" if get["proper_marginals"] or (clafusion and acts) else "rows" if acts else "constant"
     return {
-        "t": get["ensemble_step"],
+        "weight": [get["ensemble_step"], 1 - get["ensemble_step"]],
         "metric": get["ground_metric"],
         "squared": not get["not_squared"],
         "unit_rows": get["normalize_wts"] and not acts,
@@ -378,6 +418,7 @@ def from_official(params, *, clafusion=False):
 
 
 DEFAULTS = {
+    "act_bug": False,
     "act_num_samples": 100,
     "activation_histograms": False,
     "clip_gm": False,
