@@ -1,4 +1,4 @@
-"""Plots of a loss along a path, of a search, and of numbers over a size, as SVG made by hand like the pictures of the pages."""
+"""Plots of losses along a path, of a search, and of numbers over a size, as SVG made by hand like the pages' pictures."""
 
 from __future__ import annotations
 
