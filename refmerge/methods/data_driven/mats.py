@@ -1,3 +1,4 @@
+# Longer than others: three operators, four starts, one conjugate gradient for all of them, and the direct solution.
 import math
 from typing import Literal
 
