@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refmerge
+from refmerge import pages, registry
+from refmerge.api import prepare
+from refmerge.laws import statistics
 from refmerge.methods.data_driven.mats import conjugate_gradients
 from refmerge.numeric import total
+from refmerge.testing import assert_same
+from tests.conftest import Case
 
 seeds = st.integers(0, 1000)
 
@@ -179,3 +184,45 @@ def test_vectors_and_embeddings_are_averaged():
     models = [{"l.weight": np.eye(2), "l.bias": np.full(2, b), "e": np.full((3, 2), b)} for b in (1.0, 3.0)]
     merged = refmerge.merge(models, "regmean", stats=[{"l.gram": np.eye(2)}] * 2)
     assert (merged["l.bias"].tolist(), merged["e"].tolist()) == ([2, 2], [[2, 2]] * 3)
+
+
+# --- Every entry that rests on statistics -----------------------------------------------------------------------------
+
+NEEDY = [name for name in registry.names() if registry.get(name).needs]
+
+
+def trial(name, dtype=np.float32):
+    """The arguments of refmerge.merge for an entry: two tensors that it may cut, and one vector."""
+    m, count, given_ = Case(name).arguments()
+    draw = np.random.default_rng(1)
+    shapes = {"fc.weight": (40, 30), "out.weight": (7, 40), "fc.bias": (40,)}
+    models = [{n: draw.standard_normal(s).astype(dtype) for n, s in shapes.items()} for _ in range(count + 1)]
+    first = ["base"] if m.needs == "base and models" else []
+    stats = [statistics(m, x, draw) for x in models[: count + len(first)]]
+    base = models.pop() if m.takes_base else None
+    return m, models[:count], base, stats, given_
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_any_blocks_and_threads(name):
+    m, models, base, stats, given_ = trial(name)
+    whole = refmerge.merge(models, m, base=base, stats=stats, threads=1, **given_)
+    for elements, threads in ((1024, 1), (130, 1), (256, 3)):
+        plan = prepare(models, m, base=base, stats=stats, threads=threads, params=given_)
+        plan.elements = elements
+        assert_same(plan.run(), whole)
+
+
+@pytest.mark.parametrize("name", NEEDY)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_arrays_of_other_libraries(name, foreign, dtype):
+    m, models, base, stats, given_ = trial(name, dtype)
+    expected = refmerge.merge(models, m, base=base, stats=stats, threads=1, **given_)
+
+    def put(model):
+        return model and {n: foreign.array(x) for n, x in model.items()}
+
+    merged = refmerge.merge([*map(put, models)], m, base=put(base), stats=[*map(put, stats)], threads=1, **given_)
+    assert all(foreign.owns(x) for x in merged.values())
+    plain = name.rpartition(":")[2]
+    assert_same({n: foreign.host(x) for n, x in merged.items()}, expected, ulps=pages.page(plain).front["ulps"])
