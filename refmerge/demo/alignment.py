@@ -182,8 +182,8 @@ def transport(k: int, sizes: tuple[int, int] = (128, 64), **how: Any) -> Rows:
         a, b = network(2 * k, (one, one), **how), network(2 * k + 1, (other, other), **how)
         given = {
             f"the first {min(sizes)} units, averaged": cut(a, b),
-            "otfusion by weights": otfusion(a, b).merged,
-            "otfusion by activations": otfusion(a, b, activations=[activations(a), activations(b)]).merged,
+            "otfusion by weights": otfusion([b, a]).merged,
+            "otfusion by activations": otfusion([b, a], activations=[activations(b), activations(a)]).merged,
         }
         rows |= compared(f"{one} into {other}: ", given, a, b, k)
     return rows
@@ -271,8 +271,8 @@ def ways(k: int, n: int = 64, **how: Any) -> Rows:
         ),
         "git_rebasin, many": lambda: git_rebasin([a, b], spec, by="many").models,
         "ws_mixup": lambda: (a, spec.apply(ws_mixup(a, b, spec).permutations, b)),
-        "otfusion, weights": lambda: (otfusion(a, b).transported, b),
-        "otfusion, activations": lambda: (otfusion(a, b, activations=acts).transported, b),
+        "otfusion, weights": lambda: otfusion([a, b]).models,
+        "otfusion, activations": lambda: otfusion([a, b], activations=acts).models,
     }
     rows = {}
     for name, models in found.items():
