@@ -46,7 +46,7 @@ def run_block(
 
     def load(source: Source, slot: Any) -> Any:
         try:
-            x = source.load(*span, slot, scratch, finite=strict and first, lazy=work.fused)
+            x = source.load(*span, slot, scratch, finite=strict and first, lazy=work.fused and view != "tensor")
         except NotFinite:
             report_nonfinite(source, t)
         return _shaped(x, t, view)

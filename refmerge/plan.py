@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_numpy_array
 
-from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, same_or_inside
+from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, refuse_input
 from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import UsageError
 from refmerge.executors import can_fork
@@ -83,9 +83,7 @@ class Plan:
         target = Path(out)
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
-        for c in self.checkpoints:
-            if same_or_inside(target, c.path):
-                raise UsageError(f"output {str(target)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
+        refuse_input(target, [c.path for c in self.checkpoints])
         with ExitStack() as writers:
             sinks = {}
             for o in outputs:

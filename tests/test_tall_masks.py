@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from refmerge import InputError, UsageError, call, merge, open_checkpoint
 from refmerge.checkpoint import save
 from refmerge.methods.task_vectors.tall_masks import mask
-from refmerge.procedures.task_vectors.tall_masks_restore import tall_masks_restore, unpacked
+from refmerge.procedures.task_vectors.tall_masks_restore import tall_masks_restore
 from refmerge.procedures.task_vectors.tall_masks_store import tall_masks_store
+from refmerge.stores import unpacked
 from refmerge.testing import assert_same
 
 SHAPES = {"a.weight": (7, 13), "b.weight": (4, 3, 5), "bias": (9,), "number": (), "none": (0, 3)}

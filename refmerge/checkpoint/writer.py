@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,7 @@ from refmerge.checkpoint.layout import INDEX, WEIGHTS
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
 
-__all__ = ["CheckpointWriter", "parse_size", "same_or_inside", "save"]
+__all__ = ["CheckpointWriter", "parse_size", "refuse_input", "same_or_inside", "save"]
 
 _COPY_CHUNK = 1 << 22
 _WRITEBACK = 1 << 23  # bytes of a file that are sent to the disk together
@@ -362,6 +362,13 @@ def same_or_inside(target: str | os.PathLike[str], path: str | os.PathLike[str])
         ancestor == outer or (ancestor.exists() and outer.exists() and ancestor.samefile(outer))
         for ancestor in (inner, *inner.parents)
     )
+
+
+def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """UsageError for an output that is one of the inputs or lies in one."""
+    for path in inputs:
+        if same_or_inside(target, path):
+            raise UsageError(f"output {str(target)!r} lies in an input, {str(path)!r}: inputs are never written to")
 
 
 @contextlib.contextmanager

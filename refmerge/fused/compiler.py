@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,6 @@ class _Job:
     def __init__(self, source: str) -> None:
         self.source = source
         self.library: Any = None
-        self.failed = False
         home = folder()
         self.failed = home is None
         if home is not None:
@@ -138,6 +138,7 @@ class _Job:
 
 
 _jobs: dict[str, _Job] = {}
+_one_at_a_time = threading.Lock()  # threads share the jobs
 
 
 def _lives(pid: str) -> bool:
@@ -153,15 +154,17 @@ def _lives(pid: str) -> bool:
 
 def finish() -> None:
     """Wait for what this process has begun to compile, so that the next one finds it."""
-    for job in _jobs.values():
-        job.finish()
+    with _one_at_a_time:
+        for job in _jobs.values():
+            job.finish()
 
 
 def library(source: str) -> Any:
     """The compiled C source; None while it is being compiled, and where it cannot be."""
     if command() is None:
         return None
-    job = _jobs.get(source)
-    if job is None:
-        job = _jobs[source] = _Job(source)
-    return job.look()
+    with _one_at_a_time:
+        job = _jobs.get(source)
+        if job is None:
+            job = _jobs[source] = _Job(source)
+        return job.look()

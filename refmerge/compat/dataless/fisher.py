@@ -1,8 +1,7 @@
 from refmerge.compat.fusion_bench.fisher import by_inverse_norm, coefficients
 from refmerge.errors import UsageError
 from refmerge.method import method
-from refmerge.methods.data_driven.fisher import given, norms
-from refmerge.numeric import total
+from refmerge.methods.data_driven.fisher import given, norms, weighted_average
 
 
 @method(
@@ -32,5 +31,4 @@ def fisher(
     if fisher_normalize is not None:
         c = by_inverse_norm(c, norms(F, group.tensor if fisher_normalize == "param" else group), fisher_smooth)
     # 3. weighted average
-    P = [c_n * (F_n + fisher_smooth) for c_n, F_n in zip(c, F)]
-    return total(P_n * theta_n for P_n, theta_n in zip(P, models)) / total(P)
+    return weighted_average(c, [F_n + fisher_smooth for F_n in F], models)

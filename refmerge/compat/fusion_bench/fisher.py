@@ -2,7 +2,7 @@ import math
 
 from refmerge.errors import UsageError
 from refmerge.method import method
-from refmerge.methods.data_driven.fisher import given, norms
+from refmerge.methods.data_driven.fisher import given, norms, weighted_average
 from refmerge.numeric import at_precision, total
 
 
@@ -31,8 +31,7 @@ def fisher(
     if normalize_fisher_weight:
         c = by_inverse_norm(c, norms(F, group), minimal_fisher_weight)
     # 3. weighted average
-    P = [c_n * (F_n + minimal_fisher_weight) for c_n, F_n in zip(c, F)]
-    return total(P_n * theta_n for P_n, theta_n in zip(P, models)) / total(P)
+    return weighted_average(c, [F_n + minimal_fisher_weight for F_n in F], models)
 
 
 def coefficients(given, count, name):

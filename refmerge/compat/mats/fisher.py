@@ -1,6 +1,5 @@
 from refmerge.method import method
-from refmerge.methods.data_driven.fisher import at_least, given
-from refmerge.numeric import total
+from refmerge.methods.data_driven.fisher import at_least, given, weighted_average
 
 
 @method(
@@ -18,5 +17,4 @@ def fisher(models, stats, name, *, model_lambda: float = 1.0, min_fisher: float 
     # 3. weigh two models
     c = [model_lambda, 1 - model_lambda] if len(models) == 2 else [1.0] * len(models)
     # 4. weighted average
-    P = [c_n * F_n for c_n, F_n in zip(c, F)]
-    return total(P_n * theta_n for P_n, theta_n in zip(P, models)) / total(P)
+    return weighted_average(c, F, models)

@@ -2,8 +2,7 @@ import math
 
 from refmerge.errors import UsageError
 from refmerge.method import method
-from refmerge.methods.data_driven.fisher import at_least, given, norms
-from refmerge.numeric import total
+from refmerge.methods.data_driven.fisher import at_least, given, norms, weighted_average
 
 
 @method(
@@ -36,5 +35,4 @@ def fisher(
     # 3. floor
     F = [at_least(F_n, fisher_floor) if n == 0 or not favor_target_model else F_n for n, F_n in enumerate(F)]
     # 4. weighted average
-    P = [c_n * F_n for c_n, F_n in zip(c, F)]
-    return total(P_n * theta_n for P_n, theta_n in zip(P, models)) / total(P)
+    return weighted_average(c, F, models)

@@ -1,6 +1,6 @@
 from refmerge.method import method
-from refmerge.methods.data_driven.fisher import at_least
-from refmerge.numeric import array_namespace, total
+from refmerge.methods.data_driven.fisher import at_least, weighted_average
+from refmerge.numeric import array_namespace
 
 
 @method(
@@ -18,5 +18,4 @@ def fisher(models, base, stats, *, alpha: float = 0.5, fisher_floor: float = 1e-
     # 2. floor
     F = [at_least(F_n, fisher_floor) for F_n in F]
     # 3. weighted interpolation
-    P = [c_n * F_n for c_n, F_n in zip((1 - alpha, alpha), F)]
-    return total(P_n * theta_n for P_n, theta_n in zip(P, theta)) / total(P)
+    return weighted_average((1 - alpha, alpha), F, theta)

@@ -38,8 +38,13 @@ def fisher(
     # 3. floor
     F = [at_least(F_n, floor) if n == 0 or not favor_target else F_n for n, F_n in enumerate(F)]
     # 4. weighted average
+    return weighted_average(c, F, models)
+
+
+def weighted_average(c, F, theta):
+    """sum_n c_n F_n theta_n / sum_n c_n F_n, entry by entry."""
     P = [c_n * F_n for c_n, F_n in zip(c, F)]
-    return total(P_n * theta_n for P_n, theta_n in zip(P, models)) / total(P)
+    return total(P_n * theta_n for P_n, theta_n in zip(P, theta)) / total(P)
 
 
 def given(stats, key, name):

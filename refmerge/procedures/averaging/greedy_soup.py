@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from refmerge.api import merge, prepare
-from refmerge.checkpoint import Checkpoint, open_checkpoint, same_or_inside
+from refmerge.checkpoint import Checkpoint, open_checkpoint, refuse_input
 from refmerge.errors import UsageError
 from refmerge.procedure import procedure
 
@@ -112,9 +112,7 @@ def check(models: Any, rule: str, trials: int, scores: Any, method: Any, out: An
         return
     if Path(out).exists() and not options.get("overwrite", False):
         raise UsageError(f"greedy_soup: output {str(out)!r} exists; overwrite=True replaces it")
-    for c in plan.checkpoints:
-        if same_or_inside(Path(out), c.path):
-            raise UsageError(f"greedy_soup: output {str(out)!r} lies in an input, {str(c.path)!r}")
+    refuse_input(out, [c.path for c in plan.checkpoints])
 
 
 def score_of(ingredients: Sequence[Any], score: Any, method: Any, out: Any, options: Mapping[str, Any]) -> float:

@@ -2,13 +2,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, same_or_inside
+from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.checkpoint.dtypes import DTYPES
-from refmerge.errors import InputError, UsageError
+from refmerge.errors import InputError
 from refmerge.methods.subspaces.low_rank_residual import as_matrix
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
 from refmerge.sources import dtype_name, stored_bytes
+from refmerge.stores import give_back
 
 
 @procedure("low_rank_restore", paper="arXiv:2305.18425")
@@ -26,16 +27,8 @@ def low_rank_restore(stored, base, out=None, *, overwrite: bool = False):
     for name in {n.partition("/")[2] for n in stored}:
         fits(stored, base, name, bits)
     # 2. restore, tensor by tensor
-    if out is None:
-        return {name: restored(stored, base[name], name, bits) for name in base}
-    for path in (c.path for c in (stored, base) if isinstance(c, Checkpoint)):
-        if same_or_inside(out, path):
-            raise UsageError(f"output {str(out)!r} lies in an input, {str(path)!r}: inputs are never written to")
     specs = {name: (dtype_name(base[name], name), tuple(base[name].shape)) for name in base}
-    with CheckpointWriter(out, specs, overwrite=overwrite) as writer:
-        for name in specs:
-            writer.write(name, 0, restored(stored, base[name], name, bits).reshape(-1).view(np.uint8))
-    return open_checkpoint(out)
+    return give_back(specs, lambda name: restored(stored, base[name], name, bits), out, [stored, base], overwrite)
 
 
 def fits(stored, base, name, bits):

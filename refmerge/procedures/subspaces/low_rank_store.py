@@ -4,11 +4,12 @@ from typing import Literal
 import numpy as np
 
 from refmerge.api import prepare
-from refmerge.checkpoint import CheckpointWriter, name_of, open_checkpoint, parse_size, same_or_inside
-from refmerge.errors import InputError, UsageError
+from refmerge.checkpoint import CheckpointWriter, name_of, open_checkpoint, parse_size
+from refmerge.errors import UsageError
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite, low_rank_residual
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
+from refmerge.stores import refuse
 
 
 @procedure("low_rank_store", paper="arXiv:2305.18425")
@@ -33,13 +34,7 @@ def low_rank_store(
         raise UsageError(f"low_rank_store: bits = {bits!r} is no whole number in [2, 16]")
     left_over = parse_size(budget)
     plan = prepare([model], low_rank_residual, base=base, integers=integers, missing="skip")
-    if odd := sorted({*model} ^ {*base}):
-        raise InputError(
-            f"tensor {odd[0]!r} is not in both model and base: only models of the same tensors have a difference"
-        )
-    for c in plan.checkpoints:
-        if same_or_inside(out, c.path):
-            raise UsageError(f"output {str(out)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
+    refuse(plan, base, out)
     shapes = {t.name: as_matrix(np.empty(t.shape, np.bool_)).shape for t in plan.work.tensors}
     kinds = {t.name: np.dtype(t.work) for t in plan.work.tensors}
     # 1. residuals, and their singular values

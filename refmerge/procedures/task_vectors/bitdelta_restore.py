@@ -3,11 +3,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.checkpoint import DTYPES, Checkpoint, CheckpointWriter, open_checkpoint, same_or_inside
-from refmerge.errors import InputError, UsageError
+from refmerge.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from refmerge.errors import InputError
 from refmerge.numeric import host
 from refmerge.procedure import procedure
 from refmerge.sources import dtype_name, stored_bytes
+from refmerge.stores import give_back
 
 
 @procedure("bitdelta_restore", paper="arXiv:2402.10193")
@@ -33,15 +34,7 @@ def bitdelta_restore(stored, base, out=None, *, overwrite: bool = False):
         if f"whole/{name}" in stored
     }
     # 2. restore, tensor by tensor
-    if out is None:
-        return {name: restored(stored, base, name, *spec) for name, spec in specs.items()}
-    for path in (c.path for c in (stored, base) if isinstance(c, Checkpoint)):
-        if same_or_inside(out, path):
-            raise UsageError(f"output {str(out)!r} lies in an input, {str(path)!r}: inputs are never written to")
-    with CheckpointWriter(out, specs, overwrite=overwrite) as writer:
-        for name, spec in specs.items():
-            writer.write(name, 0, restored(stored, base, name, *spec).reshape(-1).view(np.uint8))
-    return open_checkpoint(out)
+    return give_back(specs, lambda name: restored(stored, base, name, *specs[name]), out, [stored, base], overwrite)
 
 
 def fits(stored, base, key, name, shape):

@@ -11,8 +11,8 @@ from refmerge.group import Group, Place, State
 from refmerge.methods.task_vectors.bitdelta import bitdelta, mean_magnitude, signs
 from refmerge.numeric import host
 from refmerge.procedure import procedure
-from refmerge.procedures.task_vectors._stores import read, refuse
 from refmerge.sources import stored_bytes
+from refmerge.stores import read, refuse
 
 
 @procedure("bitdelta_store", paper="arXiv:2402.10193")

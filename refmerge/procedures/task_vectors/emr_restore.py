@@ -1,11 +1,11 @@
 import numpy as np
 
-from refmerge.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, same_or_inside
+from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import host
 from refmerge.procedure import procedure
-from refmerge.procedures.task_vectors.tall_masks_restore import unpacked
 from refmerge.sources import stored_bytes
+from refmerge.stores import give_back, unpacked
 
 
 @procedure("emr_restore", paper="arXiv:2405.17461")
@@ -20,14 +20,7 @@ def emr_restore(stored, out=None, *, task: int = 0, overwrite: bool = False):
     if task not in range(count):
         raise UsageError(f"emr_restore: task = {task} is none of 0 to {count - 1}, the tasks of {stored.path}")
     # 2. recover, tensor by tensor
-    if out is None:
-        return {name: recovered(stored, name, task) for name in specs}
-    if same_or_inside(out, stored.path):
-        raise UsageError(f"output {str(out)!r} lies in the input: inputs are never written to")
-    with CheckpointWriter(out, specs, overwrite=overwrite) as writer:
-        for name in specs:
-            writer.write(name, 0, recovered(stored, name, task).reshape(-1).view(np.uint8))
-    return open_checkpoint(out)
+    return give_back(specs, lambda name: recovered(stored, name, task), out, [stored], overwrite)
 
 
 def recovered(stored, name, task):

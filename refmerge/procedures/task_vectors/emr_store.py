@@ -9,8 +9,8 @@ from refmerge.methods.task_vectors.emr import emr, magnitudes, mask, unified
 from refmerge.methods.task_vectors.ties import elect
 from refmerge.numeric import exact_sum, host, leaf_sums
 from refmerge.procedure import procedure
-from refmerge.procedures.task_vectors._stores import read, refuse
 from refmerge.sources import stored_bytes
+from refmerge.stores import read, refuse
 
 
 @procedure("emr_store", paper="arXiv:2405.17461")

@@ -1,10 +1,11 @@
 import numpy as np
 
-from refmerge.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, same_or_inside
+from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import host
 from refmerge.procedure import procedure
 from refmerge.sources import stored_bytes
+from refmerge.stores import give_back, unpacked
 
 
 @procedure("tall_masks_restore", paper="arXiv:2405.07813")
@@ -20,14 +21,7 @@ def tall_masks_restore(stored, out=None, *, task: int = 0, overwrite: bool = Fal
     if counts and task not in range(*counts):
         raise UsageError(f"tall_masks_restore: task = {task} is none of 0 to {max(counts) - 1}, the tasks of {stored.path}")
     # 2. recover, tensor by tensor
-    if out is None:
-        return {name: recovered(stored, name, task) for name in specs}
-    if same_or_inside(out, stored.path):
-        raise UsageError(f"output {str(out)!r} lies in the input: inputs are never written to")
-    with CheckpointWriter(out, specs, overwrite=overwrite) as writer:
-        for name in specs:
-            writer.write(name, 0, recovered(stored, name, task).reshape(-1).view(np.uint8))
-    return open_checkpoint(out)
+    return give_back(specs, lambda name: recovered(stored, name, task), out, [stored], overwrite)
 
 
 def recovered(stored, name, task):
@@ -40,13 +34,3 @@ def recovered(stored, name, task):
         m_t = unpacked(stored, name, task).astype(tau_MTL.dtype)
         theta_t = host(base).astype(tau_MTL.dtype, copy=False) + m_t * tau_MTL
     return stored_bytes(theta_t, stored.tensors[f"base/{name}"].dtype).view(base.dtype).reshape(base.shape)
-
-
-def unpacked(stored, name, task):
-    """The mask of a task on one tensor, as booleans of its shape."""
-    shape = stored.tensors[f"base/{name}"].shape
-    size = stored.tensors[f"base/{name}"].size
-    row = stored.tensors[f"mask/{name}"].shape[1]
-    packed = np.empty(row, np.uint8)
-    stored.read(f"mask/{name}", task * row, (task + 1) * row, packed)
-    return np.unpackbits(packed, count=size).reshape(shape).astype(bool)

@@ -6,12 +6,12 @@ from typing import Literal
 import numpy as np
 
 from refmerge.api import prepare
-from refmerge.checkpoint import CheckpointWriter, open_checkpoint, same_or_inside
-from refmerge.errors import InputError, UsageError
+from refmerge.checkpoint import CheckpointWriter, open_checkpoint
 from refmerge.method import PerModel, method
 from refmerge.methods.task_vectors.tall_masks import mask, multitask_vector
 from refmerge.procedure import procedure
 from refmerge.sources import stored_bytes
+from refmerge.stores import refuse
 
 
 @procedure("tall_masks_store", paper="arXiv:2405.07813")
@@ -40,14 +40,7 @@ def tall_masks_store(
 
     # 1. what is written, by name: tensors and their bytes
     checked = plan(vector, missing="skip")
-    for s in checked.work.models:
-        if odd := sorted(s.names() ^ {*base}):
-            raise InputError(
-                f"tensor {odd[0]!r} is not in both {s.label} and the base: all models must have the same tensors"
-            )
-    for c in checked.checkpoints:
-        if same_or_inside(out, c.path):
-            raise UsageError(f"output {str(out)!r} lies in an input, {str(c.path)!r}: inputs are never written to")
+    refuse(checked, base, out)
     work = "F64" if any(t.work == "float64" for t in checked.work.tensors) else "F32"
     count = len(checked.work.models)
     layout = {f"base/{name}": spec for name, spec in checked.specs.items()}
