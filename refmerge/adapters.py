@@ -28,7 +28,7 @@ from refmerge.checkpoint.files import shown
 from refmerge.checkpoint.layout import contained, read_json
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
-from refmerge.sources import dtype_name, stored_bytes
+from refmerge.sources import dtype_name, rounded
 
 __all__ = ["Adapter", "Factors", "adapter_from", "apply_adapter", "read_adapter", "write_adapter"]
 
@@ -236,11 +236,6 @@ def nothing_saved(adapters: Sequence[Adapter], method: str) -> None:
         raise UsageError(
             f"{method}: {listed(some)} are no factors but whole tensors (modules_to_save); merge these as models"
         )
-
-
-def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Float64 rounded once to a safetensors dtype."""
-    return stored_bytes(x, dtype).view(DTYPES[dtype]).reshape(x.shape)
 
 
 def dtype_of(*factors: Factors) -> str:

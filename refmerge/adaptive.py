@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +359,7 @@ class Coefficients:
             models, self.method, base=base, params=lambda name, _: {**self.params, self.key: self.of(name)},
             **{"integers": "base", **options},
         )  # fmt: skip
-        return plan.run(out, **{"max_shard_size": "5GB", "overwrite": False, **write})
+        return plan.run(out, **write)
 
     def recipe(self, models: Sequence[str], base: str) -> str:
         """The same as YAML, for paths of checkpoints."""
@@ -424,26 +425,28 @@ def fit(
     trained: Mapping[str, np.ndarray] | None = None,
     of_task: Callable[[int], Sequence[str]] = lambda task: (),
     model: Callable[[Any, int, Any], Any] | None = None,
-    before: Callable[[Arrays, Arrays, Sequence[Example]], Sequence[Example]] | None = None,
+    before: Callable[[Callable[[], Arrays], Arrays, Sequence[Example]], Sequence[Example]] | None = None,
 ) -> Fit:
     """One step of the optimiser for each entry of `steps`, a list of (task, batch).
 
     clamp: bounds of the coefficients as they enter the merge; outside of them a raw coefficient has no gradient, on them it
     has. trained: other arrays, of which of_task(task) names those that a step of that task trains. before: what changes the
-    examples of a step once its model is known; where it leaves none, the step is left out, with NaN for its loss.
+    examples of a step, given a function that makes its model; where it leaves none, the step is left out, with NaN for its
+    loss.
     """
     x: Numbers = {"coefficients": np.full(composition.shape, float(prior)), **(trained or {})}
     state: dict[str, Any] = {}
     low, high = clamp or (-math.inf, math.inf)
     losses, gradients, path = [], [], [x["coefficients"]]
     moved = np.zeros(composition.shape, bool)
-    for k, given in enumerate(checked_steps(steps, len(composition.tau), who)):
+    for k, given in enumerate(checked_steps(steps, who)):
         raw, examples = x["coefficients"], list(given)
         used = ["coefficients", *dict.fromkeys(name for task, _ in examples for name in of_task(task))]
         effective = {key: x[key] for key in used} | {"coefficients": np.clip(raw, low, high)}
         step = Step(composition, examples, loss, model)
         if before is not None:
-            examples = list(before(composition.theta(effective["coefficients"]), step.arrays(effective), examples))
+            merged = partial(composition.theta, effective["coefficients"])
+            examples = list(before(merged, step.arrays(effective), examples))
             if not examples:
                 losses.append(math.nan)
                 gradients.append(np.zeros(composition.shape))
@@ -477,7 +480,7 @@ def fit(
     return Fit(result, raw, tuple(losses), tuple(gradients), tuple(path), x, composition)
 
 
-def checked_steps(steps: Iterable[Sequence[Example]], tasks: int | None, who: str) -> Iterator[list[Example]]:
+def checked_steps(steps: Iterable[Sequence[Example]], who: str) -> Iterator[list[Example]]:
     """Each step as a list. UsageError for what is no list of (task, batch)."""
     for k, step in enumerate(steps):
         examples = list(step)

@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
-from refmerge.checkpoint.dtypes import DTYPES, FLOATS
+from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, UsageError
 from refmerge.method import Method, Over
@@ -22,7 +22,6 @@ from refmerge.work import Tensor, Work, stat_name
 __all__ = ["call", "merge", "prepare"]
 
 Model = str | Path | Checkpoint | Mapping[str, Any]
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def merge(
@@ -170,9 +169,9 @@ def prepare(
     for n in floats:
         _same_shape(n, sources)
 
-    out_name = None if out_dtype is None else _DTYPES.get(out_dtype, out_dtype)
+    out_name = None if out_dtype is None else OUTPUTS.get(out_dtype, out_dtype)
     if out_name is not None and out_name not in FLOATS:
-        raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(_DTYPES)}")
+        raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(OUTPUTS)}")
     over = m.over if over is None else over
     stored = {n: promote([s.dtype(n) for s in sources]) for n in floats}
     kept: dict[str, str] = {}
@@ -188,7 +187,7 @@ def prepare(
         given = params(n, floats) if callable(params) else params
         bound = m.bind(given, len(models))
         least = m.least_for(bound)
-        kept[n] = out_name or promote([stored[n], _DTYPES[least]] if least else [stored[n]])
+        kept[n] = out_name or promote([stored[n], OUTPUTS[least]] if least else [stored[n]])
         tensors.append(Tensor(n, sources[0].shape(n), work_dtype, bound, kept[n]))
 
     specs = {n: (kept[n], sources[0].shape(n)) for n in floats}

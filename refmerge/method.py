@@ -13,7 +13,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -276,11 +276,11 @@ def method(
             raise TypeError(f"{name}: a method takes `models`")
         _check_declaration(name, params, view, over, stats or {}, domain or {})
         for key, interval in (domain or {}).items():
-            old = params[key]
-            params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
+            params[key] = replace(params[key], domain=interval)
         return Method(
-            name, fn, paper, tuple(asks), MappingProxyType(params), view, over, models,
-            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base, least, needs,
+            name, fn, paper, tuple(asks), MappingProxyType(params), view=view, over=over, models=models,
+            stats=MappingProxyType(dict(stats or {})), outputs=outputs, work=work, widens=widens,
+            optional_base=optional_base, least=least, needs=needs,
         )  # fmt: skip
 
     return wrap
@@ -293,7 +293,7 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     for their, target in theirs.items():
         our, default = target if isinstance(target, tuple) else (target, ours.params[target].default)
         p = ours.params[our]
-        renamed[their] = Param(their, p.type, default, p.per_model, p.domain, p.choices, p.optional)
+        renamed[their] = replace(p, name=their, default=default)
         ours_of[their] = our
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -313,7 +313,4 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     view = view_for if callable(ours.view) else ours.view
     run.__doc__ = ours.doc
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
-    return Method(
-        name, run, source, ours.asks, MappingProxyType(renamed), view, ours.over, ours.models, ours.stats,
-        ours.outputs, ours.work, ours.widens, ours.optional_base, ours.least, ours.needs,
-    )  # fmt: skip
+    return replace(ours, name=name, run=run, paper=source, params=MappingProxyType(renamed), view=view)

@@ -17,7 +17,7 @@ import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name)
 import numpy as np
 from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.fused import Lazy, compute, mask, run, stretch_sums, support
+from refmerge.fused import LANES, LEAF, NARROW, STRETCH, Lazy, compute, mask, run, stretch_sums, support
 from refmerge.native import Rounded
 
 __all__ = [
@@ -26,10 +26,6 @@ __all__ = [
     "stacked_sum", "top_along", "total", "tree_sum", "value_of",
 ]  # fmt: skip
 
-LEAF = 1024  # elements of one leaf of a sum
-LANES = 64  # leaves side by side in one stretch of a tensor: adding halves of a stretch is adding long rows
-STRETCH = LEAF * LANES
-NARROW = 128  # rows of a stretch from which on a tree is summed in float64
 
 
 def array_namespace(*xs: Any) -> Any:

@@ -14,11 +14,13 @@ import numpy as np
 from array_api_compat import is_numpy_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, refuse_input
+from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
 from refmerge.method import Method, Over
+from refmerge.registry import is_ours
 from refmerge.sources import ArraySink, ArraySource, DiskSink, DiskSource, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work
 
@@ -32,7 +34,7 @@ WORTH_COMPILING = 1 << 25  # entries; fewer are merged before a compiler has sta
 INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
-_CONFIG_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CONFIG_WORDS = {name: word for word, name in OUTPUTS.items()}
 
 
 @dataclass
@@ -138,7 +140,8 @@ class Plan:
         if self.fused is not None:
             return self.fused
         size = sum(t.size for t in self.work.tensors if self.work.view(t) in ("flat", "rows") and t.work == "float32")
-        return self._on_files and size >= WORTH_COMPILING and command() is not None
+        # What another package's text does to its arrays is not known: an entry written in place, say, cannot be noted down.
+        return self._on_files and size >= WORTH_COMPILING and command() is not None and is_ours(self.work.method)
 
     def _block_elements(self, processes: bool) -> int:
         if self.elements is not None:

@@ -72,6 +72,11 @@ def comes_with(name: str) -> bool:
     return name in _files()
 
 
+def is_ours(method: Method) -> bool:
+    """Whether this is a method that refmerge brings, and not another one of its name."""
+    return comes_with(method.name) and get(method.name) is method
+
+
 def _load_plugin(group: str, name: str) -> Any:
     """The object behind an entry point. A plug-in that breaks is a warning that names it, and None."""
     try:

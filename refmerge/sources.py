@@ -11,27 +11,22 @@ import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, itemsize
-from refmerge.checkpoint.dtypes import DTYPES, FLOATS
+from refmerge.checkpoint.dtypes import DTYPES, FLOATS, WORDS
 from refmerge.checkpoint.dtypes import finite as finite_bytes
 from refmerge.errors import InputError
 from refmerge.fused import Lazy, leaf, store, support
 from refmerge.native import Rounded
 from refmerge.numeric import array_namespace, host
 
-_NAMES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-_WORDS = {v: k for k, v in _NAMES.items()}
+_WORDS = {name: word for word, name in WORDS.items()}
 
 
 def dtype_name(x: Any, name: str) -> str:
     """The safetensors name of the dtype of tensor `name`. InputError where there is none."""
     word = str(x.dtype).rpartition(".")[2]
-    if word not in _NAMES:
-        raise InputError(f"tensor {name!r} is of dtype {x.dtype}, which cannot be merged (known: {', '.join(_NAMES)})")
-    return _NAMES[word]
+    if word not in WORDS:
+        raise InputError(f"tensor {name!r} is of dtype {x.dtype}, which cannot be merged (known: {', '.join(WORDS)})")
+    return WORDS[word]
 
 
 def stored_bytes(x: Any, dtype: str) -> np.ndarray:
@@ -42,6 +37,11 @@ def stored_bytes(x: Any, dtype: str) -> np.ndarray:
     raw = np.empty(flat.size * itemsize(dtype), dtype=np.uint8)
     encode(flat, dtype, raw)
     return raw
+
+
+def rounded(x: Any, dtype: str) -> np.ndarray:
+    """A whole array in this safetensors dtype; floats are rounded once."""
+    return stored_bytes(x, dtype).view(DTYPES[dtype]).reshape(tuple(x.shape))
 
 
 def all_finite(x: Any) -> bool:

@@ -247,6 +247,7 @@ def test_float32_goes_by_torch(torch):
     convert = lambda tree: {k: torch.tensor(v) for k, v in tree.items()}  # noqa: E731
     steps = [[(k, torch.tensor(x[k])) for k in range(3)]] * 4
     fit = adamerging([*map(convert, models)], convert(base), lambda p, task, x: smooth(p, x), steps)
+    assert fit.merge([*map(convert, models)], convert(base))["layers.0.weight"].dtype == torch.float32
     base, models, x, _ = toy(1)
     wide = adamerging(models, base, lambda p, task, x: smooth(p, x), [[(k, x[k]) for k in range(3)]] * 4)
     assert np.abs(fit.raw - wide.raw).max() < 1e-5

@@ -36,6 +36,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WORDS = {dtype.name: name for name, dtype in DTYPES.items()}  # as array libraries, recipes and configs call them
+OUTPUTS = {word: WORDS[word] for word in ("bfloat16", "float16", "float32", "float64")}  # what results may be asked for in
 
 # Which float types hold every value of which others, smallest first; F16 stands before BF16, and is tried before it.
 _HOLDS: dict[str, frozenset[str]] = {

@@ -2,5 +2,19 @@
 
 from refmerge.fused import support
 from refmerge.fused.graph import Lazy, compute, leaf, mask, run, store, stretch_sums
+from refmerge.fused.program import LANES, LEAF, NARROW, STRETCH
 
-__all__ = ["Lazy", "compute", "leaf", "mask", "run", "store", "stretch_sums", "support"]
+__all__ = [
+    "LANES",
+    "LEAF",
+    "NARROW",
+    "STRETCH",
+    "Lazy",
+    "compute",
+    "leaf",
+    "mask",
+    "run",
+    "store",
+    "stretch_sums",
+    "support",
+]

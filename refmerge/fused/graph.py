@@ -27,12 +27,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal, "and": np.logical_and, "or": np.logical_or,
     "not": np.logical_not, "isnan": np.isnan, "where": np.where, "float": lambda x: x.astype(np.float32),
 }  # fmt: skip
-TESTS = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "isnan"}
 LOGIC = {"and", "or", "not"}
 _OF_UFUNC = {f: name for name, f in OPERATIONS.items() if isinstance(f, np.ufunc)}
+BITWISE = {np.bitwise_and: "and", np.bitwise_or: "or", np.invert: "not"}  # of truth values
 
 
-class Lazy:
+class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
     """A block of numbers to come: an operation and its operands, or, with none, an array or a number.
 
     op: a key of OPERATIONS, "leaf" (value: an array, stored: the dtype that its elements have), "const" (value: a float) or
@@ -70,8 +70,13 @@ class Lazy:
         return x if dtype is None else x.astype(dtype, copy=False)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if type(kwargs.get("out", (None,))[0]) is Lazy:  # x += y: a new array under the old name
+            del kwargs["out"]
         if method == "__call__" and not kwargs and ufunc in _OF_UFUNC:
             return operation(_OF_UFUNC[ufunc], *inputs)
+        booleans = all(getattr(x, "dtype", None) == BOOL for x in inputs)
+        if method == "__call__" and not kwargs and booleans and ufunc in BITWISE:
+            return operation(BITWISE[ufunc], *inputs)
         return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, Lazy) else x for x in inputs), **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -94,70 +99,19 @@ class Lazy:
     def __iter__(self) -> Any:
         return iter(np.asarray(self))
 
-    # What is noted down.
-
-    def __add__(self, other: Any) -> Any:
-        return operation("add", self, other)
-
-    def __radd__(self, other: Any) -> Any:
-        return operation("add", other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return operation("sub", self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return operation("sub", other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return operation("mul", self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return operation("mul", other, self)
-
-    def __truediv__(self, other: Any) -> Any:
-        return operation("div", self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return operation("div", other, self)
-
-    def __neg__(self) -> Any:
-        return operation("neg", self)
-
-    def __abs__(self) -> Any:
-        return operation("abs", self)
-
-    def __lt__(self, other: Any) -> Any:
-        return operation("lt", self, other)
-
-    def __le__(self, other: Any) -> Any:
-        return operation("le", self, other)
-
-    def __gt__(self, other: Any) -> Any:
-        return operation("gt", self, other)
-
-    def __ge__(self, other: Any) -> Any:
-        return operation("ge", self, other)
-
-    def __eq__(self, other: Any) -> Any:
-        return operation("eq", self, other)
-
-    def __ne__(self, other: Any) -> Any:
-        return operation("ne", self, other)
-
     __hash__ = object.__hash__
 
-    def __and__(self, other: Any) -> Any:
-        return operation("and", self, other) if self.dtype == BOOL else np.asarray(self) & np.asarray(other)
 
-    __rand__ = __and__
+def _noting(op: str, turned: bool = False) -> Callable[[Lazy, Any], Any]:
+    return (lambda x, y: operation(op, y, x)) if turned else (lambda x, y: operation(op, x, y))
 
-    def __or__(self, other: Any) -> Any:
-        return operation("or", self, other) if self.dtype == BOOL else np.asarray(self) | np.asarray(other)
 
-    __ror__ = __or__
-
-    def __invert__(self) -> Any:
-        return operation("not", self) if self.dtype == BOOL else ~np.asarray(self)
+# What texts do most, without the mixin's way through a ufunc, which takes as long again.
+for _name, _op in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div"}.items():
+    setattr(Lazy, f"__{_name}__", _noting(_op))
+    setattr(Lazy, f"__r{_name}__", _noting(_op, turned=True))
+for _op in ("lt", "le", "gt", "ge"):
+    setattr(Lazy, f"__{_op}__", _noting(_op))
 
 
 def leaf(value: np.ndarray, stored: str, shape: tuple[int, ...]) -> Lazy:
@@ -202,23 +156,22 @@ def operation(op: str, *operands: Any) -> Any:
         return OPERATIONS[op](*operands)
     args = [_operand(x, shape) for x in operands]
     known = [x for x in args if x is not None]
-    if len(known) < len(args) or not _typed(op, known):
+    if len(known) < len(args) or not _typed(op, known, operands):
         return OPERATIONS[op](*(np.asarray(x) if isinstance(x, Lazy) else x for x in operands))
     if op == "where":
         known[1:] = map(_as_float, known[1:])
     elif op not in LOGIC and op != "float":
         known = [*map(_as_float, known)]
-    return Lazy(op, tuple(known), shape, BOOL if op in TESTS else FLOAT)
+    return Lazy(op, tuple(known), shape, BOOL if op in program.TESTS else FLOAT)
 
 
-def _typed(op: str, args: Sequence[Any]) -> bool:
+def _typed(op: str, args: Sequence[Any], operands: Sequence[Any]) -> bool:
     """Whether NumPy would compute this in float32, or in truth values where the operation is one of logic."""
     are_tests = [x.dtype == BOOL for x in args]
     if op in LOGIC or op == "float":
         return all(are_tests)
-    if op == "where":
-        return are_tests[0] and not all(are_tests[1:])
-    return not all(are_tests)
+    floats = [x.dtype == FLOAT and type(o) not in (int, float) for x, o in zip(args, operands)]  # Python's numbers are weak
+    return are_tests[0] and any(floats[1:]) if op == "where" else any(floats)
 
 
 def _as_float(x: Lazy) -> Lazy:
@@ -231,19 +184,6 @@ def _as_float(x: Lazy) -> Lazy:
 class _Namespace:
     """The functions of the array API on Lazy arrays: those noted down, and NumPy's own for the rest."""
 
-    abs = staticmethod(lambda x: operation("abs", x))
-    sign = staticmethod(lambda x: operation("sign", x))
-    negative = staticmethod(lambda x: operation("neg", x))
-    isnan = staticmethod(lambda x: operation("isnan", x))
-    maximum = staticmethod(lambda x, y: operation("max", x, y))
-    minimum = staticmethod(lambda x, y: operation("min", x, y))
-    add = staticmethod(lambda x, y: operation("add", x, y))
-    subtract = staticmethod(lambda x, y: operation("sub", x, y))
-    multiply = staticmethod(lambda x, y: operation("mul", x, y))
-    divide = staticmethod(lambda x, y: operation("div", x, y))
-    logical_not = staticmethod(lambda x: operation("not", x))
-    logical_and = staticmethod(lambda x, y: operation("and", x, y))
-    logical_or = staticmethod(lambda x, y: operation("or", x, y))
     where = staticmethod(lambda c, x, y: operation("where", c, x, y))
 
     @staticmethod

@@ -18,9 +18,11 @@ from refmerge.fused import compiler
 if TYPE_CHECKING:
     from refmerge.fused.graph import Lazy
 
-LANES, HEIGHT = 64, 1024  # of a stretch, see numeric.leaf_sums
-STRETCH = LANES * HEIGHT
-NARROW = 128  # rows to which a stretch is halved in float32
+# The shape of a sum, here and in numeric.leaf_sums.
+LEAF = 1024  # elements of one leaf
+LANES = 64  # leaves side by side in one stretch of a tensor: adding halves of a stretch is adding long rows
+STRETCH = LEAF * LANES
+NARROW = 128  # rows of a stretch from which on a tree is summed in float64
 TILE = 1024  # elements of one of the eight parts of a stretch that are added at a time
 
 IN_C = {

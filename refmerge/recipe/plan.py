@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method
 from refmerge.recipe.document import MAX_BYTES, Document, Problems, quote, read_document
 from refmerge.recipe.parameters import Checker, Rules
-from refmerge.recipe.schema import DTYPES, MergekitRecipe, NativeRecipe, did_you_mean, validate
+from refmerge.recipe.schema import MergekitRecipe, NativeRecipe, did_you_mean, validate
 
 Semantics = Literal["mergekit", "refmerge"]
 # Each model with its place in the recipe's list, the base, and what the user should know.
@@ -260,4 +261,4 @@ def _as_written(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(name: str | None) -> str | None:
-    return None if name is None else DTYPES[name.removeprefix("torch.")]
+    return None if name is None else OUTPUTS[name.removeprefix("torch.")]

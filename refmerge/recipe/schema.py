@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
+from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.recipe.document import Document, Path, Problems, quote
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 _SETTING = "a number, true or false, text, a list of these, or entries with value and filter"
 _UNSUPPORTED = {
@@ -193,7 +192,7 @@ def _message(error: Any, path: Path, kind: type[BaseModel]) -> str:
         case _ if path[:1] == ("refmerge",):
             return f"refmerge: {quote(given)} is not a version of the recipe format: only 1 is"
         case _ if path[-1:] in (("dtype",), ("out_dtype",)):
-            return f"{key} is one of {', '.join(DTYPES)}, not {quote(given)}"
+            return f"{key} is one of {', '.join(OUTPUTS)}, not {quote(given)}"
         case _ if path == ("chat_template",) and isinstance(given, str):
             return f"a chat_template other than {', '.join(get_args(Template))} is not supported yet"
         case "literal_error":

@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
+
 from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.methods.data_driven.fisher import given, norms, weighted_average
-from refmerge.numeric import at_precision, total
+from refmerge.numeric import total
 
 
 @method(
@@ -39,11 +41,7 @@ def coefficients(given, count, name):
     c = [1 / count] * count if given is None else list(given)
     if len(c) != count:
         raise UsageError(f"{name}: {len(c)} coefficients for {count} models")
-    return [at_precision(c_n, SINGLE) for c_n in c]
-
-
-class SINGLE:
-    dtype = "float32"
+    return [float(np.float32(c_n)) for c_n in c]
 
 
 def by_inverse_norm(c, lengths, smooth):

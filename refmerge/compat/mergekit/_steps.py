@@ -59,3 +59,9 @@ def weighted_sum(delta, weight, normalize):
     xp = array_namespace(mixed)
     divisor = stacked_sum(w * xp.ones_like(mixed[:1, ...]) for w in weight)
     return mixed / xp.where(xp.abs(divisor) < 1e-8, xp.ones_like(divisor), divisor)
+
+
+def at_least(x, low):
+    """x with no entry below low, which is no finer than the tensors' numbers."""
+    xp = array_namespace(x)
+    return xp.maximum(x, xp.full_like(x, at_precision(low, x)))

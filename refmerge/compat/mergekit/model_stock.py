@@ -4,7 +4,7 @@ import numpy as np
 
 from refmerge.method import method
 from refmerge.methods.task_vectors.model_stock import inner_products
-from refmerge.numeric import array_namespace, at_precision, like, total
+from refmerge.numeric import at_precision, divided, like, total
 
 
 @method(
@@ -30,7 +30,7 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
     # 4. interpolate
     s = p(1 - t)
     s, t = (like(x, base)[..., None] if filter_wise else float(x) for x in (s, t))
-    average = total(models) / array_namespace(base).full_like(base, len(models))
+    average = divided(total(models), len(models))
     return t * average + s * base
 
 

@@ -1,5 +1,6 @@
+from refmerge.compat.mergekit._steps import at_least
 from refmerge.method import method
-from refmerge.numeric import array_namespace, at_precision
+from refmerge.numeric import array_namespace
 
 
 @method("mergekit:nearswap", paper="mergekit 0.1.5 nearswap.py", models=(1, 1))
@@ -7,16 +8,11 @@ def nearswap(models, base, *, t: float):
     """Each entry goes t towards the other model's, a difference below 1e-6 counting as 1e-6; a t below 0 counts as 0."""
     a, (b,) = base, models
     # 1. distance
-    distance = at_least(abs(a - b), at_precision(1e-6, a))
+    distance = at_least(abs(a - b), 1e-6)
     # 2. share of the other model
     w = share(t, distance)
     # 3. mix
     return w * b + (1 - w) * a
-
-
-def at_least(x, low):
-    xp = array_namespace(x)
-    return xp.maximum(x, xp.full_like(x, low))
 
 
 def share(t, distance):

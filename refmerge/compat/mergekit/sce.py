@@ -1,5 +1,6 @@
 import numpy as np
 
+from refmerge.compat.mergekit._steps import at_least
 from refmerge.method import method
 from refmerge.methods.task_vectors.sce import majority
 from refmerge.numeric import array_namespace, at_precision, like, scores, stacked_sum
@@ -53,9 +54,3 @@ def shares(delta, group):
     squares = [p(s / group.size) for s in np.atleast_1d(group.dot(*((d, d) for d in delta))).tolist()]
     whole = p(sum(squares))
     return [p(1 / len(delta)) if abs(whole) < 1e-6 else p(s / whole) for s in squares]
-
-
-def at_least(x, low):
-    """x with no entry below low, which is no finer than the tensors' numbers."""
-    xp = array_namespace(x)
-    return xp.maximum(x, xp.full_like(x, at_precision(low, x)))

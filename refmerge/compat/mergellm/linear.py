@@ -1,13 +1,8 @@
-from refmerge.method import method
-from refmerge.numeric import divided, total
+from refmerge.compat.mergelm.linear import linear as ours
+from refmerge.method import same_as
 
-
-@method(
+linear = same_as(
+    ours,
     "mergellm:linear",
-    paper="yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.average_merging",
-    widens=True,
+    source="yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.average_merging",
 )
-def linear(models):
-    """The mean over a stack: the sum divided by the number of models, with no weights."""
-    # 1. average
-    return divided(total(models), len(models))

@@ -1,8 +1,8 @@
 import numpy as np
 
-from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.methods.task_vectors.emr import mask, unified
+from refmerge.methods.task_vectors.tall_masks import check_task
 from refmerge.numeric import array_namespace, indicator, stacked_sum
 
 
@@ -10,8 +10,7 @@ from refmerge.numeric import array_namespace, indicator, stacked_sum
 def emr(models, base, group, *, task: int = 0, flat: bool = False):
     """One task's model. A mean of zero elects -, and the rescaler is a quotient of sums over tensors of means, or with flat
     one of means over the model, as in main_emr_30_vits.py. The authors add them up in float32."""
-    if not 0 <= task < len(models):
-        raise UsageError(f"official:emr: task = {task} is none of 0 to {len(models) - 1}")
+    check_task(task, models, "official:emr")
     # 1. task vectors
     vectors = [theta_t - base for theta_t in models]
     # 2. elect

@@ -2,7 +2,7 @@ from fnmatch import fnmatchcase
 
 from refmerge.errors import UsageError
 from refmerge.method import method
-from refmerge.numeric import array_namespace
+from refmerge.numeric import divided
 
 
 @method(
@@ -25,10 +25,5 @@ def model_ratatouille(
         return theta
     # 2. running mean
     for n, theta_n in enumerate(others, start=1):
-        theta = over(theta * n + theta_n, n + 1)
+        theta = divided(theta * n + theta_n, n + 1)
     return theta
-
-
-def over(x, count):
-    """x / count, each entry divided: a product with 1 / count would round twice."""
-    return x / array_namespace(x).full_like(x, count)

@@ -1,7 +1,7 @@
 from refmerge.compat.official._steps import at_least_kth_smallest, with_majority
 from refmerge.compat.official.ties import disjoint, signs
-from refmerge.errors import UsageError
 from refmerge.method import method
+from refmerge.methods.task_vectors.tall_masks import check_task
 from refmerge.numeric import array_namespace, indicator, stacked_sum
 
 
@@ -15,8 +15,7 @@ def tall_masks(
     models, base, group, *, task: int = 0, tall_mask_lambda: float = 1.0, use_ties: bool = False, k: float = 100.0
 ):  # fmt: skip
     """One task's mask on the multi-task vector, compared as models: |theta_0 - theta_t| > lambda |theta_MT - theta_t|."""
-    if not 0 <= task < len(models):
-        raise UsageError(f"official:tall_masks: task = {task} is none of 0 to {len(models) - 1}")
+    check_task(task, models, "official:tall_masks")
     # 1. task vectors
     T = [theta_t - base for theta_t in models]
     # 2. multi-task vector

@@ -1,3 +1,7 @@
+import math
+
+import numpy as np
+
 from refmerge.compat.official._steps import at_least_kth_smallest, with_majority
 from refmerge.errors import UsageError
 from refmerge.method import method
@@ -40,12 +44,11 @@ def reset(T, group, kind, threshold, name="official:ties"):
         return at_least_kth_smallest(T, [group.size - int(group.size * K)] * len(T), group, name)
     xp = array_namespace(*T)
     d = group.size
-    kept = []
-    for T_n in T:
-        mean = group.sum(T_n) / d
-        variance = group.sum((T_n - mean) * (T_n - mean)) / (d - 1) if d > 1 else float("nan")
-        kept.append(indicator(xp.abs(T_n - mean) > threshold * variance**0.5, like=T_n) * T_n)
-    return kept
+    means = np.atleast_1d(group.sum(*T)) / d
+    centred = [T_n - float(mean) for T_n, mean in zip(T, means)]
+    squares = np.atleast_1d(group.sum(*(c * c for c in centred))).tolist()
+    bounds = [threshold * (s / (d - 1)) ** 0.5 if d > 1 else math.nan for s in squares]
+    return [indicator(xp.abs(c) > bound, like=T_n) * T_n for T_n, c, bound in zip(T, centred, bounds)]
 
 
 def share_of_norm(T_n, group, share):
@@ -55,15 +58,13 @@ def share_of_norm(T_n, group, share):
     magnitude, square, d = xp.abs(T_n), T_n * T_n, group.size
     whole = group.sum(square)
     low, high = 1, d  # the answer lies in [low, high]; nothing reaching the share keeps one entry
-    if whole > 0 and group.sum(square) / whole >= share:
+    if 0 < whole < math.inf and share <= 1:
         while low < high:
             middle = (low + high) // 2
             if group.sum(group.top(magnitude, k=middle) * square) / whole >= share:
                 high = middle
             else:
                 low = middle + 1
-    else:
-        low = 1
     kept = group.top(magnitude, k=low)
     last = 1 - group.top(xp.ones_like(T_n), k=d - 1)
     return kept if low == d else xp.maximum(kept, last)
@@ -76,8 +77,9 @@ def signs(T, group, how):
         return xp.sign(stacked_sum(T))
     if how not in ("normfrac", "normmass"):
         raise UsageError(f"official:ties: resolve_method = {how!r} is none of 'mass', 'normfrac', 'normmass', 'none'")
-    norms = [group.sum(T_n * T_n) for T_n in T]
-    share = [T_n * T_n / xp.full_like(T_n, norm) for T_n, norm in zip(T, norms)]
+    squares = [T_n * T_n for T_n in T]
+    norms = np.atleast_1d(group.sum(*squares)).tolist()
+    share = [s / xp.full_like(s, norm) for s, norm in zip(squares, norms)]
     if how == "normmass":
         return xp.sign(total(xp.sign(T_n) * s for T_n, s in zip(T, share)))
     best, most = T[0], share[0]

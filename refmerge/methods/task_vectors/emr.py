@@ -1,7 +1,7 @@
 from typing import Literal
 
-from refmerge.errors import UsageError
 from refmerge.method import method
+from refmerge.methods.task_vectors.tall_masks import check_task
 from refmerge.methods.task_vectors.ties import elect
 from refmerge.numeric import array_namespace, indicator
 
@@ -12,8 +12,7 @@ def emr(models, base, group, *, task: int = 0, average: Literal["entries", "tens
 
     The shared vector has the elected sign and, of the entries with that sign, the largest magnitude.
     """
-    if not 0 <= task < len(models):
-        raise UsageError(f"emr: task = {task} is none of 0 to {len(models) - 1}, the models' places in the list")
+    check_task(task, models, "emr")
     # 1. task vectors
     tau = [theta_t - base for theta_t in models]
     # 2. elect

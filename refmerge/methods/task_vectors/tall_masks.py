@@ -22,8 +22,7 @@ def tall_masks(
 
     An entry is taken where the multi-task vector is near enough to the task vector: at threshold 1, nearer than zero is.
     """
-    if not 0 <= task < len(models):
-        raise UsageError(f"tall_masks: task = {task} is none of 0 to {len(models) - 1}, the models' places in the list")
+    check_task(task, models, "tall_masks")
     # 1. task vectors
     tau = [theta_t - base for theta_t in models]
     # 2. multi-task vector
@@ -32,6 +31,11 @@ def tall_masks(
     m_t = mask(tau[task], tau_MTL, threshold)
     # 4. recover
     return base + m_t * tau_MTL
+
+
+def check_task(task, models, name):
+    if not 0 <= task < len(models):
+        raise UsageError(f"{name}: task = {task} is none of 0 to {len(models) - 1}, the models' places in the list")
 
 
 def multitask_vector(tau, group, multitask, density):

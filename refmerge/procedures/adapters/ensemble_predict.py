@@ -6,6 +6,7 @@ import numpy as np
 from refmerge.adapters import apply_adapter, opened
 from refmerge.checkpoint import open_checkpoint
 from refmerge.errors import InputError, UsageError
+from refmerge.nets.layers import softmax
 from refmerge.numeric import scores, total
 from refmerge.procedure import procedure
 
@@ -52,12 +53,6 @@ def shares(weights, count):
     if len(w) != count or min(w) < 0 or not sum(w):
         raise UsageError(f"ensemble_predict: {count} weights, none below zero and not all zero, in place of {w}")
     return [x / sum(w) for x in w]
-
-
-def softmax(x):
-    """exp(x) over its sum along the last axis."""
-    e = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return e / np.sum(e, axis=-1, keepdims=True)
 
 
 def entropy(p):

@@ -3,12 +3,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, finite, listed, rounded, split
+from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, finite, listed, split
 from refmerge.checkpoint import FLOATS, open_checkpoint, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
-from refmerge.sources import dtype_name
+from refmerge.sources import dtype_name, rounded
 
 
 @procedure("lora_extraction", paper="arcee-ai/mergekit@a6e4028 mergekit/scripts/extract_lora.py")

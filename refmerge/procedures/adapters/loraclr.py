@@ -2,14 +2,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.adapters import listed, opened, rounded, same_modules
+from refmerge.adapters import listed, opened, same_modules
+from refmerge.adaptive import Adam
 from refmerge.checkpoint import open_checkpoint
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
-from refmerge.sources import dtype_name
-
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's
+from refmerge.sources import dtype_name, rounded
 
 
 @procedure("loraclr", paper="arXiv:2412.09622")
@@ -52,17 +51,13 @@ def loraclr(
             return loss(X @ (W + D).T, V, D, X, margin, lambda_con, lambda_mse, lambda_reg)
 
         # 3. steps
-        D, lowest, best = np.zeros_like(W), np.inf, None
-        m, v = np.zeros_like(W), np.zeros_like(W)
-        for step in range(1, iterations + 1):
-            value, gradient = objective(D)
+        optimiser, x, state = Adam(learning_rate, weight_decay=weight_decay), {"D": np.zeros_like(W)}, {}
+        lowest, best = np.inf, None
+        for _ in range(iterations):
+            value, gradient = objective(x["D"])
             if value < lowest:
-                lowest, best = value, D
-            D = D - learning_rate * weight_decay * D
-            m = BETAS[0] * m + (1 - BETAS[0]) * gradient
-            v = BETAS[1] * v + (1 - BETAS[1]) * gradient**2
-            root = np.sqrt(v) / np.sqrt(1 - BETAS[1] ** step) + EPSILON
-            D = D - learning_rate / (1 - BETAS[0] ** step) * m / root
+                lowest, best = value, x["D"]
+            x, state = optimiser.step(x, {"D": gradient}, state)
         if best is None:
             raise InputError(f"loraclr: module {module!r}: the loss is infinite or NaN from the start")
         merged[name] = rounded(W + best, dtype_name(base[name], name))

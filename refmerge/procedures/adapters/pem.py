@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factors_of, listed, nothing_saved, read_adapter, rounded, same_modules
+from refmerge.adapters import Adapter, dtype_of, factors_of, listed, nothing_saved, read_adapter, same_modules
 from refmerge.checkpoint import FLOATS, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores, total, tree_sum
 from refmerge.procedure import procedure
 from refmerge.procedures.adapters.lora_merge import fits
-from refmerge.sources import dtype_name
+from refmerge.sources import dtype_name, rounded
 
 COUNTS = {"negate": (1, 1), "analogy": (3, 3), "detox": (2, 2)}
 
@@ -193,9 +193,10 @@ def one_scaling(adapters, module):
 def on_products(adapters, operation, weights, scale):
     """The same of the changes B A themselves, exactly: the factors side by side, so that ranks add up."""
     c = coefficients(operation, weights, len(adapters))
-    c = {"add": lambda: c, "negate": lambda: [-scale], "detox": lambda: c, "analogy": lambda: [c[0], c[1], -c[2]]}[
-        operation
-    ]()
+    if operation == "negate":
+        c = [-scale]
+    elif operation == "analogy":
+        c = [c[0], c[1], -c[2]]
     merged = {}
     for module in same_modules(adapters, "pem"):
         factors = [a.modules[module] for a in adapters]

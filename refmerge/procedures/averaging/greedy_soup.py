@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from refmerge.api import merge, prepare
 from refmerge.checkpoint import Checkpoint, open_checkpoint, refuse_input
 from refmerge.errors import UsageError
 from refmerge.procedure import procedure
+from refmerge.scoring import number, scored
 
 __all__ = ["Soup", "Trial", "greedy_soup"]
 
@@ -63,9 +63,9 @@ def greedy_soup(
 
     # 1. scores of the models alone
     if scores is None:
-        alone = [number(score(m if isinstance(m, Checkpoint) else dict(m))) for m in models]
+        alone = [number(score(m if isinstance(m, Checkpoint) else dict(m)), "greedy_soup") for m in models]
     else:
-        alone = [number(s) for s in scores]
+        alone = [number(s, "greedy_soup") for s in scores]
     if all(map(math.isnan, alone)):
         raise UsageError("greedy_soup: every model scores NaN: there is no best one to start from")
 
@@ -77,11 +77,17 @@ def greedy_soup(
     order = sorted(places, key=rank)[::-1] if rule == "strict" else sorted(places, key=rank, reverse=True)
 
     # 3. trials
+    def trial(ingredients: Sequence[Any]) -> float:
+        def merged(path: Path | None) -> Any:
+            return merge(ingredients, method, out=path, **options)
+
+        return scored(merged, lambda soup: number(score(soup), "greedy_soup"), out)
+
     queue, soup, best, record = deque(order), [], -math.inf, []
     most, in_vain = trials if rule == "repeats" else len(models), 0
     while len(record) < most and in_vain < len(models):
         k = queue.popleft()
-        s = score_of([models[i] for i in (*soup, k)], score, method, out, options) if soup else alone[k]
+        s = trial([models[i] for i in (*soup, k)]) if soup else alone[k]
         taken = not soup or (s > best if rule == "strict" else s >= best)
         record.append(Trial(k, s, taken))
         if taken:
@@ -113,24 +119,3 @@ def check(models: Any, rule: str, trials: int, scores: Any, method: Any, out: An
     if Path(out).exists() and not options.get("overwrite", False):
         raise UsageError(f"greedy_soup: output {str(out)!r} exists; overwrite=True replaces it")
     refuse_input(out, [c.path for c in plan.checkpoints])
-
-
-def score_of(ingredients: Sequence[Any], score: Any, method: Any, out: Any, options: Mapping[str, Any]) -> float:
-    """The score of their average: in memory, or, where the soup is to be written, of a checkpoint beside its place."""
-    if out is None:
-        return number(score(merge(ingredients, method, **options)))
-    target = Path(out).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.trial-", dir=target.parent) as folder:
-        with merge(ingredients, method, out=Path(folder) / target.name, **options) as candidate:
-            return number(score(candidate))
-
-
-def number(value: Any) -> float:
-    """A score as a float, which may be NaN. UsageError for what is no number."""
-    try:
-        if not isinstance(value, str):
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise UsageError(f"greedy_soup: a score is a number, not {type(value).__name__}")

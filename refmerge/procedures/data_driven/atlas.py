@@ -59,7 +59,7 @@ def atlas(
     provider = provider_for(gradient, composition.example, "atlas")
     score = loss or (lambda z, task, batch: cross_entropy(z, batch[1]))
     # 3. the model, or its tangent at the base
-    model, steps = None, checked_steps(batches, None, "atlas")
+    model, steps = None, checked_steps(batches, "atlas")
     if linearised:
         model, steps = tangent(composition, forward), numbered(steps)
 

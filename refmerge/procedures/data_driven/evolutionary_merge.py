@@ -7,7 +7,6 @@ import json
 import math
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from refmerge.adaptive import plain
 from refmerge.api import merge, prepare
-from refmerge.checkpoint import Checkpoint, open_checkpoint
+from refmerge.checkpoint import Checkpoint, open_checkpoint, refuse_input
 from refmerge.cmaes import CMA
 from refmerge.errors import UsageError
 from refmerge.method import Method
@@ -25,6 +24,7 @@ from refmerge.procedure import procedure
 from refmerge.recipe.document import Problems
 from refmerge.recipe.parameters import Checker, recipe_key
 from refmerge.registry import get
+from refmerge.scoring import number, scored
 
 __all__ = ["Search", "Space", "Trial", "evolutionary_merge"]
 
@@ -156,15 +156,20 @@ def evolutionary_merge(
     record = Log(log, {"recipe": space.recipe(space.start()), "sigma": sigma, "population": population})
     given = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
     start = open_checkpoint(base) if isinstance(base, str | Path) else base
+    if out is not None:
+        refuse_input(out, [c.path for c in (*given, start) if isinstance(c, Checkpoint)])
 
     def merged(genes: Sequence[float], out: Any = None) -> Any:
-        kept = {k: options[k] for k in options if k not in ("max_shard_size", "overwrite")}
-        write = {"max_shard_size": "5GB", "overwrite": False} | {k: options[k] for k in options if k not in kept}
+        write = {k: options[k] for k in ("max_shard_size", "overwrite") if k in options}
+        kept = {k: options[k] for k in options if k not in write}
         return prepare(given, space.method, base=start, params=space.params(genes), seed=seed, **kept).run(out, **write)
+
+    def judge(candidate: Any) -> float:
+        return number(score(candidate) if callable(score) else run(score, candidate.path), "evolutionary_merge")
 
     def trial(genes: np.ndarray) -> Trial:
         x = tuple(map(float, genes))
-        return record.add(x, lambda: score_of(merged, x, score, out))
+        return record.add(x, lambda: scored(lambda path: merged(x, path), judge, out))
 
     # 2. the start
     trials = [trial(space.start())]
@@ -178,10 +183,10 @@ def evolutionary_merge(
         if len(new) == len(samples):
             state = state.tell(samples, np.array([-t.score for t in new]))
     # 4. the best
-    scored = [i for i, t in enumerate(trials) if not math.isnan(t.score)]
-    if not scored:
+    known = [i for i, t in enumerate(trials) if not math.isnan(t.score)]
+    if not known:
         raise UsageError("evolutionary_merge: every trial scores NaN: there is no best one")
-    best = max(scored, key=lambda i: trials[i].score)
+    best = max(known, key=lambda i: trials[i].score)
     text = written(space.recipe(trials[best].genes))
     return Search(merged(trials[best].genes, out), text, trials[best].score, tuple(trials), best)
 
@@ -230,35 +235,18 @@ def check(
         raise UsageError(f"{who}: a command scores checkpoints: give models as paths, and out")
 
 
-def score_of(merged: Callable[..., Any], genes: Any, score: Any, out: Any) -> float:
-    """The score of a merge: in memory, or, where the result is to be written, of a checkpoint beside its place."""
-    if out is None:
-        return number(score(merged(genes)))
-    target = Path(out).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.trial-", dir=target.parent) as folder:
-        with merged(genes, Path(folder) / target.name) as candidate:
-            return number(score(candidate) if callable(score) else run(score, candidate.path))
-
-
-def run(command: str | Sequence[str], path: Path) -> str:
-    """The last line that a command prints of a checkpoint."""
+def run(command: str | Sequence[str], path: Path) -> float:
+    """The score that a command prints of a checkpoint as its last line."""
     argv = [*(shlex.split(command) if isinstance(command, str) else command), str(path)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.split("\n") if done.stdout else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if done.returncode:
         raise UsageError(f"evolutionary_merge: {argv[0]} ended with status {done.returncode}; a score ends with 0")
-    return last
-
-
-def number(value: Any) -> float:
-    """A score as a float, which may be NaN."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        shown = repr(value) if isinstance(value, str) else type(value).__name__
-        raise UsageError(f"evolutionary_merge: a score is a number, not {shown}") from None
+        return float(last)
+    except ValueError:
+        raise UsageError(f"evolutionary_merge: a score is a number, not {last!r}") from None
 
 
 class Log:

@@ -9,6 +9,7 @@ import numpy as np
 
 from refmerge.adaptive import Adam, Composition, Example, Fit, blocks, cross_entropy, fit, provider_for, task_vectors
 from refmerge.errors import UsageError
+from refmerge.nets.layers import softmax
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
 
@@ -52,14 +53,16 @@ def model_tinting(
         return {name: x.get(f"{task}/{name}", given) for name, given in heads[task].items()}
 
     # 3. labels of the individual models
-    def label(theta: Any, x: Any, examples: Sequence[Example]) -> list[Example]:
+    def label(merged: Callable[[], Any], x: Any, examples: Sequence[Example]) -> list[Example]:
         ((task, batch),) = examples
+        if task not in range(len(models)):
+            raise UsageError(f"model_tinting: task {task} is none of 0 to {len(models) - 1}, the places of the models")
         y = softmax(scores(logits(models[task], heads[task], batch)))
         if targets == "soft":
             return [(task, (batch, y, np.arange(len(y))))]
         rows = np.arange(len(y))
         if targets == "confident":
-            rows = confident(y, softmax(scores(logits(theta, head(x, task), batch))))
+            rows = confident(y, softmax(scores(logits(merged(), head(x, task), batch))))
         return [(task, (batch, np.argmax(y, axis=-1)[rows], rows))] if len(rows) else []
 
     # 4. cross-entropy
@@ -74,11 +77,6 @@ def model_tinting(
         optimiser=Adam(lr), clamp=clamp, trained=trained, before=label,
         of_task=lambda task: [name for name in trained if name.startswith(f"{task}/")],
     )  # fmt: skip
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    z = np.exp(z - z.max(axis=-1, keepdims=True))
-    return z / z.sum(axis=-1, keepdims=True)
 
 
 def confident(individual: np.ndarray, merged: np.ndarray) -> np.ndarray:

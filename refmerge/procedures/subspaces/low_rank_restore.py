@@ -3,12 +3,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from refmerge.checkpoint import Checkpoint, open_checkpoint
-from refmerge.checkpoint.dtypes import DTYPES
 from refmerge.errors import InputError
 from refmerge.methods.subspaces.low_rank_residual import as_matrix
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
-from refmerge.sources import dtype_name, stored_bytes
+from refmerge.sources import dtype_name, rounded
 from refmerge.stores import give_back
 
 
@@ -53,7 +52,7 @@ def restored(stored, x, name, bits):
         m, n = as_matrix(scores(x)).shape
         q, p = unpacked(stored[f"left/{name}"], m, bits), unpacked(stored[f"right/{name}"], n, bits)
         x = scores(x) + ((q.T * stored[f"scale/{name}"].astype(np.float64)) @ p).reshape(x.shape)
-    return stored_bytes(x, dtype).view(DTYPES[dtype]).reshape(x.shape)
+    return rounded(x, dtype)
 
 
 def unpacked(rows, count, bits):

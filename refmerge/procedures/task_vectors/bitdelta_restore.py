@@ -3,11 +3,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import InputError
 from refmerge.numeric import host
 from refmerge.procedure import procedure
-from refmerge.sources import dtype_name, stored_bytes
+from refmerge.sources import dtype_name, rounded
 from refmerge.stores import give_back
 
 
@@ -60,4 +60,4 @@ def restored(stored, base, name, dtype, shape):
         B = 2 * np.unpackbits(stored[f"sign/{name}"], count=np.prod(shape, dtype=int)).reshape(shape).astype(alpha.dtype) - 1
         with np.errstate(all="ignore"):
             x = host(x).astype(alpha.dtype, copy=False) + float(alpha) * B
-    return stored_bytes(x, dtype).view(DTYPES[dtype]).reshape(shape)
+    return rounded(x, dtype)

@@ -4,7 +4,7 @@ from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import host
 from refmerge.procedure import procedure
-from refmerge.sources import stored_bytes
+from refmerge.sources import rounded
 from refmerge.stores import give_back, unpacked
 
 
@@ -33,4 +33,4 @@ def recovered(stored, name, task):
     with np.errstate(all="ignore"):
         m_t = unpacked(stored, name, task).astype(tau_MTL.dtype)
         theta_t = host(base).astype(tau_MTL.dtype, copy=False) + m_t * tau_MTL
-    return stored_bytes(theta_t, stored.tensors[f"base/{name}"].dtype).view(base.dtype).reshape(base.shape)
+    return rounded(theta_t, stored.tensors[f"base/{name}"].dtype)
