@@ -6,7 +6,7 @@ import numpy as np
 from refmerge.errors import UsageError
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
 from refmerge.methods.subspaces.tsvm import side_by_side
-from refmerge.numeric import array_namespace, divided, scores
+from refmerge.numeric import divided, scores
 
 
 def is_matrix(base, name):
@@ -45,7 +45,7 @@ def whitened(X):
 
 
 def common_and_task_specific(Delta, r, n, c, name):
-    """For each task n triplets of what the common space leaves of it, and then that space, c triplets of the sum; r in all."""
+    """For each task n triplets of what the common space leaves of it, then that space, c triplets of the sum; r in all."""
     U, S, V = triplets(sum(scores(Delta_t) for Delta_t in Delta), r, name)
     common = U[:, :c]
     tasks = []
@@ -62,7 +62,7 @@ def dimensions(r, T, fraction, name):
     n = round((r - int(r * fraction)) / T)
     if n > 1 and n * T > r:
         raise UsageError(
-            f"tensor {name!r}: {T} tasks with {n} dimensions each do not fit in {r}, where the authors' code fails; a larger "
-            "common_space_fraction leaves them fewer, and the plain iso_cts rounds down"
+            f"tensor {name!r}: {T} tasks with {n} dimensions each do not fit in {r}, where the authors' code fails; a "
+            "larger common_space_fraction leaves them fewer, and the plain iso_cts rounds down"
         )
     return n, r - n * T

@@ -12,8 +12,8 @@ from refmerge.numeric import like
     domain={"common_space_fraction": (0.0, 1.0)},
 )
 def iso_cts(models, base, name, *, scaling_factor: float = 1.0, common_space_fraction: float = 0.8):
-    """With c = r - round((r - int(f r)) / T) T common dimensions of r = min(m, n), whatever the rank; where c is below 0, the
-    first r tasks have one each."""
+    """With c = r - round((r - int(f r)) / T) T common dimensions of r = min(m, n), whatever the rank; where c is below 0,
+    the first r tasks have one each."""
     # 1. task vectors
     Delta = [theta_t - base for theta_t in models]
     # 2. running mean of what is no matrix

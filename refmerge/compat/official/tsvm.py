@@ -33,8 +33,8 @@ def tsvm(
     if not is_matrix(base, name):
         return base + alpha * running_mean(Delta)
     # 3. task singular vectors: none where there are more tasks than dimensions
-    r, T = min(base.shape), len(models)
-    U, S, V = task_triplets(Delta, r if variant.endswith("_lossless") else int(r * (1 / T)), name)
+    r = min(base.shape)
+    U, S, V = task_triplets(Delta, r if variant.endswith("_lossless") else int(r * (1 / len(models))), name)
     # 4. decorrelate
     if variant.endswith("_2"):
         U, V = whitened(U), whitened(V)

@@ -70,12 +70,11 @@ def smoothed(S, smoothing, rho):
 
 
 def largest(M, k, tolerance=0.0):
-    """M where its magnitude is at least the k-th largest, 0 elsewhere; what is less by `tolerance` times that counts as
-    equal."""
+    """M where its magnitude is at least the k-th largest, 0 elsewhere. What is less by `tolerance` times that counts as
+    equal, and what is up to `tolerance` times the largest as zero."""
     size = np.abs(M)
-    if k >= M.size:
-        return M
-    return np.where(size >= (1 - tolerance) * np.partition(size, -k, axis=None)[-k], M, 0.0)
+    kth = np.partition(size, -k, axis=None)[-k] if k <= M.size else 0.0
+    return np.where(size >= max((1 - tolerance) * kth, tolerance * np.max(size, initial=0.0)), M, 0.0)
 
 
 def blocks(sizes):

@@ -48,7 +48,7 @@ def is_matrix(base, name, averaged):
 
 
 def leading(R, k, tolerance, name, least=0.0):
-    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest, or beside `least`."""
+    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or beside `least`."""
     U, S, V = decomposed(finite(R, name))
     k = min(k, rank(S, tolerance, least))
     return U[:, :k].copy(), S[:k], V[:, :k].copy()
@@ -56,7 +56,8 @@ def leading(R, k, tolerance, name, least=0.0):
 
 def rank(S, tolerance, least=0.0):
     """How many of the singular values do not count as zero."""
-    return int(np.count_nonzero(S > tolerance * max(S[:1].max(initial=0.0), least)))
+    largest = max(S[:1].max(initial=0.0), least)
+    return int(np.count_nonzero(tolerance * largest < S))
 
 
 def side_by_side(triplets):
