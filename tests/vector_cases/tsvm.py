@@ -152,7 +152,7 @@ def hand() -> Hand:
     case(
         "projection",
         "diag(4, 1) and diag(1, 3), by names",
-        [dict.fromkeys(names, [[4.0, 0.0], [0.0, 1.0]]), dict.fromkeys(names, [[1.0, 0.0], [0.0, 3.0]])],
+        [{n: [[4.0, 0.0], [0.0, 1.0]] for n in names}, {n: [[1.0, 0.0], [0.0, 3.0]] for n in names}],
         dict.fromkeys(names, zeros),
         ("tsvm", {}, {"text_projection": averaged, "w": mixed}, "averaged"),
         ("tsvm", {"averaged": ["w"]}, {"text_projection": mixed, "w": averaged}, ""),

@@ -48,7 +48,7 @@ def is_matrix(base, name, averaged):
 
 
 def leading(R, k, tolerance, name, least=0.0):
-    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or beside `least`."""
+    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or `least`."""
     U, S, V = decomposed(finite(R, name))
     k = min(k, rank(S, tolerance, least))
     return U[:, :k].copy(), S[:k], V[:, :k].copy()
