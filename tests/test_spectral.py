@@ -325,3 +325,33 @@ def test_values_that_are_not_finite_are_named():
         models = [np.eye(3), bad]
         with pytest.raises(UsageError, match="'x'"):
             call(name, models, np.zeros((3, 3)))
+
+
+# --- Adapters of a known rank -----------------------------------------------------------------------------------------
+
+
+@RELAXED
+@given(seed=seeds, T=st.integers(1, 4), rank=st.integers(1, 4))
+def test_a_known_rank_is_what_is_found(seed, T, rank):
+    """DC-Merge's code for LoRA is told the rank; where it is right, these are the plain methods."""
+    changes = random(seed, (24, 20), T, rank)
+    told = {"rank_per_task": rank}
+    close(call("dcmerge:tsvm", changes, **told), merged("tsvm", changes), 1e-7)
+    theirs = call("official_lora:dc_merge", changes, **told, smoothing="linear", keep_topk=0.3)
+    close(theirs, merged("dc_merge", changes, smoothing="linear", density=0.3), 1e-6)
+    fraction = 0.5 * rank / (rank + 1)  # which leaves each task a direction of its own
+    if dimensions(T * rank, T, fraction)[1]:
+        theirs = call("dcmerge:iso_cts", changes, **told, common_space_fraction=fraction)
+        close(theirs, merged("iso_cts", changes, common_space_fraction=fraction), 1e-5)
+
+
+@pytest.mark.parametrize("entry", ["dcmerge:tsvm", "dcmerge:iso_cts", "official_lora:dc_merge"])
+def test_changes_may_come_with_a_base(entry):
+    changes = random(3, (24, 20), 2, 3)
+    base = {"w": random(4, (24, 20), 1)[0], "b": np.ones(3)}
+    models = [{"w": base["w"] + x, "b": base["b"] * k} for k, x in enumerate(changes, start=2)]
+    made = merge(models, entry, base=base, rank_per_task=3)
+    close(made["w"] - base["w"], call(entry, changes, rank_per_task=3), 1e-6)
+    close(made["b"], np.full(3, 2.5))
+    few = call(entry, [x[:5, :4] for x in changes])  # of rank 16 what fits
+    assert np.linalg.matrix_rank(few, tol=1e-9) <= 4

@@ -27,11 +27,12 @@ def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
     base = part("base")
     merged = part("merged") or {name: base[name] + x for name, x in part("merged_tv").items()}
     count = len({name.partition("/")[0] for name in tensors if name.startswith("model")})
+    original = {"implementation": "original"}
     tool = "official" if meta["source"].startswith("lyymuwu") else "fusion_bench"
     test = Test(
         id=id,
         entry=f"{tool}:svc",
-        params=json.loads(meta["params"]),
+        params=json.loads(meta["params"]) | ({} if "accelerated" in meta.get("about", "accelerated") else original),
         models=[merged, *(part(f"model{k}") for k in range(count))],
         base=base,
         expect=part("out"),

@@ -2,13 +2,13 @@ from refmerge.compat.dcmerge._steps import changes, kept_rank, merged
 from refmerge.compat.official._spectral import common_and_task_specific, polar
 from refmerge.method import method
 from refmerge.methods.subspaces.iso_c import isotropic
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 
 
 @method(
     "dcmerge:iso_cts",
     paper="Tobeginwith/DC-Merge@3c443e4 vision_lora_merge/merging_functions.py:iso_cts",
-    view=view,
+    view=whole_matrices,
     domain={"rank_per_task": (1, float("inf")), "common_space_fraction": (0.0, 1.0)},
 )
 def iso_cts(models, name, base=None, *, rank_per_task: int = 16, common_space_fraction: float = 0.8):

@@ -1,13 +1,13 @@
 from refmerge.compat.dcmerge._steps import changes, kept_rank, merged
 from refmerge.compat.official._spectral import polar, task_triplets
 from refmerge.method import method
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 
 
 @method(
     "dcmerge:tsvm",
     paper="Tobeginwith/DC-Merge@3c443e4 vision_lora_merge/merging_functions.py:TSVM",
-    view=view,
+    view=whole_matrices,
     domain={"rank_per_task": (1, float("inf"))},
 )
 def tsvm(models, name, base=None, *, rank_per_task: int = 16):

@@ -1,13 +1,13 @@
 from refmerge.compat.official.iso_c import flat_sum
 from refmerge.method import method
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import divided, like, total
 
 
 @method(
     "fusion_bench:iso_c",
     paper="tanganke/fusion_bench@54c9e8c fusion_bench/method/isotropic_merging/iso_utils.py:iso_c",
-    view=view,
+    view=whole_matrices,
 )
 def iso_c(models, base, name, *, scaling_factor: float = 1.0, exclude_keys: tuple | None = None):
     """The authors' Iso-C. Matrices of exclude_keys are averaged, text_projection not unless it is named."""

@@ -1,14 +1,14 @@
 from refmerge.compat.official._spectral import running_mean
 from refmerge.compat.official.iso_cts import isotropic_spaces
 from refmerge.method import method
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like
 
 
 @method(
     "fusion_bench:iso_cts",
     paper="tanganke/fusion_bench@54c9e8c fusion_bench/method/isotropic_merging/iso_utils.py:iso_cts",
-    view=view,
+    view=whole_matrices,
     domain={"common_space_fraction": (0.0, 1.0)},
 )
 def iso_cts(

@@ -5,7 +5,7 @@ import numpy as np
 from refmerge.compat.official.svc import projected
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like, scores
 
 
@@ -13,7 +13,7 @@ from refmerge.numeric import like, scores
     "fusion_bench:svc",
     paper="tanganke/fusion_bench@54c9e8c fusion_bench/method/singular_value_calibration/utils.py",
     models=(2, None),
-    view=view,
+    view=whole_matrices,
 )
 def svc(models, base, name, *, alpha: float = 0.1, implementation: Literal["accelerated", "original"] = "accelerated"):
     """The merged model comes first, and every matrix is calibrated. The original one divides squares by themselves, also

@@ -1,14 +1,14 @@
 from refmerge.compat.official._spectral import polar, running_mean, task_triplets
 from refmerge.errors import UsageError
 from refmerge.method import method
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like
 
 
 @method(
     "fusion_bench:tsvm",
     paper="tanganke/fusion_bench@54c9e8c fusion_bench/method/task_singular_vector/TSVM.py",
-    view=view,
+    view=whole_matrices,
 )
 def tsvm(models, base, name, *, alpha: float | tuple | None = 1.0, exclude_keys: tuple | None = None):
     """The authors' TSV-Merge. One alpha scales the merged task vector; a list scales the task vectors before, and nothing

@@ -1,7 +1,7 @@
 from refmerge.compat.official._spectral import is_matrix, polar, running_mean, triplets
 from refmerge.method import method
 from refmerge.methods.subspaces.dc_merge import blocks, largest
-from refmerge.methods.subspaces.tsvm import side_by_side, view
+from refmerge.methods.subspaces.tsvm import side_by_side, whole_matrices
 from refmerge.methods.task_vectors.ties import disjoint_mean, elect
 from refmerge.numeric import like, scores
 
@@ -9,7 +9,7 @@ from refmerge.numeric import like, scores
 @method(
     "official:dc_merge",
     paper="Tobeginwith/DC-Merge@3c443e4 vision_fft_merge/src/utils/DC_utils.py:dc_merge",
-    view=view,
+    view=whole_matrices,
     domain={"keep_topk": (0.0, 1.0)},
 )
 def dc_merge(models, base, name, *, alpha: float = 1.0, keep_topk: float = 0.001):

@@ -3,11 +3,11 @@ import numpy as np
 from refmerge.compat.official._spectral import is_matrix, triplets
 from refmerge.method import method
 from refmerge.methods.subspaces.iso_c import isotropic
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import divided, like, scores, total
 
 
-@method("official:iso_c", paper="danielm1405/iso-merging@d34010a src/utils/iso.py:iso_c", view=view)
+@method("official:iso_c", paper="danielm1405/iso-merging@d34010a src/utils/iso.py:iso_c", view=whole_matrices)
 def iso_c(models, base, name, *, scaling_factor: float = 1.0):
     """The sum with the mean of all its singular values, zeros among them, in place of each."""
     # 1. task vectors

@@ -1,14 +1,14 @@
 from refmerge.compat.official._spectral import common_and_task_specific, dimensions, is_matrix, polar, running_mean
 from refmerge.method import method
 from refmerge.methods.subspaces.iso_c import isotropic
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like
 
 
 @method(
     "official:iso_cts",
     paper="danielm1405/iso-merging@d34010a src/utils/iso.py:iso_cts",
-    view=view,
+    view=whole_matrices,
     domain={"common_space_fraction": (0.0, 1.0)},
 )
 def iso_cts(models, base, name, *, scaling_factor: float = 1.0, common_space_fraction: float = 0.8):

@@ -3,11 +3,11 @@ import numpy as np
 from refmerge.errors import UsageError
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like, scores
 
 
-@method("official:svc", paper="lyymuwu/SVC@6ad2b31 merge_func.py:Align", models=(2, None), view=view)
+@method("official:svc", paper="lyymuwu/SVC@6ad2b31 merge_func.py:Align", models=(2, None), view=whole_matrices)
 def svc(models, base, name, *, alpha: float = 0.1, right_only: bool = False, target: int = -1):
     """The merged model comes first. right_only: responses of the right singular vectors in place of the left ones. target:
     one task alone calibrates, where it is in the merge with a positive sign. Factors are rounded to float32."""

@@ -2,14 +2,14 @@ from typing import Literal
 
 from refmerge.compat.official._spectral import is_matrix, polar, running_mean, task_triplets, whitened
 from refmerge.method import method
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like
 
 
 @method(
     "official:tsvm",
     paper="AntoAndGar/task_singular_vectors@a6c9718 src/utils/TSVM_utils.py:compute_and_sum_svd_mem_reduction",
-    view=view,
+    view=whole_matrices,
 )
 def tsvm(
     models,

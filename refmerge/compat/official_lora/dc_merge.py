@@ -5,14 +5,14 @@ from refmerge.compat.official._spectral import triplets
 from refmerge.compat.official.dc_merge import covered
 from refmerge.method import method
 from refmerge.methods.subspaces.dc_merge import smoothed
-from refmerge.methods.subspaces.tsvm import view
+from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import scores
 
 
 @method(
     "official_lora:dc_merge",
     paper="Tobeginwith/DC-Merge@3c443e4 vision_lora_merge/merging_functions.py:dc_merge",
-    view=view,
+    view=whole_matrices,
     domain={"rank_per_task": (1, float("inf")), "keep_topk": (0.0, 1.0), "rho": (1.0, float("inf"))},
 )
 def dc_merge(

@@ -4,7 +4,7 @@ from typing import Literal
 import numpy as np
 
 from refmerge.method import method
-from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, view
+from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
 from refmerge.methods.task_vectors.ties import disjoint_mean, elect
 from refmerge.numeric import like, mean, scores
 
@@ -12,7 +12,7 @@ from refmerge.numeric import like, mean, scores
 @method(
     "dc_merge",
     paper="arXiv:2603.06242",
-    view=view,
+    view=whole_matrices,
     domain={"density": (0.0, 1.0), "rho": (1.0, math.inf), "tolerance": (1e-12, 0.1)},
 )
 def dc_merge(

@@ -2,11 +2,11 @@ import numpy as np
 
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
-from refmerge.methods.subspaces.tsvm import is_matrix, rank, view
+from refmerge.methods.subspaces.tsvm import is_matrix, rank, whole_matrices
 from refmerge.numeric import like, mean, scores, total
 
 
-@method("iso_c", paper="arXiv:2502.04959", view=view, domain={"tolerance": (1e-12, 0.1)})
+@method("iso_c", paper="arXiv:2502.04959", view=whole_matrices, domain={"tolerance": (1e-12, 0.1)})
 def iso_c(
     models,
     base,

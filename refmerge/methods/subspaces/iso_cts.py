@@ -1,14 +1,14 @@
 from refmerge.method import method
 from refmerge.methods.subspaces.iso_c import isotropic, spanned
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
-from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, view
+from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
 from refmerge.numeric import like, mean, scores, total
 
 
 @method(
     "iso_cts",
     paper="arXiv:2502.04959",
-    view=view,
+    view=whole_matrices,
     domain={"common_space_fraction": (0.0, 1.0), "tolerance": (1e-12, 0.1)},
 )
 def iso_cts(

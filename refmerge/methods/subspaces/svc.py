@@ -2,7 +2,7 @@ import numpy as np
 
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
-from refmerge.methods.subspaces.tsvm import is_matrix, view
+from refmerge.methods.subspaces.tsvm import is_matrix, whole_matrices
 from refmerge.numeric import like, scores
 
 
@@ -10,7 +10,7 @@ from refmerge.numeric import like, scores
     "svc",
     paper="arXiv:2602.05536",
     models=(2, None),
-    view=view,
+    view=whole_matrices,
     domain={"alpha": (0.001, 1.0), "tolerance": (1e-12, 0.1)},
 )
 def svc(

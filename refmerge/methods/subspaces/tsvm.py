@@ -7,12 +7,12 @@ from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
 from refmerge.numeric import like, mean, scores
 
 
-def view(ndim):
+def whole_matrices(ndim):
     """A matrix must be whole; anything else is averaged, entry by entry."""
     return "tensor" if ndim == 2 else "flat"
 
 
-@method("tsvm", paper="arXiv:2412.00081", view=view, domain={"tolerance": (1e-12, 0.1)})
+@method("tsvm", paper="arXiv:2412.00081", view=whole_matrices, domain={"tolerance": (1e-12, 0.1)})
 def tsvm(
     models,
     base,
