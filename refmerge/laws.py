@@ -23,7 +23,10 @@ from refmerge.registry import get
 __all__ = ["ALWAYS", "LAWS", "Law", "Trial"]
 
 Tensors = dict[str, np.ndarray]
-NEUTRAL = {"lambda_": 1.0, "density": 1.0, "trim": 1.0, "gamma": 0.0, "weight": 1.0, "normalize": True, "epsilon": 0.0}
+NEUTRAL = {
+    "lambda_": 1.0, "density": 1.0, "trim": 1.0, "gamma": 0.0, "weight": 1.0, "normalize": True, "epsilon": 0.0,
+    "tolerance": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
