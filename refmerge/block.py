@@ -19,7 +19,7 @@ from refmerge.rng import Memo, Rng
 from refmerge.sources import NotFinite, Scratch, Sink, Source, all_finite
 from refmerge.work import Tensor, Work, stat_name
 
-__all__ = ["run_block", "run_model"]
+__all__ = ["report_nonfinite", "run_block", "run_model"]
 
 
 def run_block(
@@ -48,7 +48,7 @@ def run_block(
         try:
             x = source.load(*span, slot, scratch, finite=strict and first, lazy=work.fused)
         except NotFinite:
-            _report_nonfinite(source, t)
+            report_nonfinite(source, t)
         return _shaped(x, t, view)
 
     models = [load(m, i) for i, m in enumerate(work.models)]
@@ -162,7 +162,7 @@ def _stats(
     return found
 
 
-def _report_nonfinite(source: Source, t: Tensor) -> None:
+def report_nonfinite(source: Source, t: Tensor) -> None:
     """Raise the error that names the tensor, the first index and the count."""
     first, count, step, scratch = None, 0, 1 << 20, Scratch()
     for start in range(0, t.size, step):
@@ -205,7 +205,7 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
         for source in [*work.models, *([work.base] if work.base else [])]:
             for t in work.tensors:
                 if not all_finite(_LazyModel(source, dtypes)[t.name]):
-                    _report_nonfinite(source, t)
+                    report_nonfinite(source, t)
     args: dict[str, Any] = {"models": [_LazyModel(m, dtypes) for m in work.models]}
     args["base"] = None if work.base is None else _LazyModel(work.base, dtypes)
     args["group"] = Group(State(size, 1), Place(0, "", 0, size, size))

@@ -182,6 +182,8 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         click.echo(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
         click.echo(f"base        {resolved.base}")
+    if resolved.align is not None:
+        click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
     click.echo(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
@@ -241,6 +243,65 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
             click.echo(f"  {_plain(i.name):{width}}  {i.dtype} {list(i.shape)}")
         if not tensor and len(shown) > 40:
             click.echo("  --tensor '*' lists them all")
+
+
+@main.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--base", type=click.Path(), help="also the angle between what A and B changed of this checkpoint")
+@click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, help="how many tensors to list")
+@click.option(
+    "--by", type=click.Choice(["relative", "distance", "cosine", "largest", "differing"]), default="relative",
+    show_default=True, help="which tensors differ most",
+)  # fmt: skip
+@click.option("--data", type=click.Path(), help="an .npz with inputs and labels: the loss on the line from A to B")
+@click.option("--net", metavar="NAME", help="the network whose weights these are, with --data: mlp, resnet, vit, ...")
+@click.option("--heads", type=click.IntRange(min=1), help="of attention, where the network has it; else as config.json says")
+@click.option("--points", type=click.IntRange(min=2), default=25, show_default=True, help="on the line, its ends among them")
+@click.option("--layers", is_flag=True, help="the barrier of each layer by itself, too")
+@click.option("--plot", type=click.Path(), metavar="OUT.SVG", help="draw the loss on the line")
+@_options("json")
+def compare(
+    a: str, b: str, base: str | None, top: int, by: str, data: str | None, net: str | None, heads: int | None, points: int,
+    layers: bool, plot: str | None, json: bool,
+) -> None:  # fmt: skip
+    """Compare the checkpoints A and B: tensor by tensor, or with --data by the loss on the line between them.
+
+    The norm of A - B relative to that of A, the cosine of the angle between them, and the entries that differ; tensors are
+    read in blocks. With --data nothing of that, but the barrier: how far the loss rises above the line between its ends.
+    """
+    from refmerge import compare as comparing
+    from refmerge.checkpoint import open_checkpoint
+
+    if (data is None) != (net is None):
+        raise click.UsageError("--data and --net want each other")
+    if data is None and (plot is not None or layers or heads is not None):
+        raise click.UsageError("--plot, --layers and --heads want --data and --net")
+    if plot is not None and not plot.endswith(".svg"):
+        raise click.UsageError(f"--plot writes SVG, and {plot} does not end in .svg")
+    if data is not None and base is not None:
+        raise click.UsageError("--base is for weights, without --data")
+    with contextlib.ExitStack() as stack:
+        one, other = (stack.enter_context(open_checkpoint(path)) for path in (a, b))
+        if data is None or net is None:
+            origin = None if base is None else stack.enter_context(open_checkpoint(base))
+            total = one.nbytes + other.nbytes + (origin.nbytes if origin is not None else 0)
+            with _Reading(total, silent=json) as reading:
+                found = comparing.weights(one, other, origin, reading)
+            click.echo(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
+            return
+        of = comparing.task(net, data, **comparing.options_of(net, one.config, heads))
+        line = comparing.along([one, other], of, points, layers)
+        if plot is not None:
+            from refmerge.plots import draw_paths
+
+            picture = draw_paths({"": line.loss}, f"{net}: the loss from {a} to {b}")
+            try:
+                with open(plot, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(picture)
+            except OSError as e:
+                raise click.UsageError(f"{plot} cannot be written: {e.strerror}") from e
+        click.echo(line.text() if not json else jsonlib.dumps(line.told(), indent=2))
 
 
 @main.command()
@@ -399,6 +460,33 @@ def _tensors(count: int) -> str:
 
 def _plain(name: str) -> str:
     return name if name.isprintable() else repr(name)
+
+
+class _Reading:
+    """A bar in bytes that have been read, on a terminal; nothing elsewhere."""
+
+    def __init__(self, total: int, silent: bool) -> None:
+        self._total, self._bar = total, None if silent or not sys.stderr.isatty() else _bar()
+
+    def __enter__(self) -> Callable[[int], None]:
+        if self._bar is None:
+            return lambda nbytes: None
+        task, bar = self._bar.add_task("compare", total=self._total), self._bar
+        shown = [time.monotonic()]
+        bar.start()
+
+        def advance(nbytes: int) -> None:
+            bar.advance(task, nbytes)
+            if time.monotonic() - shown[0] > 0.1:
+                shown[0] = time.monotonic()
+                bar.refresh()
+
+        return advance
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
 
 
 class _Progress:

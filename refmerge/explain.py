@@ -59,7 +59,7 @@ class _Part:
     names: tuple[str, ...]
 
 
-def explain(name: str | Method, *, base: Any = None, models: Sequence[Any] | None = None, **params: Any) -> list[Step]:
+def explain(name: str | Method, /, *, base: Any = None, models: Sequence[Any] | None = None, **params: Any) -> list[Step]:
     """Run a method on one tensor (by default the worked example of its page) and return its steps.
 
     `params` are the method's parameters, and any option of `refmerge.call` (seed, over, stats, name, dtype).

@@ -109,6 +109,8 @@ class Trial:
         if p.type is float:
             low, high = p.domain or (-np.inf, np.inf)
             return self.choose(*default, *(x for x in (1.0, 0.5, 0.0, 0.25, 2.0, -1.0) if low <= x <= high))
+        if p.type is tuple and p.default and all(isinstance(glob, str) for glob in p.default):
+            return self.choose(p.default, ("*",))  # globs of names: those drawn here are single letters
         if p.type is int and p.domain is not None:
             return self.choose(*default, *(n for n in (1, 0, 2, 3) if p.domain[0] <= n <= p.domain[1]))
         return p.default

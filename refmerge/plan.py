@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,9 +43,10 @@ class Plan:
     or one that not all models have, is copied from. specs: name -> (safetensors dtype, shape) of the result.
     backend: where blocks of checkpoints are computed; None where the inputs are arrays that stay in their library.
     example: an array of that library. checkpoints: the inputs on disk; donor: the one whose config and tokenizer files the
-    result gets. out_dtype: the dtype that was asked for. block_bytes: of a block in the
-    work dtype, as the backend has it. max_memory: what all blocks may take, in bytes. elements: of a block; None leaves it
-    to what computes. fused: whether blocks of files are computed by compiled programs; None where they are worth compiling.
+    result gets. out_dtype: the dtype that was asked for. block_bytes: of a block in the work dtype, as the backend has it.
+    max_memory: what all blocks may take, in bytes. elements: of a block; None leaves it to what computes. fused: whether
+    blocks of files are computed by compiled programs; None where they are worth compiling. before: what is done to the
+    inputs before the first block is read.
     """
 
     work: Work
@@ -61,6 +62,7 @@ class Plan:
     checkpoints: tuple[Checkpoint, ...] = ()
     donor: Checkpoint | None = None
     out_dtype: str | None = None
+    before: Callable[[], None] | None = None
     ran: Ran | None = None
 
     def run(
@@ -150,6 +152,8 @@ class Plan:
         return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
 
     def _fill(self, sinks: Mapping[str, Any]) -> None:
+        if self.before is not None:
+            self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
         work = replace(self.work, fused=self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values()))
         self.ran = run(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # `pytest` alone does not look for the folder `tests` there
 
 from tests.bench import __main__ as bench  # noqa: E402
-from tests.bench import data, floors, processes  # noqa: E402
+from tests.bench import alignment, data, floors, processes  # noqa: E402
 
 TINY = data.qwen2(width=128, inner=256, key_value=64, layers=2, vocabulary=96)
 
@@ -164,3 +164,13 @@ def test_mistakes_are_told_before_anything_is_written(monkeypatch, words, capsys
         bench.arguments()
     said = capsys.readouterr().err
     assert words[0] in said or words[1] in said
+
+
+def test_a_shuffled_checkpoint_is_matched(checkpoints, tmp_path):
+    with refmerge.open_checkpoint(checkpoints / "base") as base, refmerge.open_checkpoint(checkpoints / "ft1") as tune:
+        spec = alignment.detect(base)
+        alignment.save(alignment.Permuted(tune, spec, alignment.shuffled(spec, tune)), tmp_path / "shuffled")
+    told = alignment.match(checkpoints / "base", tmp_path / "shuffled")
+    assert told["found"] == 1 and told["largest"] == 256
+    assert told["assigned"] > 0 and 0 < told["products"] + told["assignments"] < told["seconds"]
+    assert "ratio" in alignment.report(told, 10**6)

@@ -1070,10 +1070,12 @@ def test_0d_empty_and_single_elements(case):
     """The engine's part: shapes and dtypes stay, whatever the method makes of a tensor of one number."""
     shapes = {"number": (), "one": (1,), "one.one": (1, 1), "none": (0,), "none.rows": (3, 0), "no.rows": (0, 3)}
     m, models, base, given_ = inputs(case, shapes)
+    nan = case.name.endswith(":pcb")  # the authors' scripts divide 0 by 0 in a model of three numbers
     for elements in (1 << 22, 1):
-        result = planned(models, m, elements, base=base, params=given_).run()
+        policy = "propagate" if nan else "error"
+        result = planned(models, m, elements, base=base, params=given_, nonfinite=policy).run()
         assert {n: x.shape for n, x in result.items()} == {n: shapes[n] for n in models[0]}
-        assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in result.values())
+        assert all(x.dtype == np.float32 and (nan or np.isfinite(x).all()) for x in result.values())
 
 
 def test_no_floating_tensor_at_all(tmp_path):

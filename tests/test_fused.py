@@ -46,7 +46,6 @@ def compiled(monkeypatch, cache):
 def interpreted(monkeypatch):
     monkeypatch.setattr(compiler, "command", lambda: None)
     monkeypatch.setattr(graph.program, "_kernels", {})
-    monkeypatch.setattr(support, "_function", [])
 
 
 def nasty(seed: int, size: int) -> np.ndarray:
@@ -162,39 +161,39 @@ def fresh(monkeypatch, tmp_path):
 
 def test_nobody_waits_for_the_compiler(fresh):
     source = ADD_ONE % "nobody waits"
-    assert compiler.function(source) is None
+    assert compiler.library(source) is None
     compiler.finish()
     x = np.ones(3, np.float32)
-    compiler.function(source)(ctypes.c_long(3), ctypes.c_void_p(x.ctypes.data))
+    compiler.library(source).run(ctypes.c_long(3), ctypes.c_void_p(x.ctypes.data))
     assert x.tolist() == [2, 2, 2]
     assert [p.suffix for p in fresh.iterdir()] == [".so"], "scratch files are gone"
 
 
 def test_another_process_finds_what_was_compiled(fresh, monkeypatch):
     source = ADD_ONE % "found"
-    compiler.function(source)
+    compiler.library(source)
     compiler.finish()
     monkeypatch.setattr(compiler, "_jobs", {})
-    assert compiler.function(source) is not None
+    assert compiler.library(source) is not None
 
 
 def test_a_program_that_another_process_compiles_is_left_to_it_while_it_lives(fresh, monkeypatch):
     source = ADD_ONE % "claimed"
     claim = compiler._Job(source).target.with_suffix(".claim")
     claim.write_text(str(os.getppid()))
-    assert compiler.function(source) is None
+    assert compiler.library(source) is None
     compiler.finish()
-    assert compiler.function(source) is None
+    assert compiler.library(source) is None
     claim.write_text("2147483646")  # no process has this number
-    compiler.function(source)
+    compiler.library(source)
     compiler.finish()
-    assert compiler.function(source) is not None
+    assert compiler.library(source) is not None
 
 
 def test_what_cannot_be_compiled_is_left_undone(fresh, monkeypatch):
     monkeypatch.setattr(compiler, "waits", True)
-    assert compiler.function("this is no C") is None
-    assert compiler.function("this is no C") is None
+    assert compiler.library("this is no C") is None
+    assert compiler.library("this is no C") is None
     assert not list(fresh.glob("*.so")) and not list(fresh.glob("*.claim"))
 
 

@@ -124,7 +124,7 @@ def test_citation(name):
         assert theirs["key"] != cite["key"] or theirs == cite, f"{name} and {other.name} cite {cite['key']} differently"
 
 
-def test_each_input_byte_is_read_as_often_as_the_page_says(both):
+def test_each_input_byte_is_read_as_often_as_the_page_says(both, make_case):
     """In one block and in many. (Samples come on top, of groups of more than 131072 entries.)"""
     page, method = both
     said = [int(n) for n in re.findall(r"\b\d\b", page.front["passes"])]
@@ -133,8 +133,9 @@ def test_each_input_byte_is_read_as_often_as_the_page_says(both):
     draw = np.random.default_rng(0)
     arrays = [{"x": draw.standard_normal((64, 64)).astype(np.float32)} for _ in range(count + 1)]
     read = 4 * 64 * 64 * (count + method.needs_base)
+    needed = {key: x for key, x in make_case(page.name).arguments(count)[2].items() if method.params[key].required}
     for elements, passes in ((1 << 22, said[0]), (512, said[-1])):
-        plan = prepare(arrays[1:], method, base=arrays[0] if method.needs_base else None, threads=1)
+        plan = prepare(arrays[1:], method, base=arrays[0] if method.needs_base else None, threads=1, params=needed)
         plan.elements = elements
         plan.run()
         assert (plan.ran.passes, plan.ran.bytes_read, plan.ran.bytes_sampled) == (passes, passes * read, 0)

@@ -48,7 +48,7 @@ class CheckpointWriter:
     shards of at most `max_shard_size` bytes of tensors (more only where one tensor is larger) and their index.
     tensors: name -> (safetensors dtype, shape). metadata: strings for each file's header beside {"format": "pt"}.
     sidecars: files copied into the folder. extra_files: name -> content, which wins over a sidecar of the same name and
-    is looked at only by commit(), so that a report may be put there last.
+    is looked at only by commit(), so that a report may be put there last. weights: the name of a folder's only file.
     overwrite: an existing target stays until the new one is complete, is then moved away, and removed last.
 
     Raises UsageError for a target that exists or cannot be one, and for impossible tensors; ResourceError where the
@@ -66,6 +66,7 @@ class CheckpointWriter:
         metadata: Mapping[str, str] | None = None,
         sidecars: Sequence[Path] = (),
         extra_files: Mapping[str, bytes] | None = None,
+        weights: str = WEIGHTS,
     ) -> None:
         self.target = Path(os.path.abspath(target))
         self._single = self.target.name.endswith(".safetensors")
@@ -84,7 +85,7 @@ class CheckpointWriter:
         sizes = _checked(tensors)
         shards = [list(sizes)] if self._single else _split(sizes, limit)
         self._shards: list[_Shard] = []
-        for file, names in zip(_file_names(len(shards)), shards):
+        for file, names in zip(_file_names(len(shards), weights), shards):
             part = {name: (tensors[name][0], tuple(map(operator.index, tensors[name][1]))) for name in names}
             path = self.partial if self._single else self.partial / file
             self._shards.append(_Shard(path, part, {"format": "pt", **(metadata or {})}))
@@ -401,8 +402,8 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _file_names(count: int) -> list[str]:
-    return [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+def _file_names(count: int, single: str) -> list[str]:
+    return [single] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -49,24 +49,26 @@ def _identity() -> str:
 @cache
 def folder() -> Path | None:
     """Where compiled programs are kept: a directory that is ours alone, or None."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     for candidate in (root / "refmerge", Path(tempfile.gettempdir()) / f"refmerge-{os.getuid()}"):
         try:
+            candidate = candidate.expanduser()
             candidate.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = candidate.stat()
-            if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            found = candidate.lstat()
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+            if ours and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return candidate
-        except OSError:
+        except (OSError, RuntimeError):  # the latter where nobody has a home
             continue
     return None
 
 
 class _Job:
-    """One source on its way to a function."""
+    """One source on its way to a library."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.function: Any = None
+        self.library: Any = None
         self.failed = False
         home = folder()
         self.failed = home is None
@@ -76,9 +78,9 @@ class _Job:
         self._scratch: Path | None = None
 
     def look(self) -> Any:
-        """The function, where it is there by now."""
-        if self.function is not None or self.failed:
-            return self.function
+        """The library, where it is there by now."""
+        if self.library is not None or self.failed:
+            return self.library
         if self._process is not None:
             if waits:
                 self._process.wait()
@@ -91,11 +93,10 @@ class _Job:
             return self.look() if waits and self._process is not None else None
         if not self.failed and self.target.exists():
             try:
-                self.function = ctypes.CDLL(str(self.target)).run
-                self.function.restype = None
-            except (OSError, AttributeError):
+                self.library = ctypes.CDLL(str(self.target))
+            except OSError:
                 self.failed = True
-        return self.function
+        return self.library
 
     def finish(self) -> None:
         if self._process is not None:
@@ -156,8 +157,8 @@ def finish() -> None:
         job.finish()
 
 
-def function(source: str) -> Any:
-    """The function `run` of a C source; None while it is being compiled, and where it cannot be."""
+def library(source: str) -> Any:
+    """The compiled C source; None while it is being compiled, and where it cannot be."""
     if command() is None:
         return None
     job = _jobs.get(source)

@@ -101,9 +101,10 @@ def _kernel(key: Any, source: Callable[[], str], size: int) -> Any:
     if found is None:
         if size < LEAST and not compiler.waits:
             return None
-        found = compiler.function(source())
-        if found is not None:
-            _kernels[key] = found
+        library = compiler.library(source())
+        if library is not None:
+            found = _kernels[key] = library.run
+            found.restype = None
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method
 from refmerge.recipe.document import MAX_BYTES, Document, Problems, quote, read_document
 from refmerge.recipe.parameters import Checker, Rules
-from refmerge.recipe.schema import DTYPES, MergekitRecipe, NativeRecipe, validate
+from refmerge.recipe.schema import DTYPES, MergekitRecipe, NativeRecipe, did_you_mean, validate
 
 Semantics = Literal["mergekit", "refmerge"]
 # Each model with its place in the recipe's list, the base, and what the user should know.
@@ -32,12 +33,24 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """What is done to the models before they are merged. method: a procedure's name. to: the model that stays. spec: an
+    architecture, None where names of tensors tell it."""
+
+    method: str
+    to: str
+    spec: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Resolved:
     """Everything that a recipe says, decided.
 
     method: registry name. models: paths as written, in order, without the base. stats: a path or None for each model.
-    donor: the model whose config and tokenizer files the output gets. read_dtype: every input is cast to it at load.
-    read_dtype and out_dtype are safetensors names. notes: what the recipe says and a merge does not act on.
+    align: what is done to models and base before. donor: the model whose config and tokenizer files the output gets.
+    read_dtype: every input is cast to it at load. read_dtype and out_dtype are safetensors names. notes: what the recipe
+    says and a merge does not act on.
     """
 
     method: str
@@ -47,6 +60,7 @@ class Resolved:
     donor: str
     rules: Rules = field(repr=False, compare=False)
     written: Mapping[str, Any] = field(repr=False)
+    align: Alignment | None = None
     stats: tuple[str | None, ...] | None = None
     read_dtype: str | None = None
     out_dtype: str | None = None
@@ -106,6 +120,7 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
     except UsageError as e:
         problems.add(("models",), f"{e}, not counting the base" if base is not None else str(e))
     rules = checker.rules(models)
+    align = _align(content, [model for model, _ in models], base, problems) if isinstance(content, NativeRecipe) else None
     problems.check()
 
     stats = tuple(getattr(entry, "stats", None) for entry in content.models)
@@ -117,6 +132,7 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
         donor=content.base_model or models[0][0],
         rules=rules,
         written=_as_written(recipe.document.data),
+        align=align,
         stats=stats if any(stats) else None,
         read_dtype=_dtype(content.dtype),
         out_dtype=_dtype(content.out_dtype or content.dtype),
@@ -134,6 +150,7 @@ def describe(resolved: Resolved) -> dict[str, Any]:
         "semantics": resolved.semantics,
         "models": list(resolved.models),
         "base": resolved.base,
+        "align": None if resolved.align is None else asdict(resolved.align),
         "donor": resolved.donor,
         "stats": None if resolved.stats is None else list(resolved.stats),
         "read_dtype": resolved.read_dtype,
@@ -161,6 +178,32 @@ def _method(recipe: Recipe, problems: Problems) -> Method:
     except UsageError as e:
         problems.add(where, str(e))
         raise problems.error() from None
+
+
+def _align(content: NativeRecipe, models: Sequence[str], base: str | None, problems: Problems) -> Alignment | None:
+    """The alignment, if the recipe has one: a procedure whose first arguments are models and a spec."""
+    from refmerge import registry
+
+    align = content.align
+    if align is None:
+        return None
+    try:
+        signature = inspect.signature(registry.procedure(align.method).run).parameters
+        if list(signature)[:2] != ["models", "spec"]:
+            raise UsageError(f"{align.method} does not align models")
+    except UsageError as e:
+        problems.add(("align", "method"), str(e))
+        return None
+    known = [key for key, p in signature.items() if p.kind is p.KEYWORD_ONLY]
+    given = {key: list(v) if isinstance(v, list) else v for key, v in (align.parameters or {}).items()}
+    for key in given.keys() - known:
+        problems.add(("align", "parameters", key), f"{align.method} has no parameter {quote(key)}{did_you_mean(key, known)}")
+    everything = [*([] if base is None else [base]), *models]
+    to = everything[0] if align.to is None else next((m for m in everything if _same(m, align.to)), None)
+    if to is None:
+        problems.add(("align", "to"), f"{quote(align.to)} is none of the models")
+        return None
+    return Alignment(align.method, to, align.spec, given)
 
 
 def _same(a: str, b: str) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from refmerge.api import prepare
+from refmerge.checkpoint import Checkpoint
+from refmerge.errors import UsageError
 from refmerge.plan import Plan
-from refmerge.recipe.plan import Resolved, load_recipe, resolve
+from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
+from refmerge.sources import DiskSource
 
 __all__ = ["prepare_recipe", "run_recipe"]
 
@@ -41,7 +45,32 @@ def prepare_recipe(
         donor=place(resolved.donor),
         **options,
     )
+    if resolved.align is not None:
+        plan.before = _alignment(resolved.align, resolved.models, resolved.base, plan)
     return resolved, plan
+
+
+def _alignment(align: Alignment, models: Sequence[str], base: str | None, plan: Plan) -> Callable[[], None]:
+    """What puts aligned checkpoints in place of the plan's. UsageError, already now, where the spec does not fit one."""
+    from refmerge.registry import procedure
+    from refmerge.symmetry.architectures import detect
+
+    found = {} if base is None or plan.work.base is None else {base: plan.work.base}
+    found |= dict(zip(models, plan.work.models))
+    sources = [found.pop(align.to), *found.values()]  # the one that stays comes first
+    checkpoints = [cast(DiskSource, s).checkpoint for s in sources]
+    spec = detect(checkpoints[0], architecture=align.spec)
+    for checkpoint in checkpoints:
+        spec.sizes(checkpoint)
+
+    def run() -> None:
+        aligned = procedure(align.method)(checkpoints, spec, **align.parameters).models
+        for source, model in zip(sources, aligned, strict=True):
+            if not isinstance(model, Checkpoint):
+                raise UsageError(f"{align.method} gives no checkpoints: align in Python, and merge what it gives")
+            cast(DiskSource, source).checkpoint = model
+
+    return run
 
 
 def run_recipe(

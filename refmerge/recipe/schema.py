@@ -91,6 +91,17 @@ class NativeModelEntry(ModelEntry):
     stats: Annotated[str, Field(min_length=1)] | None = None
 
 
+class Align(_Closed):
+    """What brings the models' units into one order before they are merged."""
+
+    method: Annotated[str, Field(min_length=1, description="A procedure of models and a spec, such as git_rebasin")]
+    spec: Literal["mlp", "vgg", "resnet", "vit", "gpt2", "llama"] | None = Field(
+        None, description="The architecture, where the names of tensors do not tell"
+    )
+    to: ModelPath | None = Field(None, description="The model that stays: base_model or else the first one if absent")
+    parameters: dict[str, Value] | None = None
+
+
 class MergekitRecipe(_Closed):
     """A recipe in mergekit's YAML, with mergekit's semantics."""
 
@@ -110,6 +121,7 @@ class NativeRecipe(_Closed):
     merge_method: Annotated[str, Field(min_length=1)]
     models: Annotated[list[NativeModelEntry], Field(min_length=1)]
     base_model: ModelPath | None = None
+    align: Align | None = None
     parameters: Parameters | None = None
     dtype: DType | None = None
     out_dtype: DType | None = None
@@ -200,12 +212,15 @@ def _message(error: Any, path: Path, kind: type[BaseModel]) -> str:
             if path[-1] == "parameters" or "parameters" not in path:
                 what = f"an entry of {key}" if isinstance(path[-1], int) else key
                 return f"{what} must be a mapping"
-    return f"{key} must be {_SETTING}, not {quote(given)}"
+    setting = _SETTING if path[0] != "align" else "a number, true or false, text, or a list of these"
+    return f"{key} must be {setting}, not {quote(given)}"
 
 
 def _unknown_key(path: Path, kind: type[BaseModel]) -> str:
     key = path[-1]
-    if "parameters" in path:
+    if path[0] == "align":
+        fields = Align.model_fields
+    elif "parameters" in path:
         fields = Condition.model_fields
     elif path[0] == "models":
         fields = (NativeModelEntry if kind is NativeRecipe else ModelEntry).model_fields

@@ -3,7 +3,8 @@ from itertools import accumulate
 
 from refmerge.errors import UsageError
 from refmerge.method import PerModel, method
-from refmerge.numeric import clamp, exact_sum, total
+from refmerge.methods.averaging.slerp import angle, arc
+from refmerge.numeric import exact_sum, total
 
 EPS = 1e-3  # of an angle's sine, and of a length beside those it is a difference of: less is rounding
 
@@ -18,7 +19,7 @@ def warp(models, base, group, *, weight: PerModel[float] = 1.0):
     # 1. task vectors
     delta = [theta_m - base for theta_m in models]
     # 2. inner products
-    G = gram(delta, group)
+    G = group.gram(*delta)
     # 3. arcs
     c = [1.0]
     for lambda_m in shares(weight)[1:]:
@@ -32,14 +33,6 @@ def layer(name):
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts[1:-1], 1) if part.isdecimal()), len(parts))
     return ".".join(parts[: number + 1])
-
-
-def gram(delta, group):
-    """G[i][j] = <delta_i, delta_j> over the group."""
-    M = len(delta)
-    pairs = [(i, j) for i in range(M) for j in range(i, M)]
-    known = dict(zip(pairs, group.dot(*((delta[i], delta[j]) for i, j in pairs))))
-    return [[known[min(i, j), max(i, j)] for j in range(M)] for i in range(M)]
 
 
 def shares(weight):
@@ -59,8 +52,6 @@ def along_arc(c, t, G):
     ss = exact_sum([c[i] * c[j] * G[i][j] for i in range(m) for j in range(m)])
     sd, dd = exact_sum([c[i] * G[i][m] for i in range(m)]), G[m][m]
     cancelled = ss <= EPS**2 * exact_sum([c[i] * c[i] * G[i][i] for i in range(m)])
-    norms = 0.0 if cancelled else math.sqrt(ss) * math.sqrt(dd)
-    omega = 0.0 if norms == 0 else math.acos(clamp(sd / norms, -1.0, 1.0))
-    if math.sin(omega) <= EPS:
-        return [*((1 - t) * c_i for c_i in c), t]
-    return [*(math.sin((1 - t) * omega) / math.sin(omega) * c_i for c_i in c), math.sin(t * omega) / math.sin(omega)]
+    omega = 0.0 if cancelled else angle(ss, dd, sd)
+    s, d = (1 - t, t) if math.sin(omega) <= EPS else arc(t, omega)
+    return [*(s * c_i for c_i in c), d]

@@ -1,0 +1,352 @@
+"""LoRA adapters as checkpoints of their own: PEFT's layout read and written, and the change of the weights that they are.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. The factors of a module lie there under
+
+    base_model.model.<module>.lora_A.weight       r x in (a convolution: r x in x height x width)
+    base_model.model.<module>.lora_B.weight       out x r (a convolution: out x r x 1 x 1)
+    base_model.model.<module>.lora_embedding_A    r x rows of the table, and lora_embedding_B: width x r
+
+and the module's weight changes by scaling * B A, where scaling is alpha / r, or alpha / sqrt(r) where the configuration says
+`use_rslora`. `r` and `lora_alpha` hold for all modules but those that `rank_pattern` and `alpha_pattern` name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmerge.checkpoint import DTYPES, FLOATS, CheckpointWriter, name_of, open_checkpoint, promote
+from refmerge.checkpoint.files import shown
+from refmerge.checkpoint.layout import contained, read_json
+from refmerge.errors import InputError, UsageError
+from refmerge.numeric import scores
+from refmerge.sources import dtype_name, stored_bytes
+
+__all__ = ["Adapter", "Factors", "adapter_from", "apply_adapter", "read_adapter", "write_adapter"]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PARTS = re.compile(r"(?P<module>.+)\.(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<row>[AB]))")
+# What the configuration says about factors; the rest of it is carried along.
+OWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
+# Where these are set, the weights change by something else than scaling * B A.
+OTHER_CHANGES = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+MOVED_BASES = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What one module's weight changes by: scaling * B A.
+
+    A: r x in, or r x in x height x width. B: out x r, or out x r x 1 x 1. alpha: None is the rank, and so scaling 1.
+    embedding: of a table, which is stored with one row for each word, so that its change is (scaling * B A)^T.
+    """
+
+    A: np.ndarray
+    B: np.ndarray
+    alpha: float | None = None
+    rslora: bool = False
+    embedding: bool = False
+
+    def __post_init__(self) -> None:
+        if self.A.ndim < 2 or self.B.ndim < 2 or self.B.shape[1] != self.A.shape[0] or math.prod(self.B.shape[2:]) != 1:
+            raise InputError(f"factors of shapes A {list(self.A.shape)} and B {list(self.B.shape)} have no product B A")
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        if self.alpha is None:
+            return math.sqrt(self.rank) if self.rslora else 1.0
+        if not self.rank:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the product."""
+        return self.B.shape[0], math.prod(self.A.shape[1:])
+
+    def matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        """B and A as matrices, in float64."""
+        return scores(self.B).reshape(self.B.shape[0], self.rank), scores(self.A).reshape(self.rank, self.shape[1])
+
+    def product(self) -> np.ndarray:
+        """scaling * B A in float64, out x in."""
+        B, A = self.matrices()
+        return self.scaling * (B @ A)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter. modules: name -> Factors. config: what else adapter_config.json says. saved: tensors of the model that
+    it replaces whole (`modules_to_save`), by the model's names."""
+
+    modules: Mapping[str, Factors]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """PEFT's name -> array. Modules of rank 0, which change nothing and which PEFT does not have, are left out."""
+        named = {}
+        for module, f in self.modules.items():
+            if f.rank:
+                for part, x in (("A", f.A), ("B", f.B)):
+                    named[PREFIX + module + (f".lora_embedding_{part}" if f.embedding else f".lora_{part}.weight")] = x
+        return dict(sorted({**named, **{PREFIX + name: x for name, x in self.saved.items()}}.items()))
+
+    def delta(self, module: str) -> np.ndarray:
+        """The change of a module's weight as the model stores it, in float64; a convolution's in its own shape."""
+        f = self.modules[module]
+        change = f.product()
+        return change.T if f.embedding or self.config.get("fan_in_fan_out") else change.reshape(-1, *f.A.shape[1:])
+
+    def configuration(self) -> dict[str, Any]:
+        """adapter_config.json. The commonest rank and alpha stand for all modules, and patterns for the others."""
+        factors = {module: f for module, f in self.modules.items() if f.rank}
+        rslora = {f.rslora for f in factors.values()}
+        if len(rslora) > 1:
+            some = listed(m for m, f in factors.items() if f.rslora)
+            raise UsageError(f"use_rslora holds for a whole adapter, and here only for {some}; give all modules one of both")
+        ranks = {module: f.rank for module, f in factors.items()}
+        alphas = {module: _whole(f.rank if f.alpha is None else f.alpha) for module, f in factors.items()}
+        r, alpha = (max(Counter(x.values()).items(), key=lambda n: (n[1], n[0]), default=(1,))[0] for x in (ranks, alphas))
+        default: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none"}
+        default |= {"fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
+        default["target_modules"] = sorted(factors)
+        whole = sorted({name.rpartition(".")[0] for name in self.saved}) or None
+        own: dict[str, Any] = {"r": r, "lora_alpha": alpha, "use_rslora": rslora == {True}, "modules_to_save": whole}
+        own |= {"rank_pattern": _pattern(ranks, r), "alpha_pattern": _pattern(alphas, alpha)}
+        return dict(sorted({**default, **self.config, **own}.items()))
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """The adapter in a folder, in memory. InputError says what is wrong with it, and lists tensors that do not belong."""
+    folder = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).exists():
+            raise InputError(f"{shown(folder)}: no PEFT adapter: it has no {name}")
+    config = read_json(contained(folder / CONFIG, folder))
+    return adapter_from(open_checkpoint(contained(folder / WEIGHTS, folder)), config, str(folder))
+
+
+def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], label: str = "adapter") -> Adapter:
+    """The adapter that PEFT's tensors and adapter_config.json make. InputError as for `read_adapter`."""
+    _understood(config, label)
+    whole = tuple(config.get("modules_to_save") or ())
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    tables, saved, odd = set(), {}, []
+    for name in sorted(tensors):
+        bare = name.removeprefix(PREFIX)
+        found = PARTS.fullmatch(bare) if bare != name else None
+        if found:
+            part = found["part"] or found["row"]
+            parts.setdefault(found["module"], {})[part] = tensors[name]
+            tables |= {found["module"]} if found["row"] else set()
+        elif bare != name and _ends_with(bare.rpartition(".")[0], whole):
+            saved[bare] = tensors[name]
+        else:
+            odd.append(name)
+    if odd:
+        raise InputError(f"{label}: {listed(odd)} belong to no LoRA factors; nothing but lora_A, lora_B, lora_embedding_A, "
+                         "lora_embedding_B and modules_to_save is understood")  # fmt: skip
+    if lone := [f"{module} (no {'B' if 'A' in x else 'A'})" for module, x in parts.items() if len(x) < 2]:
+        raise InputError(f"{label}: factors without their other half: {listed(lone)}")
+    modules, wrong = {}, []
+    for module, x in parts.items():
+        r = _matched(config.get("rank_pattern"), module, config["r"])
+        alpha = _matched(config.get("alpha_pattern"), module, config["lora_alpha"])
+        try:
+            f = Factors(x["A"], x["B"], alpha, bool(config.get("use_rslora")), module in tables)
+        except InputError as error:
+            raise InputError(f"{label}: module {module!r}: {error}") from None
+        modules[module] = f
+        if f.rank != r:
+            wrong.append(f"{module} ({f.rank}, said to be {r})")
+    if wrong:
+        raise InputError(f"{label}: ranks are not those of {CONFIG}: {listed(wrong)}")
+    return Adapter(modules, {k: v for k, v in config.items() if k not in OWN}, saved)
+
+
+def write_adapter(adapter: Adapter, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an adapter as PEFT's folder, which appears whole or not at all. Returns its path."""
+    tensors = adapter.tensors()
+    if not tensors:
+        raise UsageError("an adapter that changes nothing is not written: all its ranks are 0")
+    text = json.dumps(adapter.configuration(), indent=2, ensure_ascii=False) + "\n"
+    plan = {name: (name_of(x.dtype), x.shape) for name, x in tensors.items()}
+    options = {"overwrite": overwrite, "extra_files": {CONFIG: text.encode()}, "weights": WEIGHTS}
+    with CheckpointWriter(out, plan, max_shard_size="1000TB", **options) as writer:  # type: ignore[arg-type]
+        for name, (dtype, _) in plan.items():
+            raw = np.asarray(tensors[name], dtype=DTYPES[dtype], order="C").reshape(-1).view(np.uint8)
+            writer.write(name, 0, raw)
+    return Path(out)
+
+
+def apply_adapter(base: Mapping[str, np.ndarray], adapter: Adapter, *, weight: float = 1.0) -> dict[str, np.ndarray]:
+    """theta_0 + weight * scaling * B A in float64, rounded once to the base's dtype. InputError lists modules that
+    the base does not have or has in another shape."""
+    missing = [m for m in adapter.modules if f"{m}.weight" not in base] + [n for n in adapter.saved if n not in base]
+    if missing:
+        raise InputError(f"the base has no {listed(missing)}, which the adapter changes")
+    model = {name: base[name] for name in base}
+    for module in adapter.modules:
+        name = f"{module}.weight"
+        x, change = model[name], adapter.delta(module)
+        if change.shape != tuple(x.shape):
+            raise InputError(f"tensor {name!r} is {list(x.shape)}, and the adapter's change of it {list(change.shape)}")
+        model[name] = rounded(scores(x) + weight * change, dtype_name(x, name))
+    return {**model, **adapter.saved}
+
+
+# ------------------------------------------------------------------------------------------- what procedures ask for
+
+
+def opened(adapters: Iterable[Any], method: str) -> list[Adapter]:
+    """Adapters, read where a path is given. UsageError for anything else, and for none."""
+    found = [read_adapter(a) if isinstance(a, str | Path) else a for a in adapters]
+    if not found or not all(isinstance(a, Adapter) for a in found):
+        raise UsageError(f"{method}: adapters are paths of PEFT's folders, or what read_adapter gives, and at least one")
+    return found
+
+
+def same_modules(adapters: Sequence[Adapter], method: str) -> list[str]:
+    """The modules of all adapters. InputError lists those that some adapters do not have."""
+    union = {module for a in adapters for module in a.modules}
+    lacking = [f"adapter {n}: {listed(rest)}" for n, a in enumerate(adapters) if (rest := sorted(union - set(a.modules)))]
+    if lacking:
+        raise InputError(f"{method}: modules are missing in {'; '.join(lacking)}")
+    return sorted(union)
+
+
+def nothing_saved(adapters: Sequence[Adapter], method: str) -> None:
+    """UsageError where an adapter replaces tensors whole, which have no factors."""
+    if some := [name for a in adapters for name in a.saved]:
+        raise UsageError(
+            f"{method}: {listed(some)} are no factors but whole tensors (modules_to_save); merge these as models"
+        )
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Float64 rounded once to a safetensors dtype."""
+    return stored_bytes(x, dtype).view(DTYPES[dtype]).reshape(x.shape)
+
+
+def dtype_of(*factors: Factors) -> str:
+    """The float type that holds all their values. InputError for other types."""
+    kinds = {dtype_name(x, "of a factor") for f in factors for x in (f.A, f.B)}
+    if not kinds <= FLOATS:
+        raise InputError(f"factors of type {listed(kinds - FLOATS)} cannot be merged: only floats can")
+    return promote(kinds)
+
+
+def factors_of(B: np.ndarray, A: np.ndarray, like: Factors, dtype: str, **changed: Any) -> Factors:
+    """Matrices as factors of the same kind of module, rounded once; scaling is 1 unless `changed` says otherwise."""
+    shaped = rounded(A.reshape(len(A), *like.A.shape[1:]), dtype), rounded(B.reshape(*B.shape, *like.B.shape[2:]), dtype)
+    return Factors(*shaped, **{"embedding": like.embedding, **changed})
+
+
+def finite(D: np.ndarray, module: str) -> np.ndarray:
+    """D itself. InputError where it has no singular values."""
+    if not np.all(np.isfinite(D)):
+        raise InputError(f"module {module!r}: a change that is infinite or NaN has no singular values")
+    return D
+
+
+def factorised(B: np.ndarray, A: np.ndarray, module: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U, S, V^T of B A in float64 without making the product: B = Q L, A^T = P R, and L R^T is small."""
+    Q, L = np.linalg.qr(finite(B, module))
+    P, R = np.linalg.qr(finite(A, module).T)
+    U, S, Vt = np.linalg.svd(L @ R.T, full_matrices=False)
+    return Q @ U, S, Vt @ P.T
+
+
+def split(U: np.ndarray, S: np.ndarray, Vt: np.ndarray, scale: str) -> tuple[np.ndarray, np.ndarray]:
+    """B and A whose product is U diag(S) V^T, with S on one of them or its root on both."""
+    if scale not in ("both", "A", "B"):
+        raise UsageError(f"scale = {scale!r} is none of 'both', 'A', 'B'")
+    left, right = {"both": (np.sqrt(S), np.sqrt(S)), "A": (1.0, S), "B": (S, 1.0)}[scale]
+    return U * left, (Vt.T * right).T
+
+
+def chosen_rank(S: np.ndarray, rank: int | None, energy: float | None) -> int:
+    """`rank`, as far as there are so many, or the lowest one whose squares are `energy` of all."""
+    if (rank is None) == (energy is None):
+        raise UsageError("give one of rank and energy")
+    if rank is not None:
+        if type(rank) is not int or rank < 1:
+            raise UsageError(f"rank = {rank!r} is no positive whole number")
+        return min(rank, len(S))
+    assert energy is not None
+    if not 0 < energy <= 1:
+        raise UsageError(f"energy = {energy!r} is outside (0, 1]")
+    # What rounding makes of a zero is none of the energy.
+    squares = np.where(len(S) * np.finfo(np.float64).eps * max(S, default=0.0) < S, S, 0.0) ** 2
+    sums = np.cumsum(squares)
+    return int(np.searchsorted(sums, energy * sums[-1])) + 1 if squares.any() else 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Of a module: the rank chosen, |R - B A| in the Frobenius norm with the factors as stored, and that over |R|."""
+
+    rank: int
+    error: float
+    relative: float
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message, at most eight of them."""
+    names = [shown(n) for n in names]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _understood(config: Mapping[str, Any], label: str) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise InputError(f"{label}: an adapter of type {kind!r}; only LORA is understood")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or isinstance(config[key], bool):
+            raise InputError(f"{label}: {CONFIG} has no number {key!r}")
+    if on := [key for key in OTHER_CHANGES if config.get(key)]:
+        raise InputError(f"{label}: {CONFIG} sets {listed(on)}: its weights do not change by B A alone")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(MOVED_BASES):
+        raise InputError(
+            f"{label}: init_lora_weights = {start!r} changed the base too; let PEFT convert it to plain LORA first"
+        )
+
+
+def _matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern, a regular expression, that is the module's name or its end after a dot."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Patterns by which every module gets its value: plain names, or, where these fit others too, anchored ones."""
+    found = {module: v for module, v in values.items() if v != default}
+    if all(_matched(found, module, default) == v for module, v in values.items()):
+        return found
+    return {f"^{re.escape(module)}": v for module, v in found.items()}
+
+
+def _ends_with(module: str, names: Iterable[str]) -> bool:
+    return any(module == n or module.endswith(f".{n}") for n in names)
+
+
+def _whole(x: float) -> float:
+    return int(x) if float(x).is_integer() else float(x)

@@ -1,0 +1,411 @@
+"""Two models compared: their weights, tensor by tensor in blocks, and their loss along the line between them.
+
+`weights` needs no data and bounded memory. `along` needs inputs with labels and one of the networks of refmerge.nets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refmerge.checkpoint import DTYPES, FLOATS, Checkpoint, decode, itemsize
+from refmerge.errors import InputError, UsageError
+from refmerge.numeric import STRETCH, exact_sum, expansion, host, leaf_sums
+
+if TYPE_CHECKING:
+    from refmerge.procedures.measures.layerwise_barrier import LayerBarriers
+    from refmerge.procedures.measures.loss_barrier import Barrier
+
+__all__ = ["Comparison", "Line", "Task", "Tensor", "along", "network", "networks", "options_of", "task", "weights"]
+
+BLOCK = STRETCH  # elements of a tensor at a time: whole stretches of the sums, in cache
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What is found out of a tensor that both models have. norm: of both. distance: |a - b|; relative: in |a|. cosine: of
+    the angle between them. largest: the largest difference of entries, NaN aside. differing: how many entries differ.
+    changes: cosine of a - base and b - base. None where there is no such number: for integers, zeros, what is not finite."""
+
+    name: str
+    dtypes: tuple[str, str]
+    shape: tuple[int, ...]
+    norm: tuple[float | None, float | None] = (None, None)
+    distance: float | None = None
+    relative: float | None = None
+    cosine: float | None = None
+    largest: float | None = None
+    differing: int = 0
+    changes: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """tensors: those that both have in one shape, by name. whole: of all their floating-point entries together. only: names
+    that one model alone has. apart: name -> why the two cannot be compared. from_base: whether there was a base."""
+
+    tensors: dict[str, Tensor]
+    whole: Tensor
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+    apart: dict[str, str]
+    from_base: bool
+
+    def most(self, by: str = "relative") -> list[Tensor]:
+        """Tensors that differ, the most different first: by relative, distance, largest, differing or cosine. Before them
+        those that have no such number: of integers, or with values that are not finite."""
+        differing = [x for x in self.tensors.values() if x.differing]
+        if by == "cosine":
+            return sorted(differing, key=lambda x: (x.cosine is not None, x.cosine or 0.0, x.name))
+        return sorted(differing, key=lambda x: (getattr(x, by) is not None, -(getattr(x, by) or 0.0), x.name))
+
+    def told(self) -> dict[str, Any]:
+        """For programs."""
+
+        def facts(x: Tensor) -> dict[str, Any]:
+            return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(x).items() if key != "name"}
+
+        whole = {key: value for key, value in facts(self.whole).items() if key != "shape"}
+        only = {f"only_{which}": list(names) for which, names in zip("ab", self.only)}
+        return {"tensors": {name: facts(x) for name, x in self.tensors.items()}, "whole": whole, **only, "apart": self.apart}
+
+    def text(self, top: int = 20, by: str = "relative") -> str:
+        """For people."""
+        whole = self.whole
+        equal = sum(not x.differing for x in self.tensors.values())
+        lines = [f"tensors   {len(self.tensors)} in both, {equal} of them equal"]
+        for which, names in zip("AB", self.only):
+            some = ", ".join(map(_shown, names[:5])) + (", ..." if len(names) > 5 else "")
+            lines += [f"only {which}    {len(names)}: {some}"] if names else []
+        lines += [f"apart     {_shown(name)}: {why}" for name, why in self.apart.items()]
+        norms = f"|A| = {_digits(whole.norm[0])}, |B| = {_digits(whole.norm[1])}"
+        lines.append(f"distance  |A - B| = {_digits(whole.distance)}, {norms}, relative {_digits(whole.relative)}")
+        lines.append(f"cosine    {_digits(whole.cosine, 6)}")
+        if self.from_base:
+            lines.append(f"changes   cosine {_digits(whole.changes, 6)} of what A and B changed of the base")
+        shown = self.most(by)[:top]
+        if shown:
+            columns = ["relative", "cosine", "distance", "largest", "differing", *(["changes"] if self.from_base else [])]
+            finer = ("cosine", "changes")
+            rows = [[f"most different, by {by}", *columns]]
+            for x in shown:
+                rows.append([_shown(x.name), *(_digits(getattr(x, key), 6 if key in finer else 3) for key in columns)])
+            widths = [max(map(len, column)) for column in zip(*rows)]
+            lines.append("")
+            for first, *others in rows:
+                lines.append("  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(others, widths[1:]))]))
+        return "\n".join(lines)
+
+
+def _digits(x: float | None, digits: int = 3) -> str:
+    return "-" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.{digits}g}"
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+def weights(
+    a: Checkpoint, b: Checkpoint, base: Checkpoint | None = None, progress: Callable[[int], None] = lambda nbytes: None
+) -> Comparison:
+    """Compare checkpoints tensor by tensor, a block of each at a time. progress is told the bytes that were read."""
+    only = tuple(sorted(a.tensors.keys() - b.tensors.keys())), tuple(sorted(b.tensors.keys() - a.tensors.keys()))
+    tensors, apart, sums = {}, {}, _Sums()
+    for name in a.tensors:
+        if name not in b.tensors:
+            continue
+        one, other = a.tensors[name], b.tensors[name]
+        if one.shape != other.shape:
+            apart[name] = f"{list(one.shape)} and {list(other.shape)}"
+        elif (one.dtype in FLOATS) != (other.dtype in FLOATS):
+            apart[name] = f"{one.dtype} and {other.dtype}"
+        elif one.dtype in FLOATS:
+            here = _Sums()
+            from_base = base if base is not None and _as(base, name, one.shape) else None
+            for block in _blocks(name, one.size, [a, b] + ([from_base] if from_base is not None else []), progress):
+                here.add(*map(_widened, block))
+            sums.join(here)
+            tensors[name] = here.tensor(name, (one.dtype, other.dtype), one.shape)
+        else:
+            tensors[name] = _integers(name, a, b, progress)
+    dtypes = tuple("+".join(sorted({x.dtypes[i] for x in tensors.values()} & FLOATS)) for i in (0, 1))
+    return Comparison(tensors, sums.tensor("", (dtypes[0], dtypes[1]), ()), (only[0], only[1]), apart, base is not None)
+
+
+def _as(base: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
+    found = base.tensors.get(name)
+    return found is not None and found.shape == shape and found.dtype in FLOATS
+
+
+def _blocks(
+    name: str, size: int, models: list[Checkpoint], progress: Callable[[int], None]
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Blocks of a tensor: of each model its dtype, and the bytes."""
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        found = []
+        for model in models:
+            dtype = model.tensors[name].dtype
+            raw = np.empty((stop - start) * itemsize(dtype), np.uint8)
+            model.read(name, start, stop, raw)
+            found.append((dtype, raw))
+            progress(raw.size)
+        yield found
+
+
+def _widened(block: tuple[str, np.ndarray]) -> np.ndarray:
+    """Floats, in float64."""
+    dtype, raw = block
+    wide = np.empty(raw.size // itemsize(dtype), np.float64)
+    decode(raw, dtype, wide)
+    return wide
+
+
+def _integers(name: str, a: Checkpoint, b: Checkpoint, progress: Callable[[int], None]) -> Tensor:
+    differing = 0
+    for block in _blocks(name, a.tensors[name].size, [a, b], progress):
+        x, y = (raw.view(DTYPES[dtype]) for dtype, raw in block)
+        differing += int(np.count_nonzero(x != y))
+    return Tensor(name, (a.tensors[name].dtype, b.tensors[name].dtype), a.tensors[name].shape, differing=differing)
+
+
+class _Sums:
+    """Sums over the entries of a tensor or of many: exact, so that the order in which they come does not matter."""
+
+    KEYS = ("aa", "bb", "ab", "dd", "pp", "qq", "pq")
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[float]] = {}
+        self.largest, self.differing = 0.0, 0
+
+    def add(self, a: np.ndarray, b: np.ndarray, base: np.ndarray | None = None) -> None:
+        with np.errstate(all="ignore"):
+            d = a - b
+            products = {"aa": a * a, "bb": b * b, "ab": a * b, "dd": d * d}
+            if base is not None:
+                p, q = a - base, b - base
+                products |= {"pp": p * p, "qq": q * q, "pq": p * q}
+            self.differing += int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b))))
+            size = np.abs(d)
+            size = size[~np.isnan(size)]
+        self.largest = max(self.largest, float(size.max()) if size.size else 0.0)
+        for key, sums in zip(products, leaf_sums(*products.values())):
+            self._add(key, sums.tolist())
+
+    def _add(self, key: str, sums: Sequence[float]) -> None:
+        parts = expansion([*self.parts.get(key, ()), *sums])
+        self.parts[key] = parts if len(parts) < 64 else [exact_sum(parts)]  # many only where infinities of both signs met
+
+    def join(self, other: _Sums) -> None:
+        for key, parts in other.parts.items():
+            self._add(key, parts)
+        self.largest, self.differing = max(self.largest, other.largest), self.differing + other.differing
+
+    def tensor(self, name: str, dtypes: tuple[str, str], shape: tuple[int, ...]) -> Tensor:
+        total = {key: exact_sum(self.parts.get(key, ())) for key in self.KEYS}
+        norm = _root(total["aa"]), _root(total["bb"])
+        distance = _root(total["dd"])
+        relative = (
+            None if distance is None or norm[0] is None else distance / norm[0] if norm[0] else None if distance else 0.0
+        )
+        return Tensor(
+            name, dtypes, shape, norm, distance, relative, _cosine(total["ab"], total["aa"], total["bb"]),
+            self.largest if math.isfinite(self.largest) else None, self.differing,
+            _cosine(total["pq"], total["pp"], total["qq"]) if "pp" in self.parts else None,
+        )  # fmt: skip
+
+
+def _root(x: float) -> float | None:
+    return math.sqrt(x) if math.isfinite(x) else None
+
+
+def _cosine(ab: float, aa: float, bb: float) -> float | None:
+    if not (math.isfinite(ab) and math.isfinite(aa) and math.isfinite(bb) and aa > 0 and bb > 0):
+        return None
+    return max(-1.0, min(1.0, ab / (math.sqrt(aa) * math.sqrt(bb))))
+
+
+# ------------------------------------------------------------------------------------------------------------- with data
+
+
+def networks() -> list[str]:
+    """The architectures that a loss can be computed of."""
+    package = importlib.import_module("refmerge.nets")
+    modules = [importlib.import_module(f"refmerge.nets.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    return sorted(m.__name__.rpartition(".")[2] for m in modules if hasattr(m, "forward"))
+
+
+def network(name: str) -> Callable[..., Any]:
+    """The forward of that name. UsageError where there is none."""
+    if name not in networks():
+        raise UsageError(f"there is no network {name!r} (there are {', '.join(networks())})")
+    return importlib.import_module(f"refmerge.nets.{name}").forward
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network's losses and errors on labelled inputs, functions of a model."""
+
+    loss: Callable[[Mapping[str, Any]], float]
+    error: Callable[[Mapping[str, Any]], float]
+    samples: int
+
+
+def task(net: str, data: str | Path, *, batch: int = 256, **options: Any) -> Task:
+    """Cross-entropy and share of errors of a network of refmerge.nets on the inputs and labels in an .npz file, in float32
+    for weights of 32 bits or fewer. options: of its forward, such as heads."""
+    forward = network(net)
+    inputs, labels = _labelled(data)
+    last: dict[str, Any] = {}
+
+    def both(model: Mapping[str, Any]) -> tuple[float, float]:
+        if last.get("model") is not model:  # both are asked of one model in turn
+            last.update(model=model, found=_evaluate(forward, model, inputs, labels, batch, options))
+        return last["found"]
+
+    return Task(lambda model: both(model)[0], lambda model: both(model)[1], labels.size)
+
+
+def options_of(net: str, config: Mapping[str, Any] | None, heads: int | None) -> dict[str, Any]:
+    """What else the forward of a network must be told: the number of heads, as said or from a config. UsageError where it is
+    not known, or there is none to tell."""
+    wanted = inspect.signature(network(net)).parameters
+    if "heads" not in wanted:
+        if heads is not None:
+            raise UsageError(f"{net} has no heads of attention")
+        return {}
+    known = config or {}
+    heads = heads or known.get("num_attention_heads") or known.get("n_head")
+    if type(heads) is not int or heads < 1:
+        raise UsageError(f"{net} wants the number of heads: --heads, or num_attention_heads in config.json")
+    groups = known.get("num_key_value_heads")
+    return {"heads": heads} | ({"groups": groups} if "groups" in wanted and type(groups) is int else {})
+
+
+def _labelled(data: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        found = np.load(data, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise InputError(f"{data}: is a single array, and an .npz with inputs and labels is wanted")
+        with found:
+            if missing := {"inputs", "labels"} - set(found):
+                raise InputError(f"{data}: there is no array {sorted(missing)[0]!r}; inputs and labels are wanted")
+            inputs, labels = found["inputs"], found["labels"]
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f"{data}: cannot be read as .npz: {e}") from e
+    if labels.dtype.kind not in "iu" or not labels.size or len(labels) != len(inputs):
+        raise InputError(
+            f"{data}: labels are whole numbers, one or more for each of the inputs; these are {labels.dtype} of shape "
+            f"{list(labels.shape)} for inputs of shape {list(inputs.shape)}"
+        )
+    return inputs, labels
+
+
+def _evaluate(
+    forward: Any, model: Mapping[str, Any], inputs: np.ndarray, labels: np.ndarray, batch: int, options: Mapping[str, Any]
+) -> tuple[float, float]:
+    params = {name: host(model[name]) for name in model}
+    wide = any(x.dtype == np.float64 for x in params.values())
+    losses, wrong = [], 0
+    for start in range(0, len(inputs), batch):
+        x, y = inputs[start : start + batch], labels[start : start + batch].reshape(-1)
+        if x.dtype.kind == "f":
+            x = x.astype(np.float64 if wide else np.float32)
+        try:
+            with np.errstate(all="ignore"):
+                z = np.asarray(forward(params, x, **options), dtype=np.float64)
+        except (KeyError, ValueError, TypeError, IndexError) as e:
+            reason = f"tensor {e} is missing" if isinstance(e, KeyError) else str(e)
+            raise UsageError(
+                f"{forward.__module__.rpartition('.')[2]} cannot run these weights on these inputs: {reason}"
+            ) from e
+        z = z.reshape(-1, z.shape[-1])
+        if len(z) != len(y) or y.min() < 0 or y.max() >= z.shape[1]:
+            raise UsageError(
+                f"labels from {y.min()} to {y.max()} do not fit {len(z)} outputs of {z.shape[1]} classes for {len(y)}"
+            )
+        with np.errstate(all="ignore"):
+            z = z - z.max(axis=1, keepdims=True)
+            of_label = z[np.arange(len(y)), y]
+            losses += (np.log(np.exp(z).sum(axis=1)) - of_label).tolist()
+        wrong += int(np.count_nonzero(~(np.argmax(z, axis=1) == y) | np.isnan(of_label)))
+    return exact_sum(losses) / len(losses), wrong / len(losses)
+
+
+@dataclass(frozen=True)
+class Line:
+    """loss, error: barriers on the line between two models. layers: the loss's barrier in each layer, if it was asked for.
+    samples: of the data."""
+
+    loss: Barrier
+    error: Barrier
+    layers: LayerBarriers | None
+    samples: int
+
+    def told(self) -> dict[str, Any]:
+        """For programs: what is not finite is None."""
+        found = {
+            "samples": self.samples, "t": self.loss.t, "loss": self.loss.losses, "barrier": self.loss.barrier,
+            "at": self.loss.at, "error": self.error.losses, "error_barrier": self.error.barrier, "error_at": self.error.at,
+        }  # fmt: skip
+        if self.layers is not None:
+            found["layers"] = {label: x.barriers for label, x in self.layers.layers.items()}
+        return _finite(found)
+
+    def text(self) -> str:
+        """For people."""
+        lines = [
+            f"{which:8}  loss {_digits(self.loss.losses[i], 4)}, {100 * self.error.losses[i]:.1f} % of {self.samples} wrong"
+            for which, i in (("A", 0), ("B", -1))
+        ]
+        points = len(self.loss.t)
+        lines.append(
+            f"barrier   {_digits(self.loss.barrier, 4)} in the loss, at t = {_digits(self.loss.at)} of {points} points"
+        )
+        lines.append(f"          {100 * self.error.barrier:.1f} % in the error, at t = {_digits(self.error.at)}")
+        lowest = min(range(len(self.loss.t)), key=lambda i: _key(self.loss.losses[i]))
+        wrong = f"{100 * self.error.losses[lowest]:.1f} % wrong"
+        lines.append(f"lowest    {_digits(self.loss.losses[lowest], 4)}, {wrong}, at t = {_digits(self.loss.t[lowest])}")
+        if self.layers is not None:
+            lines += ["", "one layer alone half-way, above the mean loss of A and B: in A, and in B"]
+            width = max(map(len, self.layers.layers))
+            for label, x in self.layers.layers.items():
+                lines.append(f"  {_shown(label):{width}}  {_digits(x.barriers[0]):>9}  {_digits(x.barriers[1]):>9}")
+        return "\n".join(lines)
+
+
+def _key(x: float) -> float:
+    return math.inf if math.isnan(x) else x
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def along(models: Sequence[Any], of: Task, points: int = 25, layers: bool = False) -> Line:
+    """The barriers of loss and error on the line between two models, and on request of each layer's loss. Counters and other
+    integers between the ends are the first model's, and weights that are not finite pass."""
+    from refmerge.procedures.measures.layerwise_barrier import layerwise_barrier
+    from refmerge.procedures.measures.loss_barrier import barrier_of, loss_barrier
+
+    errors: list[float] = []
+
+    def loss(model: Mapping[str, Any]) -> float:
+        errors.append(of.error(model))
+        return of.loss(model)
+
+    options: dict[str, Any] = {"integers": "base", "nonfinite": "propagate"}
+    found = loss_barrier(models, loss, points=points, **options)
+    error = barrier_of(found.t, errors)
+    return Line(found, error, layerwise_barrier(models, of.loss, **options) if layers else None, of.samples)

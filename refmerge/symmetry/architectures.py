@@ -1,0 +1,272 @@
+"""The specs of known architectures, from a model's tensor names and shapes; weights are not read.
+
+A permutation has the name of the layer that makes its units (`fc1`, `layer1.0.conv1`). In transformers it says what it is:
+`residual`, and of layer l `ffn.l`, `heads.l`, inside of each head `keys.l` and `values.l`, and where heads share keys and
+values `groups.l` and, inside of each, `queries.l`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from refmerge.errors import UsageError
+from refmerge.nets import gpt2 as gpt2_net
+from refmerge.nets import llama as llama_net
+from refmerge.nets import mlp as mlp_net
+from refmerge.nets import resnet as resnet_net
+from refmerge.nets import vgg as vgg_net
+from refmerge.symmetry.axes import Block, Entry, Nested, Slices
+from refmerge.symmetry.spec import Model, Spec
+
+__all__ = ["ARCHITECTURES", "detect", "gpt2", "llama", "mlp", "resnet", "vgg", "vit"]
+
+Axes = Mapping[str, Sequence[Entry] | None]
+
+
+def mlp(model: Model, layers: Sequence[str] | None = None) -> Spec:
+    """refmerge.nets.mlp: the hidden units of each layer. layers: their names in their order, where that is not the one of
+    their numbers."""
+    axes: dict[str, Sequence[Entry] | None] = {}
+    before: Entry = None
+    order = list(layers or mlp_net.order(model))
+    if not order:
+        raise UsageError("mlp: the model has no tensor whose name ends in .weight")
+    for name in order:
+        units = None if name == order[-1] else name
+        axes |= {f"{name}.weight": (units, before), f"{name}.bias": (units,)}
+        before = units
+    return _spec("mlp", model, axes)
+
+
+def vgg(model: Model) -> Spec:
+    """refmerge.nets.vgg: the channels of each convolution, which its norm shares, and the hidden units at the end. A channel
+    is one or several neighbouring inputs of the first linear layer."""
+    shapes, channels = _shapes(model), 1
+    _needs("vgg", shapes, "features.0.weight", "classifier.0.weight")
+    axes: dict[str, Sequence[Entry] | None] = {}
+    before: Entry = None
+    for name, norm, _ in vgg_net.convolutions(shapes):
+        axes |= {f"{name}.weight": (name, before, None, None), f"{name}.bias": (name,), **_norm(norm, name)}
+        before, channels = name, shapes[f"{name}.weight"].shape[0]
+    for name in (dense := vgg_net.modules(shapes, "classifier")):
+        pixels = shapes[f"{name}.weight"].shape[1] // channels if name == dense[0] else 1
+        units = None if name == dense[-1] else name
+        axes |= {f"{name}.weight": (units, Block(str(before), pixels) if pixels > 1 else before), f"{name}.bias": (units,)}
+        before = units
+    return _spec("vgg", model, axes)
+
+
+def resnet(model: Model) -> Spec:
+    """refmerge.nets.resnet: the residual stream of each stage, and the channels inside of each block."""
+    shapes = _shapes(model)
+    _needs("resnet", shapes, "conv1.weight", "layer1.0.conv1.weight")
+    units = resnet_net.blocks(shapes)
+    axes: dict[str, Sequence[Entry] | None] = {
+        "conv1.weight": (units[0].before, None, None, None), **_norm("bn1", units[0].before),
+    }  # fmt: skip
+    for block in units:
+        before = block.before
+        for i, conv in enumerate(block.convs, 1):
+            after = block.after if i == len(block.convs) else conv
+            axes |= {f"{conv}.weight": (after, before, None, None), **_norm(f"{block.name}.bn{i}", after)}
+            before = after
+        if block.shortcut is not None:
+            axes |= {f"{block.shortcut}.0.weight": (block.after, block.before, None, None)}
+            axes |= _norm(f"{block.shortcut}.1", block.after)
+    head = resnet_net.head(shapes)
+    return _spec("resnet", model, axes | {f"{head}.weight": (None, units[-1].after), f"{head}.bias": (None,)})
+
+
+def vit(model: Model, heads: int) -> Spec:
+    """refmerge.nets.vit (timm's names): residual stream, heads, what is inside of a head, hidden units."""
+    head = _width("vit", _shapes(model), "blocks.0.attn.qkv.weight", 0, 3 * heads)
+    keys, values = Nested("heads.{l}", "keys.{l}", head), Nested("heads.{l}", "values.{l}", head)
+    qkv = Slices([keys, keys, values])
+    axes: Axes = {
+        "cls_token": (None, None, "residual"),
+        "pos_embed": (None, None, "residual"),
+        "patch_embed.proj.weight": ("residual", None, None, None),
+        "patch_embed.proj.bias": ("residual",),
+        "blocks.{l}.attn.qkv.weight": (qkv, "residual"),
+        "blocks.{l}.attn.qkv.bias": (qkv,),
+        "blocks.{l}.attn.proj.weight": ("residual", values),
+        "blocks.{l}.attn.proj.bias": ("residual",),
+        "blocks.{l}.mlp.fc1.weight": ("ffn.{l}", "residual"),
+        "blocks.{l}.mlp.fc1.bias": ("ffn.{l}",),
+        "blocks.{l}.mlp.fc2.weight": ("residual", "ffn.{l}"),
+        "blocks.{l}.mlp.fc2.bias": ("residual",),
+        **_norm("blocks.{l}.norm1", "residual"),
+        **_norm("blocks.{l}.norm2", "residual"),
+        **_norm("norm", "residual"),
+        "head.weight": (None, "residual"),
+        "head.bias": (None,),
+    }
+    return _spec("vit", model, axes)
+
+
+def gpt2(model: Model, heads: int) -> Spec:
+    """refmerge.nets.gpt2, weights of shape (in, out) and one for queries, keys and values."""
+    at = gpt2_net.prefix(model)
+    head = _width("gpt2", _shapes(model), f"{at}h.0.attn.c_proj.weight", 0, heads)
+    keys, values = Nested("heads.{l}", "keys.{l}", head), Nested("heads.{l}", "values.{l}", head)
+    qkv = Slices([keys, keys, values])
+    axes: Axes = {
+        "wte.weight": (None, "residual"),
+        "wpe.weight": (None, "residual"),
+        "h.{l}.attn.c_attn.weight": ("residual", qkv),
+        "h.{l}.attn.c_attn.bias": (qkv,),
+        "h.{l}.attn.c_proj.weight": (values, "residual"),
+        "h.{l}.attn.c_proj.bias": ("residual",),
+        "h.{l}.attn.bias": None,  # the causal mask
+        "h.{l}.attn.masked_bias": None,
+        "h.{l}.mlp.c_fc.weight": ("residual", "ffn.{l}"),
+        "h.{l}.mlp.c_fc.bias": ("ffn.{l}",),
+        "h.{l}.mlp.c_proj.weight": ("ffn.{l}", "residual"),
+        "h.{l}.mlp.c_proj.bias": ("residual",),
+        **_norm("h.{l}.ln_1", "residual"),
+        **_norm("h.{l}.ln_2", "residual"),
+        **_norm("ln_f", "residual"),
+    }
+    return _spec("gpt2", model, {at + name: a for name, a in axes.items()} | {"lm_head.weight": (None, "residual")})
+
+
+def llama(model: Model, heads: int, groups: int | None = None) -> Spec:
+    """refmerge.nets.llama. Heads that share keys and values (groups of them: as many as keys have heads, else all) move with
+    these, and among each other. What is inside of a head of queries and keys stays: each pair of entries there is turned by
+    an angle of its own. What is inside of one of values is free."""
+    groups, shapes, at = groups or heads, _shapes(model), llama_net.prefix(model)
+    _needs("llama", shapes, f"{at}layers.0.self_attn.k_proj.weight")
+    head = _width("llama", shapes, f"{at}layers.0.self_attn.q_proj.weight", 0, heads)
+    if heads % groups or shapes[f"{at}layers.0.self_attn.k_proj.weight"].shape[0] != groups * head:
+        raise UsageError(f"llama: {heads} heads in {groups} groups do not fit the shapes of queries and keys")
+    shared = heads // groups * head  # entries of all heads that share keys and values
+    queries = Nested("groups.{l}", Block("queries.{l}", head), shared)
+    outputs = Nested("groups.{l}", Block("queries.{l}", head, "values.{l}"), shared)
+    keys, values = Block("groups.{l}", head), Nested("groups.{l}", "values.{l}", head)
+    axes: Axes = {
+        "embed_tokens.weight": (None, "residual"),
+        "layers.{l}.self_attn.q_proj.weight": (queries, "residual"),
+        "layers.{l}.self_attn.k_proj.weight": (keys, "residual"),
+        "layers.{l}.self_attn.v_proj.weight": (values, "residual"),
+        "layers.{l}.self_attn.q_proj.bias": (queries,),
+        "layers.{l}.self_attn.k_proj.bias": (keys,),
+        "layers.{l}.self_attn.v_proj.bias": (values,),
+        "layers.{l}.self_attn.q_norm.weight": (None,),
+        "layers.{l}.self_attn.k_norm.weight": (None,),
+        "layers.{l}.self_attn.o_proj.weight": ("residual", outputs),
+        "layers.{l}.self_attn.o_proj.bias": ("residual",),
+        "layers.{l}.self_attn.rotary_emb.inv_freq": None,
+        "layers.{l}.mlp.gate_proj.weight": ("ffn.{l}", "residual"),
+        "layers.{l}.mlp.up_proj.weight": ("ffn.{l}", "residual"),
+        "layers.{l}.mlp.down_proj.weight": ("residual", "ffn.{l}"),
+        "layers.{l}.input_layernorm.weight": ("residual",),
+        "layers.{l}.post_attention_layernorm.weight": ("residual",),
+        "norm.weight": ("residual",),
+    }
+    return _spec("llama", model, {at + name: a for name, a in axes.items()} | {"lm_head.weight": (None, "residual")})
+
+
+ARCHITECTURES: dict[str, Callable[..., Spec]] = {
+    "mlp": mlp, "vgg": vgg, "resnet": resnet, "vit": vit, "gpt2": gpt2, "llama": llama,
+}  # fmt: skip
+
+
+def detect(model: Model, config: Mapping[str, Any] | None = None, architecture: str | None = None) -> Spec:
+    """The spec of the architecture, or else of the one that the model's names tell. config: as in config.json, of which the
+    numbers of heads are wanted; that of an open checkpoint where it is not given. UsageError where that is not known."""
+    config = config or dict(getattr(model, "config", None) or {})
+    name = architecture or next((a for a, sign in _SIGNS.items() if any(sign in n for n in model)), "mlp")
+    if name not in ARCHITECTURES:
+        raise UsageError(f"no architecture {name!r} (available: {', '.join(ARCHITECTURES)})")
+    wanted: dict[str, int | None] = {}
+    for parameter, keys in _HEADS.get(name, {}).items():
+        wanted[parameter] = next((config[key] for key in keys if config.get(key) is not None), None)
+    if "heads" in wanted and wanted["heads"] is None:
+        raise UsageError(f"{name}: how many heads there are is in no tensor: give a config with {_HEADS[name]['heads'][0]}")
+    return ARCHITECTURES[name](model, **wanted)
+
+
+# Part of a name that no other architecture has.
+_SIGNS = {
+    "llama": ".self_attn.q_proj.", "gpt2": ".attn.c_attn.", "vit": ".attn.qkv.", "resnet": "layer1.0.conv1.",
+    "vgg": "features.0.",
+}  # fmt: skip
+# Where a config.json says how many heads there are.
+_HEADS: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {"heads": ("num_attention_heads",), "groups": ("num_key_value_heads",)},
+    "gpt2": {"heads": ("n_head", "num_attention_heads")},
+    "vit": {"heads": ("num_heads", "num_attention_heads")},
+}
+
+
+def _spec(architecture: str, model: Model, axes: Axes) -> Spec:
+    """The spec of the model's tensors, whose names are those of `axes` with a number in place of {l}. UsageError for any
+    other tensor."""
+    templates = {re.compile(re.escape(name).replace(r"\{l\}", r"(\d+)")): a for name, a in axes.items()}
+    found: dict[str, Sequence[Entry] | None] = {}
+    for name in model:
+        for template, entries in templates.items():
+            if match := template.fullmatch(name):
+                found[name] = entries if not match.groups() else _named(entries, match[1])
+                break
+        else:
+            raise UsageError(
+                f"{architecture}: tensor {name!r} is none of this architecture: leave it out, or write a Spec that has it"
+            )
+    return Spec(found)
+
+
+def _named(entries: Sequence[Entry] | None, number: str) -> Sequence[Entry] | None:
+    return None if entries is None else [_numbered(entry, number) for entry in entries]
+
+
+def _numbered(entry: Entry, number: str) -> Entry:
+    """The entry of layer `number`."""
+    match entry:
+        case str():
+            return entry.replace("{l}", number)
+        case Block(name, k, inner):
+            return Block(name.replace("{l}", number), k, _numbered(inner, number))
+        case Nested(name, inner, k):
+            return Nested(name.replace("{l}", number), _numbered(inner, number), k)
+        case Slices(parts):
+            return Slices([_numbered(part, number) for part in parts], entry.sizes)
+    return None
+
+
+def _norm(name: str | None, units: Entry) -> dict[str, Sequence[Entry] | None]:
+    """A norm of any kind over these units."""
+    if name is None:
+        return {}
+    keys = ("weight", "bias", "running_mean", "running_var")
+    return {f"{name}.{key}": (units,) for key in keys} | {f"{name}.num_batches_tracked": ()}
+
+
+class _Shape:
+    """What has a shape and nothing else."""
+
+    def __init__(self, shape: Iterable[int]) -> None:
+        self.shape = tuple(shape)
+
+
+def _shapes(model: Model) -> dict[str, _Shape]:
+    """The model without its weights, which an open checkpoint would read for their shapes."""
+    tensors: Mapping[str, Any] = getattr(model, "tensors", model)
+    return {name: _Shape(x.shape) for name, x in tensors.items()}
+
+
+def _needs(architecture: str, shapes: Mapping[str, _Shape], *names: str) -> None:
+    for name in names:
+        if name not in shapes:
+            raise UsageError(f"{architecture}: the model has no tensor {name!r}")
+
+
+def _width(architecture: str, shapes: Mapping[str, _Shape], name: str, axis: int, parts: int) -> int:
+    """How wide one of so many parts of an axis is."""
+    _needs(architecture, shapes, name)
+    n = shapes[name].shape[axis]
+    if parts < 1 or n % parts:
+        raise UsageError(f"{architecture}: the {n} places of axis {axis} of {name!r} are not {parts} parts of one size")
+    return n // parts

@@ -1,0 +1,199 @@
+"""Recipes that align their models before they merge them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import refmerge
+from refmerge import registry
+from refmerge.checkpoint import open_checkpoint, save
+from refmerge.cli import main
+from refmerge.errors import RecipeError, UsageError
+from refmerge.nets import llama, mlp
+from refmerge.procedure import Procedure
+from refmerge.recipe import describe, parse_recipe, resolve, schema_json
+from refmerge.recipe.run import prepare_recipe
+from refmerge.symmetry import architectures
+
+RECIPE = """\
+refmerge: 1
+merge_method: linear
+models: [{model: ./a}, {model: ./b}]
+align:
+  method: sorted
+"""
+CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}
+
+
+class Result:
+    def __init__(self, models):
+        self.models = models
+
+
+@pytest.fixture
+def aligner(monkeypatch, tmp_path):
+    """A procedure that brings units into the order of the first model's by the order of their norms, and its calls."""
+    calls, known = [], registry.procedure
+    canonicalize = known("canonicalize")
+
+    def run(models, spec, *, order: float = 1.0, among=None):
+        calls.append(([m.path.name for m in models], order, among))
+        first = canonicalize(models[0], spec, scales=None)
+        found = [models[0]]
+        for i, model in enumerate(models[1:]):
+            here = spec.apply(spec.invert(first.permutations), canonicalize(model, spec, scales=None).model)
+            save(here, tmp_path / f"aligned{i}.safetensors", overwrite=True)
+            found.append(open_checkpoint(tmp_path / f"aligned{i}.safetensors"))
+        return Result(found)
+
+    def procedure(name):
+        return Procedure(name, run, "") if name == "sorted" else known(name)
+
+    monkeypatch.setattr(registry, "procedure", procedure)
+    return calls
+
+
+def shuffled(folder, model, spec, config=None):
+    """A model, the same one in another order, and how far apart they are."""
+    other = spec.apply(spec.random(model, np.random.default_rng(1)), model)
+    for name, tensors in (("a", model), ("b", other)):
+        save(tensors, folder / name)
+        if config:
+            (folder / name / "config.json").write_text(json.dumps(config))
+    return other
+
+
+def run(folder, text, **options):
+    (folder / "recipe.yml").write_text(text)
+    return dict(refmerge.run_recipe(folder / "recipe.yml", folder / "merged", **options))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[n], b[n]) for n in a)
+
+
+def test_models_are_aligned_before_they_are_merged(tmp_path, aligner):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    shuffled(tmp_path, model, architectures.mlp(model))
+    assert same(run(tmp_path, RECIPE), model)
+    assert aligner == [(["a", "b"], 1.0, None)]
+    plain = run(tmp_path, RECIPE.partition("align:")[0], overwrite=True)
+    assert not same(plain, model)
+
+
+def test_the_model_that_stays_and_parameters(tmp_path, aligner):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    other = shuffled(tmp_path, model, architectures.mlp(model))
+    text = RECIPE + "  to: b\n  spec: mlp\n  parameters: {order: 2, among: [1, 2]}\n"
+    assert same(run(tmp_path, text), other)
+    assert aligner == [(["b", "a"], 2, [1, 2])]
+
+
+def test_the_base_stays_where_nothing_else_is_said(tmp_path, aligner):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    spec = architectures.mlp(model)
+    shuffled(tmp_path, model, spec)
+    base = spec.apply(spec.random(model, np.random.default_rng(2)), model)
+    save(base, tmp_path / "base")
+    text = RECIPE.replace("linear", "task_arithmetic\nbase_model: ./base")
+    merged = run(tmp_path, text)
+    assert same(merged, base)  # no model differs from it but in the order of its units
+    assert aligner == [(["base", "a", "b"], 1.0, None)]
+    merged = run(tmp_path, text + "  to: ./a\n", overwrite=True)
+    assert same(merged, model) and aligner[1][0] == ["a", "base", "b"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_transformer_with_its_config(tmp_path, aligner, threads):
+    model = {n: x.astype(np.float32) for n, x in llama.init(np.random.default_rng(0), 4, 2).items()}
+    shuffled(tmp_path, model, architectures.llama(model, 4, 2), CONFIG)
+    assert same(run(tmp_path, RECIPE, threads=threads), model)
+
+
+def test_a_plan_reads_no_weight(tmp_path, aligner):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    shuffled(tmp_path, model, architectures.mlp(model))
+    (tmp_path / "recipe.yml").write_text(RECIPE)
+    resolved, plan = prepare_recipe(tmp_path / "recipe.yml")
+    assert aligner == [] and plan.before is not None
+    assert describe(resolved)["align"] == {"method": "sorted", "to": "./a", "spec": None, "parameters": {}}
+    told = CliRunner().invoke(main, ["plan", str(tmp_path / "recipe.yml"), "--no-time"])
+    assert told.exit_code == 0, told.output
+    assert re.search(r"^aligned +to ./a by sorted, before anything else$", told.output, re.MULTILINE)
+    assert aligner == []
+
+
+def test_models_that_the_spec_does_not_fit(tmp_path, aligner):
+    rng = np.random.default_rng(0)
+    model = mlp.init(rng, [5, 7, 6, 4])
+    shuffled(tmp_path, model, architectures.mlp(model))
+    with pytest.raises(UsageError, match="resnet: the model has no tensor"):
+        run(tmp_path, RECIPE + "  spec: resnet\n")
+    attention = llama.init(rng, 4, 2)
+    for name in "ab":
+        save(attention, tmp_path / name, overwrite=True)
+    with pytest.raises(UsageError, match="how many heads there are"):
+        run(tmp_path, RECIPE)
+    assert aligner == []
+
+
+@pytest.mark.parametrize(
+    "align, message",
+    [
+        ("{}", "line 4, column 1: 'method' is missing"),
+        ("{method: rebasin}", "no procedure 'rebasin'"),
+        ("{method: canonicalize}", "canonicalize does not align models"),
+        ("{method: sorted, to: c}", "'c' is none of the models"),
+        ("{method: sorted, spec: lama}", "'spec' is 'mlp', 'vgg', .* not 'lama'"),
+        ("{method: sorted, parameters: {sweps: 1}}", r"sorted has no parameter 'sweps' \(known here: order, among\)"),
+        ("{method: sorted, parameters: {order: {value: 1}}}", "'order' must be a number, true or false, text, or a list"),
+        ("{method: sorted, over: 1}", r"unknown key 'over' \(known here: method, spec, to, parameters\)"),
+        ("sorted", "'align' must be a mapping"),
+    ],
+)
+def test_what_is_refused(aligner, align, message):
+    text = RECIPE.partition("align:")[0] + f"align: {align}\n"
+    with pytest.raises(RecipeError, match=message):
+        resolve(parse_recipe(text))
+
+
+def test_it_belongs_to_native_recipes():
+    with pytest.raises(RecipeError, match="'align' belongs to native recipes"):
+        parse_recipe(RECIPE.replace("refmerge: 1\n", ""))
+    assert "Align" in schema_json()["$defs"]
+
+
+def test_what_gives_no_checkpoints(tmp_path, aligner, monkeypatch):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    shuffled(tmp_path, model, architectures.mlp(model))
+
+    def in_memory(models, spec):
+        return Result([dict(m) for m in models])
+
+    monkeypatch.setattr(registry, "procedure", lambda name: Procedure(name, in_memory, ""))
+    with pytest.raises(UsageError, match="sorted gives no checkpoints"):
+        run(tmp_path, RECIPE)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.skipif("git_rebasin" not in registry.procedures(), reason="git_rebasin is not here")
+@pytest.mark.parametrize("architecture", ["mlp", "llama"])
+def test_git_rebasin_in_a_recipe(tmp_path, architecture):
+    """A model and the same one in another order average to the model, in a merge by processes."""
+    rng = np.random.default_rng(0)
+    model = mlp.init(rng, [5, 7, 6, 4]) if architecture == "mlp" else llama.init(rng, 4, 2)
+    spec = architectures.detect(model, CONFIG)
+    shuffled(tmp_path, model, spec, CONFIG if architecture == "llama" else None)
+    text = RECIPE.replace("sorted", "git_rebasin") + "  parameters: {sweeps: 20}\n"
+    merged = run(tmp_path, text, threads=2)
+    if architecture == "mlp":
+        assert same(merged, model)
+    else:  # sweeps may end in another optimum, of a model with the same function all the same
+        batch = np.array([[3, 1, 4, 1, 5, 9]])
+        forward = [llama.forward(m, batch, heads=4, groups=2) for m in (model, merged)]
+        assert np.isfinite(forward[1]).all()

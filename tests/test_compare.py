@@ -1,0 +1,308 @@
+"""Two checkpoints compared: numbers by hand, blocks beside whole arrays, and the command as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from xml.etree import ElementTree
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refmerge import InputError, UsageError, compare, open_checkpoint
+from refmerge.checkpoint import save
+from refmerge.nets import mlp, vit
+from refmerge.symmetry import architectures
+
+
+def opened(folder: Path, **models):
+    found = []
+    for name, model in models.items():
+        save(model, folder / f"{name}.safetensors")
+        found.append(open_checkpoint(folder / f"{name}.safetensors"))
+    return found
+
+
+A = {"w": np.array([[3.0, 4.0]], np.float32), "same": np.ones(2, np.float32), "n": np.array([1, 2, 3])}
+B = {"w": np.array([[3.0, 0.0]], np.float32), "same": np.ones(2, np.float32), "n": np.array([1, 2, 4])}
+
+
+def test_by_hand(tmp_path):
+    found = compare.weights(*opened(tmp_path, a=A, b=B))
+    w = found.tensors["w"]
+    assert (w.norm, w.distance, w.relative, w.cosine, w.largest, w.differing) == ((5.0, 3.0), 4.0, 0.8, 0.6, 4.0, 1)
+    assert w.changes is None and w.dtypes == ("F32", "F32") and w.shape == (1, 2)
+    same = found.tensors["same"]
+    assert (same.distance, same.relative, same.differing) == (0.0, 0.0, 0) and same.cosine == pytest.approx(1)
+    n = found.tensors["n"]
+    assert (n.differing, n.distance, n.norm) == (1, None, (None, None))
+    assert found.whole.distance == 4.0 and found.whole.norm[0] == pytest.approx(math.sqrt(27))
+    assert found.whole.cosine == pytest.approx(11 / math.sqrt(27 * 11))
+    assert [x.name for x in found.most()] == ["n", "w"]  # what has no number first
+
+
+def test_what_both_changed_of_a_base(tmp_path):
+    zero = {"w": np.array([[0.0, 0.0]], np.float32), "n": np.array([1, 2, 3])}
+    one, two, base = opened(tmp_path, a=A, b={**B, "w": np.array([[-4.0, 3.0]], np.float32)}, base=zero)
+    found = compare.weights(one, two, base)
+    assert found.tensors["w"].changes == 0.0  # (3, 4) and (-4, 3)
+    assert found.tensors["same"].changes is None  # the base has none
+    assert found.whole.changes == 0.0
+    shifted = {"w": np.array([[3.0, 3.0]], np.float32)}
+    found = compare.weights(one, two, *opened(tmp_path, other=shifted))
+    assert found.tensors["w"].changes == 0.0 and found.tensors["w"].cosine == 0.0  # (0, 1) and (-7, 0)
+
+
+def test_names_shapes_and_kinds(tmp_path):
+    one = {"both": np.ones(1), "a": np.ones(1), "shape": np.ones((2, 3)), "kind": np.ones(2, np.float32)}
+    two = {"both": np.ones(1), "b": np.ones(1), "shape": np.ones((3, 2)), "kind": np.ones(2, np.int32)}
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    assert found.only == (("a",), ("b",)) and list(found.tensors) == ["both"]
+    assert found.apart == {"shape": "[2, 3] and [3, 2]", "kind": "F32 and I32"}
+    text = found.text()
+    assert "only A    1: a" in text and "apart     shape: [2, 3] and [3, 2]" in text
+    assert json.loads(json.dumps(found.told(), allow_nan=False))["only_b"] == ["b"]
+
+
+def test_what_has_no_number(tmp_path):
+    one = {"zero": np.zeros(2), "nan": np.array([np.nan, 1.0]), "inf": np.array([np.inf, 1.0]), "empty": np.zeros((0, 3))}
+    two = {"zero": np.ones(2), "nan": np.array([np.nan, 2.0]), "inf": np.array([0.0, 1.0]), "empty": np.zeros((0, 3))}
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    zero, nan, inf, empty = (found.tensors[k] for k in ("zero", "nan", "inf", "empty"))
+    assert (zero.relative, zero.cosine, zero.distance) == (None, None, math.sqrt(2))
+    assert (nan.distance, nan.cosine, nan.largest, nan.differing) == (None, None, 1.0, 1)  # NaN twice is no difference
+    assert (inf.distance, inf.largest, inf.differing) == (None, None, 1)
+    assert (empty.distance, empty.relative, empty.cosine) == (0.0, 0.0, None)
+    json.dumps(found.told(), allow_nan=False)
+    assert [x.name for x in found.most()] == ["inf", "nan", "zero"]
+
+
+def test_infinities_of_both_signs_in_many_blocks(tmp_path):
+    x, y = np.ones(300_000), np.full(300_000, np.inf)
+    y[::2] = -np.inf
+    found = compare.weights(*opened(tmp_path, a={"x": x}, b={"x": y})).tensors["x"]
+    assert (found.norm[1], found.distance, found.cosine, found.differing) == (None, None, None, 300_000)
+
+
+def test_dtypes_are_compared_by_value(tmp_path):
+    x = np.array([1.0, 1.5, -0.0], np.float32)
+    one, two = opened(tmp_path, a={"x": x}, b={"x": x.astype(ml_dtypes.bfloat16)})
+    found = compare.weights(one, two)
+    assert found.tensors["x"].differing == 0 and found.tensors["x"].dtypes == ("F32", "BF16")
+    assert found.whole.dtypes == ("F32", "BF16")
+    eight = opened(tmp_path, c={"x": x.astype(ml_dtypes.float8_e4m3fn)})
+    assert compare.weights(one, *eight).tensors["x"].distance == 0.0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 100), st.integers(1, 5000), st.sampled_from([np.float16, np.float32, np.float64]))
+def test_blocks_do_not_change_a_bit(tmp_path_factory, seed, size, dtype):
+    draw = np.random.default_rng(seed)
+    models = {k: {"x": draw.standard_normal(size).astype(dtype), "y": draw.standard_normal(3)} for k in ("a", "b", "base")}
+    one, two, base = opened(tmp_path_factory.mktemp("blocks"), **models)
+    whole = compare.weights(one, two, base)
+    x, y, z = (models[k]["x"].astype(np.float64) for k in ("a", "b", "base"))
+    got = whole.tensors["x"]
+    assert got.distance == pytest.approx(np.linalg.norm(x - y), rel=1e-12)
+    assert got.norm == pytest.approx((np.linalg.norm(x), np.linalg.norm(y)), rel=1e-12)
+    assert got.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-9, abs=1e-12)
+    p, q = x - z, y - z
+    assert got.changes == pytest.approx(p @ q / np.linalg.norm(p) / np.linalg.norm(q), rel=1e-9, abs=1e-12)
+    assert (got.largest, got.differing) == (np.abs(x - y).max(), np.count_nonzero(x != y))
+
+
+def test_many_blocks(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    models = {k: {"x": draw.standard_normal((3, 100_000)).astype(np.float32)} for k in ("a", "b")}
+    one, two = opened(tmp_path, **models)
+    expected = compare.weights(one, two)
+    read = []
+    monkeypatch.setattr(compare, "BLOCK", 1 << 17)
+    assert compare.weights(one, two, progress=read.append) == expected
+    assert sum(read) == one.nbytes + two.nbytes and len(read) == 6
+
+
+def test_memory_does_not_grow_with_the_tensors(tmp_path):
+    a, b = ({"x": np.full(1 << 22, v, np.float32), "n": np.full(1 << 22, v, np.int32)} for v in (0, 1))
+    one, two = opened(tmp_path, a=a, b=b)
+    tracemalloc.start()
+    try:
+        assert [x.differing for x in compare.weights(one, two).tensors.values()] == [1 << 22, 1 << 22]
+        assert tracemalloc.get_traced_memory()[1] < 12_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_which_differ_most(tmp_path):
+    one = {"a": np.array([10.0, 0.0]), "b": np.array([1.0, 0.0])}
+    two = {"a": np.array([10.0, 2.0]), "b": np.array([0.0, 1.0])}
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    for by, first in (("relative", "b"), ("distance", "a"), ("largest", "a"), ("differing", "b"), ("cosine", "b")):
+        assert found.most(by)[0].name == first, by
+    assert "most different, by distance" in found.text(by="distance") and "most different" not in found.text(top=0)
+
+
+# --- With data --------------------------------------------------------------------------------------------------------
+
+
+def units_exchanged(seed=0):
+    """A network, the same with its units permuted, and data that it mostly gets right."""
+    draw = np.random.default_rng(seed)
+    one = {k: x.astype(np.float32) for k, x in mlp.init(draw, [4, 8, 3]).items()}
+    spec = architectures.mlp(one)
+    two = {k: np.asarray(x) for k, x in spec.apply(spec.random(one, draw), one).items()}
+    x = draw.standard_normal((40, 4)).astype(np.float32)
+    return one, two, x, np.argmax(mlp.forward(one, x), axis=1)
+
+
+def test_the_loss_is_the_mean_cross_entropy(tmp_path):
+    one, _, x, y = units_exchanged()
+    np.savez(tmp_path / "data.npz", inputs=x, labels=y)
+    z = np.asarray(mlp.forward(one, x), np.float64)
+    expected = np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(40), y])
+    for batch in (1, 7, 40, 256):
+        of = compare.task("mlp", tmp_path / "data.npz", batch=batch)
+        assert of.loss(one) == pytest.approx(expected, rel=1e-6) and of.error(one) == 0.0
+    wide = {k: v.astype(np.float64) for k, v in one.items()}
+    assert of.loss(wide) == pytest.approx(expected, rel=1e-6)
+    assert of.samples == 40
+
+
+def test_a_permuted_network_has_a_barrier_on_the_line(tmp_path):
+    one, two, x, y = units_exchanged()
+    np.savez(tmp_path / "data.npz", inputs=x, labels=y)
+    of = compare.task("mlp", tmp_path / "data.npz")
+    line = compare.along(opened(tmp_path, a=one, b=two), of, points=5, layers=True)
+    assert line.loss.losses[0] == pytest.approx(line.loss.losses[-1]) and line.loss.barrier > 0
+    assert line.error.losses[0] == 0.0 and len(line.error.losses) == 5
+    assert list(line.layers.layers) == ["layers.0", "layers.1"]
+    assert compare.along(opened(tmp_path, c=one, d=one), of, points=3).loss.barrier == pytest.approx(0, abs=1e-9)
+    bad = compare.along([one, {k: x * np.nan for k, x in two.items()}], of, points=3)
+    assert json.loads(json.dumps(bad.told(), allow_nan=False))["barrier"] is None and bad.error.losses[-1] == 1.0
+
+
+def test_networks_and_their_options():
+    assert {"gpt2", "llama", "mlp", "resnet", "vgg", "vit"} <= set(compare.networks())
+    assert compare.options_of("mlp", None, None) == {}
+    assert compare.options_of("vit", {"num_attention_heads": 4}, None) == {"heads": 4}
+    assert compare.options_of("gpt2", {"n_head": 2}, 3) == {"heads": 3}
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert compare.options_of("llama", config, None) == {"heads": 4, "groups": 2}
+    for net, heads, said in (("vit", None, "--heads"), ("mlp", 2, "no heads"), ("cnn", None, "there are gpt2")):
+        with pytest.raises(UsageError, match=said):
+            compare.options_of(net, None, heads)
+
+
+def test_a_transformer(tmp_path):
+    draw = np.random.default_rng(0)
+    model = {k: x.astype(np.float32) for k, x in vit.init(draw, outputs=3).items()}
+    np.savez(tmp_path / "data.npz", inputs=draw.standard_normal((5, 3, 8, 8)), labels=np.array([0, 1, 2, 0, 1]))
+    of = compare.task("vit", tmp_path / "data.npz", heads=2)
+    assert math.isfinite(of.loss(model)) and 0 <= of.error(model) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"inputs": np.ones((2, 4))}, "no array 'labels'"),
+        ({"inputs": np.ones((2, 4)), "labels": np.ones(2)}, "whole numbers"),
+        ({"inputs": np.ones((2, 4)), "labels": np.ones(3, int)}, "whole numbers, one or more for each"),
+        ({"inputs": np.ones((0, 4)), "labels": np.ones(0, int)}, "whole numbers"),
+    ],
+)
+def test_data_that_are_none(tmp_path, arrays, said):
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(InputError, match=said):
+        compare.task("mlp", tmp_path / "data.npz")
+
+
+def test_files_that_are_no_data(tmp_path):
+    (tmp_path / "text.npz").write_text("no zip")
+    np.save(tmp_path / "one.npy", np.ones(3))
+    for file in ("text.npz", "one.npy", "gone.npz"):
+        with pytest.raises(InputError, match=file):
+            compare.task("mlp", tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "said"),
+    [
+        (np.ones((2, 5)), [0, 1], "cannot run these weights on these inputs"),
+        (np.ones((2, 4)), [0, 3], "labels from 0 to 3 do not fit"),
+        (np.ones((2, 4)), [0, -1], "labels from -1 to 0"),
+        (np.ones((2, 4)), [[0, 1], [1, 1]], "do not fit 2 outputs"),
+    ],
+)
+def test_data_that_do_not_fit_the_weights(tmp_path, inputs, labels, said):
+    np.savez(tmp_path / "data.npz", inputs=inputs, labels=np.array(labels))
+    with pytest.raises(UsageError, match=said):
+        compare.task("mlp", tmp_path / "data.npz").loss(units_exchanged()[0])
+    with pytest.raises(UsageError, match="is missing"):
+        compare.task("vit", tmp_path / "data.npz", heads=1).loss(units_exchanged()[0])
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def refmerge(*args, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "refmerge", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    one, two, x, y = units_exchanged()
+    save(one, tmp_path / "a.safetensors")
+    save(two, tmp_path / "b.safetensors")
+    np.savez(tmp_path / "data.npz", inputs=x, labels=y)
+    return tmp_path
+
+
+def test_the_command_without_data(folder):
+    done = refmerge("compare", "a.safetensors", "b.safetensors", cwd=folder)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("tensors   4 in both, 1 of them equal\n") and "layers.0.weight" in done.stdout
+    told = json.loads(refmerge("compare", "a.safetensors", "b.safetensors", "--json", cwd=folder).stdout)
+    assert told["tensors"]["layers.1.bias"]["differing"] == 0 and told["whole"]["relative"] > 0
+    based = refmerge("compare", "a.safetensors", "b.safetensors", "--base", "a.safetensors", cwd=folder)
+    assert "changes   cosine - of what" in based.stdout  # A changed nothing
+
+
+def test_the_command_with_data(folder):
+    arguments = ("compare", "a.safetensors", "b.safetensors", "--data", "data.npz", "--net", "mlp", "--points", "5")
+    done = refmerge(*arguments, "--layers", "--plot", "line.svg", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("A         loss ") and "barrier   " in done.stdout and "layers.1" in done.stdout
+    assert "\nlowest    " in done.stdout
+    assert ElementTree.parse(folder / "line.svg").getroot().tag.endswith("svg")
+    told = json.loads(refmerge(*arguments, "--json", cwd=folder).stdout)
+    assert told["samples"] == 40 and len(told["loss"]) == 5 and told["barrier"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--data", "data.npz"], 2, "--data and --net want each other"),
+        (["--net", "mlp"], 2, "--data and --net want each other"),
+        (["--plot", "line.svg"], 2, "want --data and --net"),
+        (["--data", "data.npz", "--net", "mlp", "--plot", "a.safetensors"], 2, "does not end in .svg"),
+        (["--data", "data.npz", "--net", "mlp", "--plot", "gone/line.svg"], 2, "gone/line.svg cannot be written"),
+        (["--data", "data.npz", "--net", "cnn"], 2, "there is no network 'cnn'"),
+        (["--data", "gone.npz", "--net", "mlp"], 3, "gone.npz"),
+        (["--data", "data.npz", "--net", "mlp", "--base", "a.safetensors"], 2, "--base is for weights"),
+        (["--base", "gone.safetensors"], 3, "gone.safetensors"),
+    ],
+)
+def test_errors_of_the_command(folder, options, status, said):
+    before = (folder / "a.safetensors").read_bytes()
+    done = refmerge("compare", "a.safetensors", "b.safetensors", *options, cwd=folder)
+    assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and (folder / "a.safetensors").read_bytes() == before
