@@ -33,21 +33,15 @@ def doge(
     """DOGE TA on what has "encoder" and "weight" and not "layer_norm" in its name; all else stays the base's. K is per cent
     above 1. A task vector of zeros divides. adam_lr and steps_per_layer are fixed there. A recorded number under the
     tensor's name is its coefficient in place of lamda over the length."""
-    xp, merged = array_namespace(base), "encoder" in name and "layer_norm" not in name and "weight" in name
+    merged = "encoder" in name and "layer_norm" not in name and "weight" in name
     if merged and base.ndim != 2:
         raise UsageError(f"fusion_bench:doge takes matrices alone and fails at tensor {name!r}, which has {base.ndim} axes")
     # 1. task vectors
     tau = [x - base for x in models]
     # 2. masks of the largest entries; ties at the threshold stay
-    d = group.count(xp.full_like(base, float(merged)) > 0)
-    k = d - int(d * (K / 100 if K > 1 else K))
-    if d and k < 1:
-        raise_no_kth("fusion_bench:doge")
-    magnitude = [xp.abs(x) if merged else xp.full_like(base, -1.0) for x in tau]
-    least = group.kth_largest(*magnitude, k=[max(d - k + 1, 1)] * len(tau))
+    mask = at_least(tau, group, K / 100 if K > 1 else K, merged)
     if not merged:
         return base
-    mask = [indicator(a >= c, like=a) for a, c in zip(magnitude, least)]
     vectors = [finite(scores(x), name) for x in tau]
     # 3. coefficients
     lamdas = [float(host(s[""])) if "" in s else np.float64(lamda) / np.linalg.norm(x) for s, x in zip(stats, vectors)]
@@ -57,6 +51,18 @@ def doge(
     delta = adam(np.zeros_like(vectors[0]), lambda x: outside(u, gradient(x, vectors, lamdas)), steps_per_layer, adam_lr)
     # 6. add
     return base + total(float(c) * ((x + like(delta, base)) * m) for c, x, m in zip(lamdas, tau, mask))
+
+
+def at_least(tau, group, share, merged):
+    """1 from the (d - int(d share))-th smallest magnitude on, of the d entries of merged tensors."""
+    xp = array_namespace(*tau)
+    d = group.count(xp.full_like(tau[0], float(merged)) > 0)
+    k = d - int(d * share)
+    if d and k < 1:
+        raise_no_kth("fusion_bench:doge")
+    magnitude = [xp.abs(x) if merged else xp.full_like(x, -1.0) for x in tau]
+    least = group.kth_largest(*magnitude, k=[max(d - k + 1, 1)] * len(tau))
+    return [indicator(a >= c, like=a) for a, c in zip(magnitude, least)]
 
 
 def projection_basis(vectors, subspace):

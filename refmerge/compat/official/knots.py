@@ -52,9 +52,7 @@ def knots(
     C = at_least(C, group, d, topK / 100 if topK > 1 else topK)
     # 5. elect sign
     if merge_method == "ties":
-        gamma = with_majority(elect(C), group)
-        xp = array_namespace(gamma)
-        C = [indicator(xp.where(gamma > 0, C_t > 0, C_t < 0), like=C_t) * C_t for C_t in C]
+        C = agreeing(C, with_majority(elect(C), group))
     # 6. merge
     merged = merge([scaling_coeff * C_t for C_t in C], merging_type)
     # 7. turn back
@@ -85,6 +83,11 @@ def at_least(C, group, d, share):
     magnitude = list(map(xp.abs, C))
     least = group.kth_largest(*magnitude, k=[int(d * share) + 1] * len(C))
     return [indicator(a >= c, like=a) * C_t for a, c, C_t in zip(magnitude, least, C)]
+
+
+def agreeing(C, gamma):
+    xp = array_namespace(gamma)
+    return [indicator(xp.where(gamma > 0, C_t > 0, C_t < 0), like=C_t) * C_t for C_t in C]
 
 
 def merge(C, how):

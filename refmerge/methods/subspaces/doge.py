@@ -33,13 +33,11 @@ def doge(
     Each task vector counts as lambda over its length in the layer, and keeps its `density` largest entries. Matrices are
     merged; vectors, and matrices that none of the globs `layers` names, stay the base's.
     """
-    xp, merged = array_namespace(base), is_layer(base, name, layers)
+    merged = is_layer(base, name, layers)
     # 1. task vectors
     tau = [theta_t - base for theta_t in models]
     # 2. masks of the largest entries
-    d = group.count(xp.full_like(base, float(merged)) > 0)
-    magnitude = [xp.abs(tau_t) if merged else xp.full_like(base, -1.0) for tau_t in tau]
-    m = group.top(*magnitude, k=[int(density * d)] * len(tau))
+    m = largest(tau, group, density, merged)
     if not merged:
         return base
     T = [finite(as_matrix(scores(tau_t)), name) for tau_t in tau]
@@ -52,6 +50,15 @@ def doge(
     # 6. add
     Delta = like(Delta.reshape(base.shape), base)
     return base + total(c_t * (m_t * (tau_t + Delta)) for c_t, m_t, tau_t in zip(c, m, tau))
+
+
+def largest(tau, group, density, merged):
+    """1 at the int(density d) largest entries of each task vector, of the d in merged tensors. Others ask as well, with
+    magnitudes below all."""
+    xp = array_namespace(*tau)
+    d = group.count(xp.full_like(tau[0], float(merged)) > 0)
+    magnitude = [xp.abs(tau_t) if merged else xp.full_like(tau_t, -1.0) for tau_t in tau]
+    return group.top(*magnitude, k=[int(density * d)] * len(tau))
 
 
 def shared_basis(T, subspace):

@@ -41,15 +41,20 @@ def knots(
     # 3. drop and rescale
     C = drop(C, rng, density, rescale=True)
     # 4. trim
-    d = group.count(within(base, np.ones((len(S), tau[0].shape[1]))) > 0)
-    xp = array_namespace(base)
-    C = [m_t * C_t for m_t, C_t in zip(group.top(*map(xp.abs, C), k=[int(trim * d)] * len(C)), C)]
+    C = trimmed(C, group, trim, within(base, np.ones((len(S), tau[0].shape[1]))))
     # 5. elect sign
     gamma = elect(C)
     # 6. disjoint merge
     merged = as_matrix(scores(disjoint_mean(C, gamma)))
     # 7. turn back
     return base + lambda_ * like((U @ merged[: len(S)]).reshape(base.shape), base)
+
+
+def trimmed(C, group, share, real):
+    """Keep the int(share d) largest coordinates of each model, of the d where `real` is 1."""
+    xp = array_namespace(*C)
+    d = group.count(real > 0)
+    return [m_t * C_t for m_t, C_t in zip(group.top(*map(xp.abs, C), k=[int(share * d)] * len(C)), C)]
 
 
 def within(base, C):
