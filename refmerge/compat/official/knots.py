@@ -42,7 +42,7 @@ def knots(
     matrix = base.ndim == 2
     tau = [host(theta_t - base) for theta_t in models]
     # 2. align
-    U, sV = aligned([finite(x, name) for x in tau]) if matrix else (None, [x[:0].reshape(0, 0) for x in tau])
+    U, sV = aligned([finite(x, name) for x in tau]) if matrix else (None, [np.zeros((0, 1)) for _ in tau])
     C = [within(base, x) for x in sV]
     # 3. drop and rescale
     if dare:

@@ -37,7 +37,7 @@ def knots(
     tau = [finite(as_matrix(scores(theta_t) - scores(base)), name) for theta_t in models]
     # 2. align
     U, S, _ = significant(*decomposed(np.concatenate(tau, axis=1)), tolerance)
-    C = [within(base, U.T @ tau_t) for tau_t in tau]
+    C = [within(base, coordinates(tau_t, U, S)) for tau_t in tau]
     # 3. drop and rescale
     C = drop(C, rng, density, rescale=True)
     # 4. trim
@@ -48,6 +48,12 @@ def knots(
     merged = as_matrix(scores(disjoint_mean(C, gamma)))
     # 7. turn back
     return base + lambda_ * like((U @ merged[: len(S)]).reshape(base.shape), base)
+
+
+def coordinates(tau_t, U, S):
+    """U^T tau_t, and 0 where that is no more than what rounding makes of a zero, which would agree in sign by chance."""
+    C = U.T @ tau_t
+    return np.where(np.abs(C) <= max(tau_t.shape) * np.finfo(np.float64).eps * S.max(initial=0.0), 0.0, C)
 
 
 def trimmed(C, group, share, real):
