@@ -51,9 +51,9 @@ def knots(
 
 
 def coordinates(tau_t, U, S):
-    """U^T tau_t, and 0 where that is no more than what rounding makes of a zero, which would agree in sign by chance."""
+    """U^T tau_t, and 0 where that is so small that it may be rounding's of a zero, which would agree in sign by chance."""
     C = U.T @ tau_t
-    return np.where(np.abs(C) <= max(tau_t.shape) * np.finfo(np.float64).eps * S.max(initial=0.0), 0.0, C)
+    return np.where(np.abs(C) <= 1e-10 * S.max(initial=0.0), 0.0, C)
 
 
 def trimmed(C, group, share, real):
