@@ -1,7 +1,7 @@
 """Essential Subspace Merging: the authors' results, and laws.
 
-tests/data/esm.npz holds what esm_merge of ESM-ViT and MergingMethod.esm of ESM-RoBERTa gave in kiddo127/ESM@fc82fe7 for three
-models with random inputs: base, models, inputs and merged weights.
+tests/data/esm.npz holds what esm_merge of ESM-ViT and MergingMethod.esm of ESM-RoBERTa gave in kiddo127/ESM@fc82fe7 for
+three models with random inputs: base, models, inputs and merged weights.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from vector_cases import OPEN, REFUSED, Hand, i64
 
 TOOL = "fusion_bench:doge"
@@ -27,7 +28,7 @@ def hand() -> Hand:
 
     zeros = [[0.0] * 3] * 2
     tau_1, tau_2 = [[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [6.0, 8.0, 0.0]]
-    two = "tau_1 = (3, 0, 4; 0, 0, 0) of length 5, tau_2 = (0, 0, 0; 6, 8, 0) of length 10; lambda 1: coefficients 1/5 and 1/10"
+    two = "tau_1 = (3, 0, 4; 0, 0, 0) of length 5, tau_2 = (0, 0, 0; 6, 8, 0) of length 10; they count 1/5 and 1/10"
     half = {"subspace": 2, "lambda_": 1.0, "steps": 1, "lr": 0.5, "density": 0.5}
     case(
         "one-step",
@@ -100,7 +101,12 @@ def hand() -> Hand:
         "two matrices, (3, 4) and (6, 8): half of four entries are 8 and 6; no steps",
         [{"a": [[3.0, 4.0]], "b": [[6.0, 8.0]]}],
         {"a": [[0.0, 0.0]], "b": [[0.0, 0.0]]},
-        ("doge", plain | {"density": 0.5}, {"a": [[0.0, 0.0]], "b": [[0.6, 0.8]]}, "lengths are the layers' own: 6/10, 8/10"),
+        (
+            "doge",
+            plain | {"density": 0.5},
+            {"a": [[0.0, 0.0]], "b": [[0.6, 0.8]]},
+            "lengths are the layers' own: 6/10, 8/10",
+        ),
     )
     case(
         "vectors-do-not-count",
@@ -112,8 +118,8 @@ def hand() -> Hand:
     alike = [[3.0, 0.0], [0.0, 8.0]]
     case(
         "one-model",
-        "one model diag(3, 8) of length sqrt(73): its two left vectors are shared alike, one of them is left alone; rows have "
-        "the gradients c (c - 1) 9 3 and c (c - 1) 64 8, both below 0; one step of 1/2",
+        "one model diag(3, 8) of length sqrt(73): its two left vectors are shared alike, one is left alone; the rows "
+        "have the gradients c (c - 1) 9 3 and c (c - 1) 64 8, both below 0; one step of 1/2",
         [layer(alike)],
         layer([[0.0, 0.0], [0.0, 0.0]]),
         (

@@ -31,8 +31,8 @@ def hand() -> Hand:
     half = [[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     case(
         "one-step",
-        "4 at one corner, 2 at another; from their mean, 2 and 1, the first loss pulls at the first corner, the second at the "
-        "other, and Adam's first step is 1/2 at both",
+        "4 at one corner, 2 at another; from their mean, 2 and 1, the first loss pulls at the first corner, the second at "
+        "the other, and Adam's first step is 1/2 at both",
         [layer(tau_1), layer(tau_2)],
         layer(zeros),
         ("dop", one, layer([[2.5, 0.0, 0.0], [0.0, 0.0, 1.5]]), ""),
@@ -42,8 +42,8 @@ def hand() -> Hand:
     two = [[4.0, 0.0], [0.0, 1.0]]
     case(
         "energy",
-        "diag(4, 1) and the base, energy 1/2, fixed weights: the first of two terms, 4 of 5, is enough; it sees the first row "
-        "and the first column of what was lost, diag(2, 1/2)",
+        "diag(4, 1) and the base, energy 1/2, fixed weights: the first of two terms, 4 of 5, is enough; it sees the first "
+        "row and the first column of what was lost, diag(2, 1/2)",
         [layer(two), layer([[0.0, 0.0], [0.0, 0.0]])],
         layer([[0.0, 0.0], [0.0, 0.0]]),
         ("dop", one | {"energy": 0.5, "balance": "fixed"}, layer([[2.5, 0.0], [0.0, 0.5]]), "one step at the first entry"),
@@ -72,8 +72,8 @@ def hand() -> Hand:
     )
     case(
         "balance",
-        "the same: over the losses 2 * 16 * 2.25 and 2 * 2.25 the two gradients, -4 * 16 * 1.5 and 4 * 1.5, are -4/3 and 4/3; the "
-        "shortest mixture has a half of each; without smoothing the weight becomes 1/2",
+        "over the losses 2 * 16 * 2.25 and 2 * 2.25 the two gradients, -4 * 16 * 1.5 and 4 * 1.5, are -4/3 and 4/3; "
+        "the shortest mixture has a half of each; without smoothing the weight becomes 1/2",
         [layer([[4.0, 0.0], [0.0, 0.0]]), layer([[1.0, 0.0], [0.0, 0.0]])],
         layer([[0.0, 0.0], [0.0, 0.0]]),
         ("dop", one | {"beta": 0.0, "alpha": 0.0}, layer([[3.0, 0.0], [0.0, 0.0]]), "up: 48 against 3"),
@@ -100,7 +100,10 @@ def hand() -> Hand:
     case(
         "other-tensors",
         "biases, an embedding and a tensor of the model itself, changed by 4 and 8",
-        [{"fc.bias": [5.0], "emb.weight": [[5.0]], "token": [5.0]}, {"fc.bias": [9.0], "emb.weight": [[9.0]], "token": [9.0]}],
+        [
+            {"fc.bias": [5.0], "emb.weight": [[5.0]], "token": [5.0]},
+            {"fc.bias": [9.0], "emb.weight": [[9.0]], "token": [9.0]},
+        ],
         {"fc.bias": [1.0], "emb.weight": [[1.0]], "token": [1.0]},
         ("dop", one, {"fc.bias": [7.0], "emb.weight": [[7.5]], "token": [7.0]}, "the matrix is a layer's"),
         (TOOL, theirs, {"fc.bias": [7.0], "emb.weight": [[7.0]], "token": [1.0]}, "the token stays the base's"),

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from vector_cases import OPEN, REFUSED, Hand, Paper, Tensors, Test, i64, origin
 
 OFFICIAL = "official:knots"
@@ -55,8 +56,8 @@ def hand() -> Hand:
     zeros = [[0.0] * 3] * 2
     c_1, c_2 = ([4.0, 1.0, 3.0], [0.5, -0.25, 0.75]), ([-2.0, 5.0, 1.0], [0.25, -0.625, -0.375])
     two = (
-        "in the basis (1, 1), (1, -1) over sqrt2 the coordinates are sqrt2 times (4, 1, 3; 1/2, -1/4, 3/4) and (-2, 5, 1; 1/4, "
-        "-5/8, -3/8); the rows of both together are orthogonal, the first is the larger"
+        "in the basis (1, 1), (1, -1) over sqrt2 the coordinates are sqrt2 times (4, 1, 3; 1/2, -1/4, 3/4) and (-2, 5, 1; "
+        "1/4, -5/8, -3/8); the rows of both together are orthogonal, the first is the larger"
     )
     models = [turned(*c_1), turned(*c_2)]
     three = turned([4.0, 3.0, 2.0], [0.0, 0.0, 0.0])

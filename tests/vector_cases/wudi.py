@@ -76,8 +76,8 @@ def hand() -> Hand:
     large = 1024.0
     h.case(
         "steps",
-        "tau = 1024 and 2048 on one direction: the sum is 3072, the minimum 1536, the gradient hardly changes on the way, and "
-        "each step goes 1e-5",
+        "tau = 1024 and 2048 on one direction: the sum is 3072, the minimum 1536, the gradient hardly changes on the way, "
+        "and each step goes 1e-5",
         [named([[large, 0.0]]), named([[2 * large, 0.0]])],
         named([[0.0, 0.0]]),
         ("wudi", {}, named([[3 * large - 0.003, 0.0]]), "300 steps"),
@@ -116,7 +116,7 @@ def hand() -> Hand:
     )
     h.case(
         "tolerance",
-        "inputs (1, 0) and (1, 2^-20), nearly the same: of the unit rows' singular values, near sqrt(2) and 2^-20 / sqrt(2), "
+        "inputs (1, 0) and (1, 2^-20), nearly the same: of the unit rows' singular values, near sqrt(2) and 2^-20 / sqrt(2) "
         "the second does not count",
         [[[1.0, 0.0]], [[3.0, 3 * 2.0**-20]]],
         [[0.0, 0.0]],

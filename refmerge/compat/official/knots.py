@@ -35,8 +35,8 @@ def knots(
     dare_pruning_coeffs: float = 0.0,
     dare_seed: int = 0,
 ):
-    """The authors' SVDMerger in float32, on matrices; all other tensors stay the base's. topK is per cent above 1, and 100 or
-    1 keep all. A recorded mask, rank x input under the module's name, says what DARE keeps; dare_seed is not looked at.
+    """The authors' SVDMerger in float32, on matrices; all other tensors stay the base's. topK is per cent above 1, and 100
+    or 1 keep all. A recorded mask, rank x input under the module's name, says what DARE keeps; dare_seed is not looked at.
     """
     # 1. task vectors
     matrix = base.ndim == 2
@@ -60,8 +60,8 @@ def knots(
 
 
 def aligned(tau):
-    """U and S V_t^T of the task vectors side by side, decomposed in float64; singular values up to 1e-5 are dropped, and what
-    is left is rounded to float32."""
+    """U and S V_t^T of the task vectors side by side, decomposed in float64; singular values up to 1e-5 are dropped, and the
+    rest is rounded to float32."""
     U, s, Vt = np.linalg.svd(np.concatenate(tau, axis=1).astype(np.float64), full_matrices=False)
     U, s, Vt = (x.astype(np.float32) for x in (U[:, s > 1e-5], s[s > 1e-5], Vt[s > 1e-5]))
     return U, [s[:, None] * V for V in np.split(Vt, len(tau), axis=1)]
@@ -76,7 +76,7 @@ def kept(base, stats, rng, t, p):
 
 
 def at_least(C, group, d, share):
-    """What is at least the (d - int(d share))-th smallest magnitude of the d coordinates of its model; all for a share of 1."""
+    """What is at least the (d - int(d share))-th smallest magnitude of a model's d coordinates; all for a share of 1."""
     if share >= 1 or not d:
         return C
     xp = array_namespace(*C)

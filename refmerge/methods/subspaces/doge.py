@@ -28,7 +28,7 @@ def doge(
     lr: float = 1e-4,
     layers: tuple = ("*",),
 ):
-    """DOGE TA: task arithmetic with a learnt correction of all task vectors, which leaves the subspace alone that they share.
+    """DOGE TA: task arithmetic with a learnt correction of the task vectors that leaves alone the subspace which they share.
 
     Each task vector counts as lambda over its length in the layer, and keeps its `density` largest entries. Matrices are
     merged; vectors, and matrices that none of the globs `layers` names, stay the base's.
@@ -62,7 +62,7 @@ def largest(tau, group, density, merged):
 
 
 def shared_basis(T, subspace):
-    """The first left singular vectors, of r = min(m, n) the int(r / subspace), of the first int(r / N) left ones of each T_t.
+    """The first left singular vectors, int(r / subspace) of r = min(m, n), of the first int(r / N) left ones of each T_t.
 
     Of directions that are shared alike, those come first in which the task vectors are larger.
     """

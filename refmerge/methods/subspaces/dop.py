@@ -82,7 +82,7 @@ def balanced(losses, alpha, balance, beta):
 
 
 def shortest(a, b):
-    """The c for which c a + (1 - c) b is shortest, by the rule of Sener and Koltun: 0.999 and 0.001 where it is at an end."""
+    """The c for which c a + (1 - c) b is shortest, by Sener and Koltun's rule: 0.999 and 0.001 where it is at an end."""
     aa, ab, bb = (float(np.sum(x * y)) for x, y in ((a, a), (a, b), (b, b)))
     if ab >= aa:
         return 0.999

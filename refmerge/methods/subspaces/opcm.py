@@ -37,4 +37,3 @@ def projected(tau_t, D, alpha):
     gone = np.diag(np.diag(P))
     gone[:r, :r] = P[:r, :r]
     return tau_t - U @ gone @ V.T
-

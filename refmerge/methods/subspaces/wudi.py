@@ -78,5 +78,5 @@ def least_squares(A, Y, tolerance):
 def significant(U, S, V, tolerance=None):
     """The terms of a decomposition above tolerance times the largest singular value, or above what rounding makes of 0."""
     tolerance = max(len(U), len(V)) * np.finfo(np.float64).eps if tolerance is None else tolerance
-    kept = S > tolerance * S.max(initial=0.0)
+    kept = tolerance * S.max(initial=0.0) < S
     return U[:, kept], S[kept], V[:, kept]

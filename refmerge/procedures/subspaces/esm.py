@@ -99,8 +99,8 @@ def polarised(right, norms):
 
 
 def orthonormal(X):
-    """The nearest matrix with orthonormal rows or columns, times the mean of X's singular values; in directions in which X is
-    0, 0."""
+    """The nearest matrix with orthonormal rows or columns, times the mean of X's singular values; 0 in directions in which X
+    is 0."""
     U, S, V = significant(*decomposed(X))
     return (np.sum(S) / max(min(X.shape), 1)) * (U @ V.T)
 
