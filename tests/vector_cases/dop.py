@@ -27,7 +27,8 @@ def hand() -> Hand:
     zeros = [[0.0] * 3] * 2
     tau_1, tau_2 = [[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]]
     one = {"steps": 1, "lr": 0.5}
-    theirs = {"num_steps": 1, "lr": 0.5}
+    config = {"alpha": 0.8, "ema_beta": 0.999, "svd_epsilon": 0.99999}
+    theirs = config | {"num_steps": 1, "lr": 0.5}
     half = [[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     case(
         "one-step",
@@ -84,7 +85,7 @@ def hand() -> Hand:
         [layer(tau_1), layer(tau_1)],
         layer(zeros),
         ("dop", {}, layer(tau_1), ""),
-        (TOOL, {}, layer(tau_1), "its code fails: no least norm is found among NaN"),
+        (TOOL, config, layer(tau_1), "its code fails: no least norm is found among NaN"),
         flags="DopZeroLoss",
         tolerance=0.0,
     )
@@ -94,7 +95,7 @@ def hand() -> Hand:
         [layer([[4.0]]), layer([[8.0]]), layer([[16.0]])],
         layer([[0.0]]),
         ("dop", {"steps": 0}, layer([[11.0]]), "(4 + 8) / 4 + 16 / 2"),
-        (TOOL, {"num_steps": 0}, layer([[11.0]]), ""),
+        (TOOL, config | {"num_steps": 0}, layer([[11.0]]), ""),
         tolerance=0.0,
     )
     case(
@@ -130,7 +131,7 @@ def hand() -> Hand:
         [{"w": [[3.0, -1.0]], "b": [0.5]}],
         {"w": [[1.0, 1.0]], "b": [1.0]},
         ("dop", {}, {"w": [[3.0, -1.0]], "b": [0.5]}, ""),
-        (TOOL, {}, {"w": [[3.0, -1.0]], "b": [0.5]}, ""),
+        (TOOL, config, {"w": [[3.0, -1.0]], "b": [0.5]}, ""),
         tolerance=0.0,
     )
     case(

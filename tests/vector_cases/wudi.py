@@ -82,7 +82,7 @@ def hand() -> Hand:
         named([[0.0, 0.0]]),
         ("wudi", {}, named([[3 * large - 0.003, 0.0]]), "300 steps"),
         ("official:wudi", {}, named([[3 * large - 0.003, 0.0]]), "300 steps"),
-        ("fusion_bench:wudi", {}, named([[3 * large - 0.004, 0.0]]), "400 steps"),
+        ("fusion_bench:wudi", {"iter_num": 400}, named([[3 * large - 0.004, 0.0]]), "400 steps"),
         flags="WudiSteps",
         dtype="F64",
         tolerance=1e-11,

@@ -21,14 +21,14 @@ def dop(
     models,
     base,
     *,
+    alpha: float,
     shuffle_order: bool = False,
     lr: float = 1e-4,
     num_steps: int = 200,
     mgda: bool = True,
-    alpha: float = 0.8,
     ema: bool = True,
-    ema_beta: float = 0.999,
-    svd_epsilon: float = 0.99999,
+    ema_beta: float = 0.99,
+    svd_epsilon: float = 1.0,
     svd_proj_space: Literal["u", "v", "uv"] = "uv",
     exclude_keys: tuple = (),
     embeddings: tuple = ("*emb*", "*wte*", "*wpe*", "*shared*", "*relative_attention_bias*"),
@@ -36,7 +36,8 @@ def dop(
     """DOP with the tool's choice of spaces and tensors. Tensors that belong to no leaf module stay the base's.
 
     Linear weights are matrices `*.weight` whose name matches none of the globs `embeddings`, which is ours: a file does not
-    say what its tensors are. exclude_keys are names of modules. shuffle_order is on in the tool.
+    say what its tensors are. exclude_keys are names of modules. Defaults are the class's; its configuration has alpha 0.8,
+    ema_beta 0.999, svd_epsilon 0.99999, and shuffles.
     """
     refuse_shuffle(shuffle_order, "fusion_bench:dop")
     first, *rest = models

@@ -23,7 +23,7 @@ def opcm(
     """OPCM in the bases of full decompositions. Tensors that belong to no leaf module are the first model's, rescaled.
 
     Linear weights are matrices `*.weight` whose name matches none of the globs `embeddings`, which is ours: a file does not
-    say what its tensors are. shuffle_order is on in the tool.
+    say what its tensors are. The tool shuffles unless told not to.
     """
     refuse_shuffle(shuffle_order, "fusion_bench:opcm")
     # 1. task vectors

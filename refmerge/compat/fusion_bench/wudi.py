@@ -11,8 +11,9 @@ from refmerge.numeric import divided, like, scores, total
     view=lambda ndim: "tensor" if ndim == 2 else "flat",
     domain={"iter_num": (0, 1_000_000)},
 )
-def wudi(models, base, name, *, iter_num: int = 400, exclude_keys: tuple = ()):
-    """The authors' loop on every matrix that exclude_keys does not name; all other tensors get the mean of the models."""
+def wudi(models, base, name, *, iter_num: int = 300, exclude_keys: tuple = ()):
+    """The authors' loop on every matrix that exclude_keys does not name; all other tensors get the mean of the
+    models. The configuration has an iter_num of 400."""
     # 1. task vectors
     tau = [x - base for x in models]
     if base.ndim != 2 or name in exclude_keys:

@@ -30,6 +30,7 @@ def knots(
     merge_method: Literal["ties", "tv"] = "ties",
     topK: float = 100,
     merging_type: Literal["mean", "sum", "max"] = "mean",
+    concat_across_output: bool = True,
     scaling_coeff: float = 1.0,
     dare: bool = False,
     dare_pruning_coeffs: float = 0.0,
@@ -40,7 +41,7 @@ def knots(
     """
     # 1. task vectors
     matrix = base.ndim == 2
-    tau = [host(theta_t - base) for theta_t in models]
+    tau = [turned(host(theta_t - base), concat_across_output, name) for theta_t in models]
     # 2. align
     U, sV = aligned([finite(x, name) for x in tau]) if matrix else (None, [np.zeros((0, 1)) for _ in tau])
     C = [within(base, x) for x in sV]
@@ -56,7 +57,16 @@ def knots(
     # 6. merge
     merged = merge([scaling_coeff * C_t for C_t in C], merging_type)
     # 7. turn back
-    return base + like(U @ host(merged)[: U.shape[1]], base) if matrix else base
+    return base + like(turned(U @ host(merged)[: U.shape[1]], concat_across_output, name), base) if matrix else base
+
+
+def turned(x, concat_across_output, name):
+    """Transposed unless the task vectors are to stand side by side; the authors' code then fails unless it is square."""
+    if concat_across_output or x.ndim != 2:
+        return x
+    if x.shape[0] != x.shape[1]:
+        raise UsageError(f"official:knots: concat_across_output = False at tensor {name!r}, which is not square, fails there")
+    return x.T
 
 
 def aligned(tau):
