@@ -42,8 +42,8 @@ def dop(
         X = 0.5 * (D + tau_t)
         if is_layer(base, name, layers):
             # 3. descend to where the subspaces of both see least of what was lost
-            seen = [difference(D, *subspaces(D, energy)), difference(tau_t, *subspaces(tau_t, energy))]
-            X = adam(X, balanced(seen, alpha, balance, beta), steps, lr)
+            old, new = subspaces(D, energy), subspaces(tau_t, energy)
+            X = adam(X, balanced([difference(D, *old), difference(tau_t, *new)], alpha, balance, beta), steps, lr)
         D = X
     # 4. add
     return base + like(D.reshape(base.shape), base)

@@ -36,7 +36,7 @@ def knots(
     # 1. task vectors
     tau = [finite(as_matrix(scores(theta_t) - scores(base)), name) for theta_t in models]
     # 2. align
-    U, S, _ = significant(*decomposed(np.concatenate(tau, axis=1)), tolerance)
+    U, S = significant(*decomposed(np.concatenate(tau, axis=1)), tolerance)[:2]
     C = [within(base, coordinates(tau_t, U, S)) for tau_t in tau]
     # 3. drop and rescale
     C = drop(C, rng, density, rescale=True)
