@@ -101,7 +101,9 @@ def call(
     arrays = [np.asarray(m, dtype=np.float64) if isinstance(m, list | tuple) else m for m in models]
     named = None
     if stats is not None:
-        named = [{f"{name}.{key}" if key else name: x for key, x in s.items()} for s in stats]
+        named = [
+            {stat_name(name, key): np.asarray(x, float) if isinstance(x, list) else x for key, x in s.items()} for s in stats
+        ]
     result = prepare(
         [{name: m} for m in arrays], method, base=None if base is None else {name: base}, stats=named, seed=seed, over=over,
         dtype=dtype, threads=1, nonfinite="propagate", params=params,
@@ -157,8 +159,7 @@ def prepare(
     m.check_models(len(models), base is not None)
     if not callable(params):
         m.bind(params, len(models))  # complain about parameters before any file is opened
-    if stats is not None and len(stats) != len(models):
-        raise UsageError(f"stats has {len(stats)} entries for {len(models)} models")
+    _check_count(m, len(models), stats)
 
     everything = [*models, *([] if base is None else [base])]
     sources, used, example = _sources(everything, len(models), backend, read_dtype)
@@ -174,7 +175,7 @@ def prepare(
         raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(_DTYPES)}")
     over = m.over if over is None else over
     stored = {n: promote([s.dtype(n) for s in sources]) for n in floats}
-    kept = {n: out_name or promote([d, _DTYPES[m.least]] if m.least else [d]) for n, d in stored.items()}
+    kept: dict[str, str] = {}
     wide = any(d == "F64" for d in stored.values())
     tensors = []
     for n in floats:
@@ -185,7 +186,10 @@ def prepare(
             needed = "float64" if stored[n] == "F64" or (wide and over != "tensor") else "float32"
             work_dtype = m.work or dtype or needed
         given = params(n, floats) if callable(params) else params
-        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, m.bind(given, len(models)), kept[n]))
+        bound = m.bind(given, len(models))
+        least = m.least_for(bound)
+        kept[n] = out_name or promote([stored[n], _DTYPES[least]] if least else [stored[n]])
+        tensors.append(Tensor(n, sources[0].shape(n), work_dtype, bound, kept[n]))
 
     specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
@@ -348,9 +352,21 @@ def _stat_sources(stats: Sequence[Model | None] | None, backend: Any, example: A
     return sources
 
 
+def _check_count(m: Method, count: int, stats: Sequence[Any] | None) -> None:
+    """UsageError unless there are statistics for each model, where the method wants some."""
+    first = m.needs == "base and models"
+    of = "the base and each model" if first else "each model"
+    if stats is None and m.needs:
+        wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
+        raise UsageError(f"{m.name} rests on statistics ({wanted}): give stats=, one mapping or path for {of}")
+    if stats is not None and len(stats) != count + first:
+        models = f"{count} models" + (" and the base, which comes first" if first else "")
+        raise UsageError(f"stats has {len(stats)} entries for {models}")
+
+
 def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:
     """UsageError for statistics of which the method reads none: they were meant to have an effect."""
-    if stats is None or not any(s.names() for s in stats):
+    if stats is None or not (m.needs == "models" or any(s.names() for s in stats)):
         return
     if not m.stats:
         raise UsageError(f"{m.name} reads no statistics: leave stats out")
@@ -358,7 +374,11 @@ def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None
     modules = {n.rpartition(".")[0] for n in names}
     if not any(stat_name(n, key) in present for key in m.stats for n in [*names, *modules]):
         wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
-        raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({sorted(present)[0]!r}, ...)")
+        raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({names_of(present)})")
+
+
+def names_of(present: Collection[str]) -> str:
+    return f"{min(present)!r}, ..." if present else "nothing is"
 
 
 def _refuse_tied(partial: Sequence[str], everywhere: set[str], sources: Sequence[Source]) -> None:

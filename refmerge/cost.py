@@ -29,7 +29,7 @@ from refmerge.work import Tensor
 
 __all__ = ["Estimate", "estimate"]
 
-START = 0.35  # seconds in which the interpreter starts, imports, and reads a recipe and headers
+START = 0.6  # seconds in which the interpreter starts, imports, reads a recipe and headers, and at last waits for the disk
 FEW, MANY = 1, 3  # tensors for each worker in a small and a larger trial
 LARGEST, SMALLEST, TOGETHER = 1 << 21, 1 << 18, 1 << 23  # entries of one of them, and of a small trial
 BRIEF = 0.15  # seconds of a larger trial that is too small for the processor's caches not to matter

@@ -19,8 +19,9 @@ from refmerge.api import merge, prepare
 from refmerge.errors import UsageError
 from refmerge.method import Method, Param
 from refmerge.registry import get
+from refmerge.work import stat_name
 
-__all__ = ["ALWAYS", "LAWS", "Law", "Trial"]
+__all__ = ["ALWAYS", "LAWS", "Law", "Trial", "statistics"]
 
 Tensors = dict[str, np.ndarray]
 NEUTRAL = {
@@ -37,6 +38,35 @@ class Law:
     says: str
     ulps: float
     check: Callable[[Trial], None]
+
+
+class Informed(dict[str, np.ndarray]):
+    """A model with the statistics that go with it wherever a law moves it."""
+
+    stats: Tensors
+
+
+def informed(tensors: Tensors, of: Tensors) -> Tensors:
+    """The tensors, with the statistics of another model where it has some."""
+    if isinstance(of, Informed):
+        tensors = Informed(tensors)
+        tensors.stats = of.stats
+    return tensors
+
+
+def statistics(method: Method, tensors: Tensors, draw: np.random.Generator) -> Tensors:
+    """Statistics that the method may be given for these tensors: positive numbers for "element", and for "whole" a positive
+    definite matrix of each matrix's columns (of its rows, where the key speaks of gradients)."""
+    found: Tensors = {}
+    for key, kind in method.stats.items():
+        for name, x in tensors.items():
+            if kind == "element":
+                found[stat_name(name, key)] = np.asarray(draw.integers(1, 9, x.shape) / 4, x.dtype)
+            elif kind == "whole" and x.ndim == 2:
+                side = x.shape[0 if "gradient" in key else 1]
+                rows = draw.integers(-2, 3, (side, side)).astype(x.dtype)
+                found[stat_name(name, key)] = rows.T @ rows + np.eye(side, dtype=x.dtype)
+    return found
 
 
 LAWS: dict[str, Law] = {}
@@ -82,7 +112,22 @@ class Trial:
         )
         if exact:
             models, base = [normal(m) for m in models], base and normal(base)
-        return models, base
+        return self.informed(models), base
+
+    def informed(self, models: Sequence[Tensors]) -> list[Tensors]:
+        """The models, each with statistics of its own where the method rests on some."""
+        if self.method.needs != "models":
+            return list(models)
+        draw, found = np.random.default_rng(self.choose(*range(64))), []
+        for m in models:
+            found.append(Informed(m))
+            found[-1].stats = statistics(self.method, m, draw)
+        return list(found)
+
+    @staticmethod
+    def stats(models: Sequence[Tensors]) -> dict[str, Any]:
+        """What `merge` and `prepare` are given beside the models."""
+        return {"stats": [m.stats for m in models if isinstance(m, Informed)]} if isinstance(models[0], Informed) else {}
 
     def with_base(self) -> bool:
         """Whether this trial has a base."""
@@ -127,7 +172,8 @@ class Trial:
         try:
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
-                return merge(models, self.method, base=base, threads=1, nonfinite="propagate", **options, **params)
+                given = self.stats(models) | options
+                return merge(models, self.method, base=base, threads=1, nonfinite="propagate", **given, **params)
         except UsageError as refused:
             return refused
 
@@ -156,13 +202,14 @@ class Trial:
 
 
 def normal(model: Tensors) -> Tensors:
-    return {name: np.where(np.abs(x) < 2.0**-20, 0, x).astype(x.dtype) for name, x in model.items()}
+    return informed({name: np.where(np.abs(x) < 2.0**-20, 0, x).astype(x.dtype) for name, x in model.items()}, model)
 
 
 def each(f: Callable[..., Any], *models: Any) -> Tensors:
     """f on the tensors of some models, name by name, in their dtype."""
     with np.errstate(all="ignore"):
-        return {name: np.asarray(f(*(m[name] for m in models)), dtype=x.dtype) for name, x in models[0].items()}
+        made = {name: np.asarray(f(*(m[name] for m in models)), dtype=x.dtype) for name, x in models[0].items()}
+        return informed(made, models[0])
 
 
 def dyadic(t: Trial, like: Tensors) -> Tensors:
@@ -182,16 +229,17 @@ def blocks(t: Trial) -> None:
         sizes: tuple[int, ...] = (1, 2, 3, 7)
     else:  # more than one leaf of a sum, and blocks that cut leaves
         models, base = t.inputs()
-        shapes = {"a": (t.choose(2500, 1024, 1025),), "b": (3, 700)}
+        columns = 70 if "whole" in t.method.stats.values() else 700  # a matrix of all pairs of columns has to be made
+        shapes = {"a": (t.choose(2500, 1024, 1025),), "b": (3, columns)}
         draw = np.random.default_rng(t.choose(*range(64)))
         large = [{k: (draw.integers(-8, 9, s) / 4).astype(np.float32) for k, s in shapes.items()} for _ in range(9)]
-        models, base = large[1 : len(models) + 1], base and large[0]
+        models, base = t.informed(large[1 : len(models) + 1]), base and large[0]
         sizes = (1000, 1024, 2048, 300)
     params = t.params(len(models))
     over = t.choose(None, "tensor", "model")
     expected = t.merge(models, base, params, over=over)
     try:
-        plan = prepare(models, t.method, base=base, over=over, nonfinite="propagate", params=params)
+        plan = prepare(models, t.method, base=base, over=over, nonfinite="propagate", params=params, **t.stats(models))
         plan.elements, plan.threads = t.choose(*sizes), t.choose(1, 2, 3)
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -218,7 +266,8 @@ def backends(t: Trial) -> None:
     expected = t.merge(models, base, params)
     for put in _libraries():
         given = [{k: put(x) for k, x in m.items()} for m in models]
-        got = t.merge(given, base and {k: put(x) for k, x in base.items()}, params)
+        there = {"stats": [{k: put(x) for k, x in s.items()} for ss in t.stats(models).values() for s in ss] or None}
+        got = t.merge(given, base and {k: put(x) for k, x in base.items()}, params, **there)
         if not isinstance(got, UsageError):
             got = {k: np.asarray(x) for k, x in got.items()}
         if t.ulps:

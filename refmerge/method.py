@@ -110,7 +110,10 @@ class Method:
     work: the dtype in which the method insists on computing, or None.
     widens: whether 16-bit inputs are computed in float32 even where arithmetic="native" is asked for.
     optional_base: whether the base may be left out.
-    least: the dtype that results have at least where the caller asks for none, or None: that of the inputs.
+    least: the dtype that results have at least where the caller asks for none, or None: that of the inputs; or a function of
+        parameters, by their names, that says which.
+    needs: whether statistics may be left out (""), must be given for each model ("models"), or for the base too, first
+        ("base and models").
     """
 
     name: str
@@ -126,7 +129,8 @@ class Method:
     work: str | None = None
     widens: bool = False
     optional_base: bool = False
-    least: str | None = None
+    least: str | Callable[..., str | None] | None = None
+    needs: str = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -149,6 +153,12 @@ class Method:
             return self.view
         facts = {**params, "ndim": ndim}
         return self.view(**{key: facts[key] for key in inspect.signature(self.view).parameters})
+
+    def least_for(self, params: Mapping[str, Any]) -> str | None:
+        """`least` for these bound parameters."""
+        if not callable(self.least):
+            return self.least
+        return self.least(**{key: params[key] for key in inspect.signature(self.least).parameters})
 
     def check_models(self, count: int, has_base: bool) -> None:
         """UsageError unless `count` models, with or without a base, can be merged by this method."""
@@ -240,7 +250,8 @@ def method(
     domain: Mapping[str, tuple[float, float]] | None = None,
     work: str | None = None,
     widens: bool = False,
-    least: str | None = None,
+    least: str | Callable[..., str | None] | None = None,
+    needs: Literal["", "models", "base and models"] = "",
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare a merge method. TypeError where the signature is not the contract's (see the module's docstring)."""
 
@@ -269,7 +280,7 @@ def method(
             params[key] = Param(key, old.type, old.default, old.per_model, interval, old.choices, old.optional)
         return Method(
             name, fn, paper, tuple(asks), MappingProxyType(params), view, over, models,
-            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base, least,
+            MappingProxyType(dict(stats or {})), outputs, work, widens, optional_base, least, needs,
         )  # fmt: skip
 
     return wrap
@@ -304,5 +315,5 @@ def same_as(ours: Method, name: str, *, source: str, **theirs: str | tuple[str, 
     run.__wrapped__ = ours.run  # type: ignore[attr-defined]
     return Method(
         name, run, source, ours.asks, MappingProxyType(renamed), view, ours.over, ours.models, ours.stats,
-        ours.outputs, ours.work, ours.widens, ours.optional_base, ours.least,
+        ours.outputs, ours.work, ours.widens, ours.optional_base, ours.least, ours.needs,
     )  # fmt: skip

@@ -159,6 +159,10 @@ def example_for(method: Method) -> Example:
     for key, p in method.params.items():
         if p.required or key in ours.params:
             params[key] = ours.params.get(key, 1.0)
+    if method.needs:
+        given = ours.params.get("stats") or [{} for _ in ours.models]
+        theirs = dict(zip(get(bare).stats, method.stats)) if bare in _found() else {}
+        params["stats"] = [{theirs[key]: x for key, x in s.items() if key in theirs} for s in given]
     return Example(base, models, params)
 
 

@@ -1,15 +1,15 @@
-"""Plots of a loss along a path, as SVG made by hand like the pictures of the pages."""
+"""Plots of losses along a path, of a search, and of numbers over a size, as SVG made by hand like the pages' pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refmerge.errors import UsageError
 from refmerge.pages import COLOURS, FAINT, GRID, INK, RESULT, _escape, _g, _n, _svg
 
-__all__ = ["draw_paths"]
+__all__ = ["draw_paths", "draw_search", "draw_series"]
 
 WIDE, HIGH, LEFT, TOP = 420.0, 220.0, 64.0, 58.0
 
@@ -53,6 +53,46 @@ def draw_paths(paths: Mapping[str, Any], title: str, label: str = "loss") -> str
     return _svg(LEFT + WIDE + 28, height, title, "The loss along a path between two models.", body)
 
 
+def draw_series(series: Mapping[str, Mapping[float, Any]], title: str, label: str, along: str) -> str:
+    """What several measurements at each of some sizes give: their means joined, bars from the smallest to the largest. Both
+    axes are logarithmic. UsageError where a number or a size is not finite and above 0."""
+    numbers = [float(y) for points in series.values() for ys in points.values() for y in ys]
+    sizes = sorted({float(x) for points in series.values() for x in points})
+    if not numbers or not all(0 < x < math.inf for x in (*numbers, *sizes)):
+        raise UsageError("a plot with logarithmic axes has numbers and sizes that are finite and above 0")
+    low, high = (math.log10(x) for x in (min(numbers), max(numbers)))
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    span = math.log(sizes[-1] / sizes[0]) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return LEFT + math.log(x / sizes[0]) / span * WIDE, TOP + (high - math.log10(y)) / (high - low) * HIGH
+
+    rules = [k * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for k in (1, 2, 5)]
+    body = [f'<text x="16" y="24" font-size="14" font-weight="bold" fill="{INK}">{_escape(title)}</text>']
+    for value in (rule for rule in rules if low <= math.log10(rule) <= high):
+        _, y = at(sizes[0], value)
+        body.append(f'<path d="M{_n(LEFT)} {_n(y)}h{_n(WIDE)}" stroke="{GRID}"/>')
+        body.append(f'<text x="{_n(LEFT - 12)}" y="{_n(y + 4)}" text-anchor="end" fill="{FAINT}">{_g(value)}</text>')
+    for size in sizes:
+        x, y = at(size, 10**low)
+        body.append(f'<text x="{_n(x)}" y="{_n(y + 18)}" text-anchor="middle" fill="{FAINT}">{_g(size)}</text>')
+    body.append(f'<text x="{_n(LEFT - 12)}" y="{_n(TOP - 10)}" text-anchor="end" fill="{FAINT}">{_escape(label)}</text>')
+    body.append(f'<text x="{_n(LEFT + WIDE + 16)}" y="{_n(TOP + HIGH + 18)}" fill="{FAINT}">{_escape(along)}</text>')
+    for i, (name, points) in enumerate(series.items()):
+        colour, aside = COLOURS[i % len(COLOURS)], 3 * (i - (len(series) - 1) / 2)
+        means = []
+        for size, ys in points.items():
+            x, y = at(size, sum(map(float, ys)) / len(ys))
+            x, (_, top), (_, bottom) = x + aside, at(size, float(max(ys))), at(size, float(min(ys)))
+            means.append(f"{_n(x)} {_n(y)}")
+            body.append(f'<path d="M{_n(x)} {_n(top)}V{_n(bottom)}" stroke="{colour}"/>')
+            body.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="3" fill="{colour}"/>')
+        body.append(f'<path d="M{"L".join(means)}" stroke="{colour}" stroke-width="2" fill="none"/>')
+        body.append(f'<text x="{_n(LEFT)}" y="{_n(TOP + HIGH + 38 + 16 * i)}" fill="{colour}">{_escape(name)}</text>')
+    height = TOP + HIGH + 30 + 16 * len(series)
+    return _svg(LEFT + WIDE + 60, height, title, f"{label} over {along}: means, and bars over all measurements.", body)
+
+
 def pieces(path: Any, at: Any) -> list[str]:
     """The curve, cut where it is not finite."""
     found: list[list[str]] = [[]]
@@ -70,3 +110,36 @@ def ticks(low: float, high: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
     step *= next(k for k in (5, 2, 1) if (high - low) / (k * step) >= 3 or k == 1)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def draw_search(scores: Sequence[float]) -> str:
+    """The scores of the trials of a search, and the best so far. UsageError where there is nothing finite to draw."""
+    finite = [s for s in scores if math.isfinite(s)]
+    if not finite:
+        raise UsageError("there is no plot of scores none of which is finite")
+    low, high = min(finite), max(finite)
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    last = max(len(scores) - 1, 1)
+
+    def at(i: int, value: float) -> tuple[float, float]:
+        return LEFT + i / last * WIDE, TOP + (high - value) / (high - low) * HIGH
+
+    title = f"{len(scores)} trials, the best {_g(max(finite))}"
+    body = [f'<text x="16" y="24" font-size="14" font-weight="bold" fill="{INK}">{title}</text>']
+    for value in ticks(low, high):
+        _, y = at(0, value)
+        body.append(f'<path d="M{_n(LEFT)} {_n(y)}h{_n(WIDE)}" stroke="{GRID}"/>')
+        body.append(f'<text x="{_n(LEFT - 8)}" y="{_n(y + 4)}" text-anchor="end" fill="{FAINT}">{_g(value)}</text>')
+    for i in sorted({0, last}):
+        x, y = at(i, low)
+        body.append(f'<text x="{_n(x)}" y="{_n(y + 18)}" text-anchor="middle" fill="{FAINT}">{i}</text>')
+    best, line = -math.inf, ""
+    for i, value in enumerate(scores):
+        if math.isfinite(value):
+            x, y = at(i, value)
+            body.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="2" fill="{COLOURS[0]}"/>')
+        if value > best and math.isfinite(value):
+            x, y = at(i, value)
+            line, best = f"{line}H{_n(x)}V{_n(y)}" if line else f"M{_n(x)} {_n(y)}", value
+    body.append(f'<path d="{line}H{_n(LEFT + WIDE)}" stroke="{RESULT}" stroke-width="2" fill="none"/>')
+    return _svg(LEFT + WIDE + 28, TOP + HIGH + 30, title, "The score of each trial of a search, and the best so far.", body)

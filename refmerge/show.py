@@ -23,6 +23,7 @@ from rich.text import Text
 from refmerge.catalogue import Entry, differences, recipe_text, recipes
 from refmerge.method import Method, Param
 from refmerge.pages import Page
+from refmerge.work import stat_name
 
 __all__ = ["catalogue", "printed", "sheet"]
 
@@ -133,7 +134,7 @@ def _needs(entry: Entry) -> list[tuple[str, RenderableType]]:
     least, most = code.models
     count = f"{least} or more" if most is None else f"{least}" if most == least else f"{least} to {most}"
     kinds = {"draw": "a recorded draw, in place of the seed's", "element": "a number for each entry", "whole": "an array"}
-    data = [f"{f'<tensor>.{key}' if key else '<tensor>'}: {kinds[kind]}" for key, kind in code.stats.items()]
+    data = [f"{stat_name('<tensor>', key)}: {kinds[kind]}" for key, kind in code.stats.items()]
     views = {"flat": "a block at a time", "rows": "whole rows", "tensor": "whole tensors", "model": "whole models"}
     view = "depends on parameters and shape" if callable(code.view) else views[code.view]
     over = code.over if isinstance(code.over, str) else "group"

@@ -80,5 +80,6 @@ class Work:
 
 
 def stat_name(tensor: str, key: str) -> str:
-    """The name under which a statistics file holds `key` of a tensor; the empty key is the tensor's own name."""
-    return f"{tensor}.{key}" if key else tensor
+    """The name under which a statistics file holds `key` of a tensor; the empty key is the tensor's own name, and one that
+    ends in a slash stands in front of it."""
+    return f"{key}{tensor}" if key.endswith("/") else f"{tensor}.{key}" if key else tensor

@@ -63,7 +63,8 @@ def results(folder: Path, cases: Any) -> list[Test]:
             continue
         params = {("lambda_" if name == "lambda" else name): x for name, x in json.loads(meta["params"]).items()}
         count = len({name.partition("/")[0] for name in tensors if name.startswith("model")})
-        stats = [part(tensors, f"stat{k}") for k in range(count)]
+        given = {name.partition("/")[0] for name in tensors if name.startswith("stat")}  # the base's too, at times
+        stats = [part(tensors, f"stat{k}") for k in range(max(count, len(given)))]
         # Which of equal magnitudes a sort keeps, and what rests on rounding, no other implementation can reproduce.
         loose = re.search("FRAGILE|TIE-DEPENDENT", meta["notes"])
         options = getattr(cases, "OPTIONS", {}).get(id, {})

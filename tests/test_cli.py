@@ -271,7 +271,7 @@ def test_bibtex_is_all_that_is_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("tise", "did you mean ties?"),
+        ("tise", "did you mean ties"),
         ("rws_signatures", "did you mean rws_signature"),
         ("dare", "official:dare or dare_ties"),
         ("fusion_bench:ties_merging", "'fusion_bench:ties_merging'"),

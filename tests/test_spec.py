@@ -21,7 +21,7 @@ import refmerge
 from refmerge import pages, registry, testing
 from refmerge.api import prepare
 from refmerge.explain import explain, outline, render
-from refmerge.laws import LAWS
+from refmerge.laws import LAWS, statistics
 from refmerge.method import Method
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +135,9 @@ def test_each_input_byte_is_read_as_often_as_the_page_says(both, make_case):
     read = 4 * 64 * 64 * (count + method.needs_base)
     needed = {key: x for key, x in make_case(page.name).arguments(count)[2].items() if method.params[key].required}
     for elements, passes in ((1 << 22, said[0]), (512, said[-1])):
-        plan = prepare(arrays[1:], method, base=arrays[0] if method.needs_base else None, threads=1, params=needed)
+        stats = [statistics(method, x, draw) for x in arrays[1:]] if method.needs else None
+        based = arrays[0] if method.needs_base else None
+        plan = prepare(arrays[1:], method, base=based, stats=stats, threads=1, params=needed)
         plan.elements = elements
         plan.run()
         assert (plan.ran.passes, plan.ran.bytes_read, plan.ran.bytes_sampled) == (passes, passes * read, 0)

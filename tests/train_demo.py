@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from refmerge.demo.training import Weights, initial, train
+
 LAYERS = {"layer1": (64, 48), "layer2": (48, 48), "head": (48, 10)}
 NOISE = 6.0  # standard deviation of the noise; a pixel ranges from 0 to 16
-
-Weights = dict[str, np.ndarray]
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def train_all(images: np.ndarray, labels: np.ndarray) -> dict[str, Weights]:
     noisy = np.concatenate([add_noise(images, random) for _ in range(4)])
     few = slice(0, 300)
     mixture = np.concatenate([images[few], rotate(images[few]), noisy[few]])
-    base = train(initial(random), mixture, np.tile(labels[few], 3), epochs=5, random=random)
+    base = train(initial(random, LAYERS), mixture, np.tile(labels[few], 3), epochs=5, random=random)
     tasks = {
         "digits_0_4": (images[low], labels[low]),
         "digits_5_9": (images[~low], labels[~low]),
@@ -76,48 +76,6 @@ def train_all(images: np.ndarray, labels: np.ndarray) -> dict[str, Weights]:
     for name, (task_images, task_labels) in tasks.items():
         models[name] = train(base, task_images, task_labels, epochs=10, random=random)
     return {name: {key: array.astype(np.float32) for key, array in model.items()} for name, model in models.items()}
-
-
-def initial(random: np.random.RandomState) -> Weights:
-    """He's initialisation; matrices are (out, in) as torch stores them."""
-    weights = {}
-    for name, (inputs, outputs) in LAYERS.items():
-        weights[f"{name}.weight"] = random.normal(0, np.sqrt(2 / inputs), (outputs, inputs))
-        weights[f"{name}.bias"] = np.zeros(outputs)
-    return weights
-
-
-def train(
-    weights: Weights, images: np.ndarray, labels: np.ndarray, *, epochs: int, random: np.random.RandomState
-) -> Weights:
-    """Stochastic gradient descent with momentum on the cross-entropy, batches of 32."""
-    weights = {name: array.copy() for name, array in weights.items()}
-    velocity = {name: np.zeros_like(array) for name, array in weights.items()}
-    pixels, targets = images.reshape(len(images), -1) / 16, np.eye(10)[labels]
-    for _ in range(epochs):
-        order = random.permutation(len(pixels))
-        for batch in np.split(order, range(32, len(order), 32)):
-            for name, slope in gradient(weights, pixels[batch], targets[batch]).items():
-                velocity[name] = 0.9 * velocity[name] - 0.02 * slope
-                weights[name] += velocity[name]
-    return weights
-
-
-def gradient(weights: Weights, pixels: np.ndarray, targets: np.ndarray) -> Weights:
-    """Backpropagation, written out."""
-    activations = [pixels]
-    for name in LAYERS:
-        outputs = activations[-1] @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-        activations.append(outputs if name == "head" else np.maximum(outputs, 0))
-    logits = activations.pop()
-    likelihood = np.exp(logits - logits.max(axis=1, keepdims=True))
-    error = (likelihood / likelihood.sum(axis=1, keepdims=True) - targets) / len(targets)
-    slopes = {}
-    for name in reversed(LAYERS):
-        inputs = activations.pop()
-        slopes[f"{name}.weight"], slopes[f"{name}.bias"] = error.T @ inputs, error.sum(axis=0)
-        error = (error @ weights[f"{name}.weight"]) * (inputs > 0)
-    return slopes
 
 
 if __name__ == "__main__":

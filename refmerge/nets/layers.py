@@ -21,11 +21,17 @@ Params = Mapping[str, Any]
 
 class Reads(dict[str, Any]):
     """Taps that have in `reads` too, under the name of its weight, what each linear layer and convolution reads: a row for
-    each sample or place, with as many numbers as one row of the weight (outputs, inputs, ...) has."""
+    each sample or place, with as many numbers as one row of the weight (outputs, inputs, ...) has.
+
+    Any taps with a method `read` are given that, with the axes of samples and places still there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: dict[str, Any] = {}
+
+    def read(self, name: str, x: Any) -> None:
+        self.reads[name] = array_namespace(x).reshape(x, (-1, x.shape[-1]))
 
 
 class Layers:
@@ -97,12 +103,13 @@ class Layers:
 
     def _in(self, name: str, x: Any, parts: Iterable[tuple[Any, int, int]] = ()) -> None:
         """x, or the parts of an image below each place of a kernel, is what a layer reads."""
-        if isinstance(self.taps, Reads):
+        if read := getattr(self.taps, "read", None):
             xp, below = array_namespace(x), [part for part, _, _ in parts]
             if below:
                 x = xp.permute_dims(xp.stack(below, axis=2), (0, 3, 4, 1, 2))  # samples, rows, columns, channels, places
                 x = xp.reshape(x, (*x.shape[:3], -1))
-            self.taps.reads[name] = xp.reshape(x, (-1, x.shape[-1]))
+            read(name, x)
+
 
     def _out(self, name: str, y: Any, axis: int = -1) -> Any:
         if self.taps is not None:

@@ -150,6 +150,14 @@ class Hand:
             )
 
 
+def numbered(h: Hand, id: str, entry: str) -> str:
+    """The id of a case, or id-2, id-3 ... where this entry has answered it with other parameters before."""
+    tool = f"-{entry.partition(':')[0]}" if ":" in entry else ""
+    there = {t.id for t in h.tests}
+    ids = (f"{id}-{k}" if k > 1 else id for k in range(1, 99))
+    return next(i for i in ids if f"{h.method}-{i}{tool}" not in there)
+
+
 REFUSED = object()  # the input must be refused
 OPEN = object()  # no value is asserted
 

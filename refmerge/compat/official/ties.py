@@ -90,10 +90,7 @@ def signs(T, group, how):
 def disjoint(T, gamma, how):
     """Aggregate the entries of the elected sign; where no sign could be elected, the negative ones."""
     xp = array_namespace(*T)
-    if gamma is None:
-        selected = T
-    else:
-        selected = [indicator(xp.where(gamma > 0, T_n > 0, T_n < 0), like=T_n) * T_n for T_n in T]
+    selected = T if gamma is None else agreeing(T, gamma)
     if how == "sum":
         return stacked_sum(selected)
     if how == "mean":
@@ -107,6 +104,12 @@ def disjoint(T, gamma, how):
     for s in selected[1:]:
         largest = xp.maximum(largest, xp.abs(s))
     return largest * gamma
+
+
+def agreeing(T, gamma):
+    """The entries of the elected sign, the others zero."""
+    xp = array_namespace(gamma)
+    return [indicator(xp.where(gamma > 0, T_n > 0, T_n < 0), like=T_n) * T_n for T_n in T]
 
 
 def aggregate(T, gamma, how):

@@ -1,0 +1,147 @@
+"""Vectors of mats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vector_cases import REFUSED, Hand, numbered
+
+TOOLS = ("mats",)
+CODE = {
+    "mats:mats": "r-three/mats@cb52c38 src/merging/conjugateGradient_fisherMerging.py:conjugateGradient_fisherMerging",
+}
+FLAGS = {"mats-mats-06": ["MatsHead"], "mats-mats-09": ["MatsBaseTurned"]}
+
+
+def hand() -> Hand:
+    h = Hand("mats", CODE)
+
+    def case(first: str, comment: str, W: list[Any], stats: list[dict[str, Any]] | None, *answers: Any, base: Any = None,
+             flags: str = "", name: str = "l.weight") -> None:  # fmt: skip
+        """One weight; our statistics are l.gram, l.gradient_gram and l.weight.fisher, theirs l, in/l and out/l."""
+        for entry, params, expect, why in answers:
+            given = None if stats is None else [{k: np.array(x, np.float64) for k, x in s.items()} for s in stats]
+            if given is not None and ":" in entry:
+                given = [{k.replace("l.gram", "l"): x for k, x in s.items()} for s in given]
+            answer = (entry, params, expect if expect is REFUSED else {name: expect}, why)
+            id = numbered(h, first, entry)
+            h.case(id, comment, [{name: w} for w in W], None if base is None else {name: base}, answer, flags=flags,
+                   dtype="F64", stats=given, tolerance=1e-6 if ":" in entry else 1e-12)  # fmt: skip
+
+    W = [[[6.0, 3.0], [0.0, 6.0], [3.0, 0.0]], [[0.0, -3.0], [0.0, 0.0], [-3.0, 0.0]]]
+    G = [{"l.gram": np.diag([3.0, 0.0])}, {"l.gram": np.diag([1.0, 2.0])}]
+    one = {"objective": "gram", "iterations": 1}
+    case(
+        "one-step",
+        "G_1 + G_2 = diag(4, 2); from the mean the residual has two equally long columns: step (1 + 1) / (4 + 2) = 1/3",
+        W,
+        G,
+        ("mats", one, [[5.0, -2.0], [0.0, 1.0], [2.0, 0.0]], ""),
+        ("mats:mats", {"num_iterations": 1}, [[5.0, -2.0], [0.0, 1.0], [2.0, 0.0]], ""),
+    )
+    exact = [[4.5, -3.0], [0.0, 0.0], [1.5, 0.0]]
+    case(
+        "converged",
+        "two eigenvalues, two steps: 3/4 of column 0 of the first and 1/4 of the second; column 1 is the second's",
+        W,
+        G,
+        ("mats", one | {"iterations": 2}, exact, ""),
+        ("mats", {"objective": "gram", "solver": "direct"}, exact, ""),
+        ("mats:mats", {"num_iterations": 2}, exact, ""),
+    )
+    base = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    eye = [{"l.gram": np.eye(3)}]
+    case(
+        "base-start",
+        "no iteration leaves the start",
+        [np.zeros((2, 3)) + 1],
+        eye,
+        ("mats", {"objective": "gram", "iterations": 0, "start": "base"}, base, ""),
+        (
+            "mats:mats",
+            {"num_iterations": 0, "initialization": "pretrained"},
+            [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]],
+            "its entries are read as a (3, 2) matrix and turned",
+        ),
+        base=base,
+        flags="MatsBaseTurned",
+    )
+    head = "transformer.lm_head.weight"
+    case(
+        "head",
+        "inputs weigh 3 to 1: (3 * 0 + 1 * 4) / 4 = 1; the mean is 2",
+        [[[0.0]], [[4.0]]],
+        [{"transformer.lm_head.gram": [[3.0]]}, {"transformer.lm_head.gram": [[1.0]]}],
+        ("mats", {"objective": "gram"}, [[1.0]], ""),
+        name=head,
+        flags="MatsHead",
+    )
+    case(
+        "head",
+        "inputs weigh 3 to 1: (3 * 0 + 1 * 4) / 4 = 1; the mean is 2",
+        [[[0.0]], [[4.0]]],
+        [{"transformer.lm_head": [[3.0]]}, {"transformer.lm_head": [[1.0]]}],
+        ("mats:mats", {}, [[2.0]], "an lm_head is averaged"),
+        name=head,
+        flags="MatsHead",
+    )
+    case(
+        "task-arithmetic-start",
+        "1 + 0.25 ((3 - 1) + (5 - 1)) = 2.5",
+        [[[3.0]], [[5.0]]],
+        [{"l.gram": [[1.0]]}] * 2,
+        ("mats", {"objective": "gram", "iterations": 0, "start": "task_arithmetic", "lambda_": 0.25}, [[2.5]], ""),
+        base=[[1.0]],
+    )
+    case(
+        "dead-input",
+        "nothing is known of input 1: the start stays, the mean 2 or zero",
+        [[[4.0, 1.0]], [[0.0, 3.0]]],
+        [{"l.gram": np.diag([1.0, 0.0])}, {"l.gram": np.diag([3.0, 0.0])}],
+        ("mats", {"objective": "gram"}, [[1.0, 2.0]], ""),
+        ("mats", {"objective": "gram", "start": "zero"}, [[1.0, 0.0]], ""),
+        ("mats:mats", {}, [[1.0, 2.0]], ""),
+        ("mats:mats", {"initialization": None}, [[1.0, 0.0]], ""),
+        ("mats", {"objective": "gram", "solver": "direct"}, REFUSED, ""),
+    )
+    case(
+        "kfac",
+        "diagonal matrices: entry (o, i) has the weight H_oo G_ii, 2 * 3 = 6 and 1 * 2 = 2 for (0, 0): (6 * 4 + 2 * 0) / 8",
+        [[[4.0, 4.0], [4.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]],
+        [
+            {"l.gram": np.diag([3.0, 1.0]), "l.gradient_gram": np.diag([2.0, 1.0])},
+            {"l.gram": np.diag([2.0, 1.0]), "l.gradient_gram": np.diag([1.0, 1.0])},
+        ],
+        ("mats", {"solver": "direct"}, [[3.0, 8 / 3], [2.4, 2.0]], "6:2, 2:1, 3:2, 1:1"),
+        ("mats", {"tolerance": 0.0}, [[3.0, 8 / 3], [2.4, 2.0]], ""),
+    )
+    case(
+        "kfac-mats",
+        "the weights 6 and 2 of the entry: (6 * 4 + 2 * 0) / 8",
+        [[[4.0]], [[0.0]]],
+        [{"in/l": [[3.0]], "out/l": [[2.0]]}, {"in/l": [[2.0]], "out/l": [[1.0]]}],
+        ("mats:mats", {"kind": "blockwise_fisher_linear"}, [[3.0]], ""),
+    )
+    case(
+        "fisher",
+        "weights 3 and 1, and 1 and 1: (3 * 0 + 4) / 4 and (0 + 4) / 2",
+        [[[0.0, 0.0]], [[4.0, 4.0]]],
+        [{"l.weight.fisher": [[3.0, 1.0]]}, {"l.weight.fisher": [[1.0, 1.0]]}],
+        ("mats", {"objective": "fisher", "solver": "direct"}, [[1.0, 2.0]], ""),
+        ("mats", {"objective": "fisher"}, [[1.0, 2.0]], "two eigenvalues, two steps"),
+    )
+    case(
+        "opposed",
+        "the right-hand side is 0, and so is the result, whatever the start",
+        [[[2.0]], [[-2.0]]],
+        [{"l.gram": [[1.0]]}] * 2,
+        ("mats", {"objective": "gram", "start": "base"}, [[0.0]], ""),
+        base=[[5.0]],
+    )
+    case("no-base", "nothing to start from", W, G, ("mats", {"objective": "gram", "start": "base"}, REFUSED, ""))
+    case("missing", "model 1 has none", W, [G[0], {}], ("mats", {"objective": "gram"}, REFUSED, ""))
+    case("wrong-size", "3 for 2 inputs", W, [{"l.gram": np.eye(3)}] * 2, ("mats", {"objective": "gram"}, REFUSED, ""))
+    case("no-statistics", "nothing matters", W, None, ("mats", {}, REFUSED, ""))
+    return h
