@@ -65,7 +65,7 @@ def turned(x, concat_across_output, name):
     if concat_across_output or x.ndim != 2:
         return x
     if x.shape[0] != x.shape[1]:
-        raise UsageError(f"official:knots: concat_across_output = False at tensor {name!r}, which is not square, fails there")
+        raise UsageError(f"official:knots: concat_across_output = False fails at tensor {name!r}, which is not square")
     return x.T
 
 
