@@ -23,7 +23,7 @@ from refmerge.procedures.subspaces.core_space import core_space
 
 DATA = np.load(Path(__file__).parent / "data" / "core_space.npz")
 ABOUT = json.loads(str(DATA["about"]))
-RELAXED = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 10**6)
 # Methods of which the basis of the core space is none of the business.
 FREE = [("task_arithmetic", {}), ("task_arithmetic", {"lambda_": 0.25}), ("cart", {"rank_ratio": 0.3, "layers": ("*",)})]

@@ -20,7 +20,7 @@ from refmerge.numeric import like, scores
 from refmerge.procedures.subspaces.esm import esm
 
 DATA = np.load(Path(__file__).parent / "data" / "esm.npz")
-RELAXED = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 10**6)
 PLAIN = {"others": "task_arithmetic"}
 

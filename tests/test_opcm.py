@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import refmerge
 
-RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 10**6)
 SHAPES = {"a": (6, 5), "b": (4, 7), "bias": (3,)}
 

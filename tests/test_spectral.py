@@ -17,7 +17,7 @@ from refmerge.methods.subspaces.iso_cts import dimensions
 from refmerge.methods.subspaces.low_rank_residual import decomposed
 from refmerge.methods.subspaces.tsvm import polar
 
-RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 10**6)
 sides = st.tuples(st.integers(2, 12), st.integers(2, 12))
 counts = st.integers(1, 4)

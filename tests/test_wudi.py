@@ -11,7 +11,7 @@ import refmerge
 from refmerge.methods.subspaces.doge import gradient, shared_basis
 from refmerge.methods.subspaces.dop import balanced, difference, shortest, subspaces
 
-RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 10**6)
 
 
