@@ -176,6 +176,9 @@ VARIANTS = [
 ]
 
 
+STEPS = ("steps", "num_steps", "steps_per_layer", "iter_num")  # of descent: a few show what hundreds would
+
+
 @dataclass(frozen=True)
 class Case:
     """A method with parameters that do something."""
@@ -193,6 +196,8 @@ class Case:
                 given[key] = {float: 0.375, int: 1, bool: True, str: (p.choices or ("",))[0]}[p.type]
             elif key == "density" and key not in given:
                 given[key] = 0.25
+            elif key in STEPS and key not in given:
+                given[key] = 3
         return m, max(least, min(models, most or models)), given
 
 

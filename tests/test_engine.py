@@ -76,7 +76,7 @@ def test_any_blocks(case, coarse):
 
 def test_any_threads(case):
     """Large enough for the engine to use threads, which it does not for less."""
-    shapes = {"b": (520, 451), "a": (60, 700)}
+    shapes = {"b": (1030, 140), "a": (1000, 121)}
     m, models, base, given_ = inputs(case, shapes)
     seen = set()
     plan = planned(models, m, 16384, base=base, params=given_)
