@@ -202,6 +202,26 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
 
 
 @main.command()
+@click.argument("merged", type=click.Path())
+@click.option("--recipe", type=click.Path(), help="how it was made; default: the recipe that lies beside its weights")
+@click.option("--exact", is_flag=True, help="rounding and choices among ties are differences too")
+@click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, help="how many tensors to list")
+@_options(*_RUN, "json")
+def verify(merged: str, recipe: str | None, exact: bool, top: int, json: bool, **options: Any) -> None:
+    """Compute what a recipe makes and compare it with the checkpoint MERGED, tensor by tensor, in blocks.
+
+    Says of each tensor whether it is equal to the bit, within rounding, equal up to which of several tied entries were kept,
+    or by how much it differs and where; and whose semantics do explain it. Exit status 1 where something differs.
+    """
+    from refmerge.verify import verify
+
+    found = verify(merged, recipe, **{k: v for k, v in options.items() if v is not None})
+    click.echo(jsonlib.dumps(found.told(), indent=2) if json else found.text(top))
+    if not (found.exact if exact else found.ok):
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("path", type=click.Path())
 @click.option("--tensor", metavar="GLOB", help="list the tensors whose names match")
 @_options("json")
