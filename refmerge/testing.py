@@ -24,7 +24,7 @@ import numpy as np
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Case", "Failure", "Report", "assert_same", "check", "checkpoints", "flags", "names", "vectors"]
+__all__ = ["Case", "Failure", "Report", "assert_same", "check", "checkpoints", "flags", "names", "ulps_between", "vectors"]
 
 Tensors = dict[str, np.ndarray]
 Merge = Callable[..., Mapping[str, Any]]
@@ -343,7 +343,7 @@ def assert_same(a: Any, b: Any, ulps: int = 0, *, signed_zero: bool = True) -> N
     if not (_is_float(x.dtype)):
         wrong, detail = x != y, "integers are compared exactly"
     else:
-        apart = _ulps(x, y)
+        apart = ulps_between(x, y)
         wrong = apart > np.uint64(ulps)
         if signed_zero and not ulps:
             wrong |= (x == 0) & (y == 0) & (np.signbit(x) != np.signbit(y))
@@ -352,7 +352,7 @@ def assert_same(a: Any, b: Any, ulps: int = 0, *, signed_zero: bool = True) -> N
         raise AssertionError(_where(x, y, wrong, detail))
 
 
-def _ulps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def ulps_between(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """How many steps from x to y on the floating-point line; 0 between two NaN, the most from NaN to a number."""
     width = x.dtype.itemsize * 8
     sign = np.uint64(1 << (width - 1))

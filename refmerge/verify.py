@@ -27,6 +27,7 @@ from refmerge.plan import Plan
 from refmerge.recipe.run import prepare_recipe
 from refmerge.registry import get, names
 from refmerge.sources import DiskSink, Scratch
+from refmerge.testing import ulps_between
 from refmerge.work import Tensor
 
 __all__ = ["RECIPES", "ROUNDING", "Finding", "Verification", "find_recipe", "verify"]
@@ -266,7 +267,8 @@ class _Comparer:
         worst = int(np.argmax(away))
         values = [float(x.view(DTYPES[info.dtype])[worst]) for x in (stored, raw)]
         beyond = np.count_nonzero(away > ROUNDING) if info.dtype in FLOATS else np.count_nonzero(away)
-        record = (self._numbers[name], np.count_nonzero(away), beyond, away[worst], start + worst, *values)
+        apart = min(int(away[worst]), 1 << 62)
+        record = (self._numbers[name], np.count_nonzero(away), beyond, apart, start + worst, *values)
         self._file.write(np.array([record], _RECORD).tobytes())
 
     write = put
@@ -286,24 +288,13 @@ def ulps(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     """How many numbers of a dtype lie from one to the other, entry by entry; at least 1 where bits differ, 0 for two NaN. a,
     b: bytes. Entries that are no floats are 1 away where they differ."""
     kind = DTYPES[dtype]
-    bits = [x.view(f"u{kind.itemsize}") for x in (a, b)]
-    differs = bits[0] != bits[1]
+    differs = a.view(f"u{kind.itemsize}") != b.view(f"u{kind.itemsize}")
     if dtype not in FLOATS:
-        return differs.astype(np.int64)
+        return differs.astype(np.uint64)
+    x, y = a.view(kind), b.view(kind)
     with np.errstate(all="ignore"):
-        values = [x.view(kind).astype(np.float64) for x in (a, b)]
-    top = np.int64(1) << (8 * kind.itemsize - 1) if kind.itemsize < 8 else None
-    keys = []
-    for x in bits:
-        key = x.view(f"i{kind.itemsize}").astype(np.int64)
-        magnitude = key & np.int64(0x7FFFFFFFFFFFFFFF) if top is None else key & (top - 1)
-        keys.append(np.where(key < 0, -magnitude, magnitude))
-    with np.errstate(over="ignore"):
-        away = np.abs(keys[0] - keys[1])
-    away = np.where(away < 0, np.iinfo(np.int64).max, away)
-    nan = [np.isnan(x) for x in values]
-    away = np.where(nan[0] != nan[1], np.iinfo(np.int64).max, away)
-    return np.where(differs & ~(nan[0] & nan[1]), np.maximum(away, 1), 0)
+        nan = np.isnan(x) & np.isnan(y)
+    return np.where(differs & ~nan, np.maximum(ulps_between(x, y), 1), 0)
 
 
 def _compared(plan: Plan, checkpoint: Checkpoint, tensors: Sequence[str]) -> dict[str, Finding]:
