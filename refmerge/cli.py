@@ -325,6 +325,47 @@ def compare(
 
 
 @main.command()
+@click.argument("target")
+@click.option("--method", "methods", metavar="NAME", multiple=True, help="only these; default: all that have vectors")
+@click.option("--entry", help="whose semantics a function or a command claims, mergekit:ties; default: the paper's")
+@click.option("--command", is_flag=True, help="TARGET is a command line that answers requests, in any language")
+@click.option("--python", type=click.Path(), help="the interpreter in which the tool is installed")
+@click.option("--fuzz", type=click.IntRange(min=1), metavar="N", help="N random inputs for each entry of the tool, too")
+@click.option("--html", type=click.Path(), metavar="OUT.HTML", help="write the table and the flags as one page")
+@click.option("--junit", type=click.Path(), metavar="OUT.XML", help="write the cases for a build server")
+@_options("json")
+def conform(
+    target: str, methods: tuple[str, ...], entry: str | None, command: bool, python: str | None, fuzz: int | None,
+    html: str | None, junit: str | None, json: bool,
+) -> None:  # fmt: skip
+    """Run the test vectors against TARGET, another implementation, and say method by method whether it is right, or why not.
+
+    TARGET is a tool with an adapter (fusion_bench, mergekit, peft, sd_mecha), a Python function as module:function, or with
+    --command any command. A difference that a flag explains is a choice that the tool has made; exit status 1 where there
+    are others.
+    """
+    from refmerge.conform import conform, fuzzed
+
+    if fuzz is not None and (command or ":" in target):
+        raise click.UsageError("--fuzz is for tools that have an adapter")
+    found = conform(target, methods, entry=entry, python=python, command=command)
+    differences = [] if fuzz is None else fuzzed(target, methods, fuzz, python)
+    for path, made in ((html, found.html), (junit, found.junit)):
+        if path is not None:
+            try:
+                with open(path, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(made())
+            except OSError as e:
+                raise click.UsageError(f"{path} cannot be written: {e.strerror}") from e
+    if json:
+        click.echo(jsonlib.dumps({**found.told(), "fuzz": [vars(d) for d in differences]}, indent=2))
+    else:
+        click.echo("\n".join([found.text(), *(d.text() for d in differences)]))
+    if not found.ok or differences:
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("name", required=False)
 @click.option("--bibtex", is_flag=True, help="only the BibTeX entry of the paper")
 @click.option("--page", is_flag=True, help="all of the page, with its examples and exercises")
