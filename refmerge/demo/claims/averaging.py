@@ -9,9 +9,19 @@ import numpy as np
 from scipy.ndimage import rotate
 
 from refmerge import merge
-from refmerge.demo.claims.claim import Claim, Numbers
+from refmerge.demo.claims.claim import Numbers
 from refmerge.demo.claims.world import (
-    TASKS, Data, Split, World, images, learn, loss, network, noisy, right, slope, world,
+    TASKS,
+    Data,
+    Split,
+    World,
+    images,
+    learn,
+    loss,
+    network,
+    right,
+    slope,
+    world,
 )  # fmt: skip
 from refmerge.demo.training import Weights, backward, softmax
 from refmerge.nets import mlp
@@ -21,9 +31,12 @@ from refmerge.procedures.averaging.weight_selection import weight_selection
 from refmerge.procedures.measures.sparse_stragglers import sparse_stragglers
 from refmerge.procedures.measures.straggler_score import straggler_score
 
-__all__ = ["CLAIMS"]
+__all__ = [
+    "anchored", "front", "line", "policies", "ratatouille", "reinforce", "reward", "rewards", "selected", "shards",
+    "shifted", "soups", "times",
+]  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------------- soups and lines
+# ---------------------------------------------------------------------------------------------------------- soups and lines
 
 MEMBERS = [(rate, epochs) for rate in (0.002, 0.005, 0.01, 0.02) for epochs in (3, 9)]
 
@@ -56,7 +69,13 @@ def soups(seed: int) -> Numbers:
     first, last = models[2], models[3]
     stock, two = merge([first, last], "model_stock", base=w.base), merge([first, last], "linear")
     away = [t.test for name, t in w.tasks.items() if not name.startswith(("0", "5"))]
-    found = {"uniform soup": uniform, "greedy soup": greedy, "best member": best, "average of two": two, "stock of two": stock}
+    found = {
+        "uniform soup": uniform,
+        "greedy soup": greedy,
+        "best member": best,
+        "average of two": two,
+        "stock of two": stock,
+    }
     numbers = {name: right(m, test) for name, m in found.items()}
     numbers |= {f"{name}, shifted": shifted(w, m) for name, m in found.items()}
     return numbers | {
@@ -123,15 +142,15 @@ def rewards(seed: int, wrong: float = 0.3, count: int = 4) -> Numbers:
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------------- policies
+# ----------------------------------------------------------------------------------------------------------------- policies
 
 
 def reinforce(
     policy: Weights, reference: Weights, data: Split, random: np.random.RandomState, *, beta: float, epochs: int = 5,
     anchor: float = 0.0, rate: float = 0.05,
 ) -> Iterator[Weights]:  # fmt: skip
-    """The policy after each epoch of gradient ascent on the expected reward, 1 for the right digit, less beta times the KL divergence from the reference,
-    which follows the policy as a moving average if anchor is above 0."""
+    """The policy after each epoch of gradient ascent on the expected reward, 1 for the right digit, less beta times the KL
+    divergence from the reference, which follows the policy as a moving average if anchor is above 0."""
     policy, reference = dict(policy), dict(reference)
     for _ in range(epochs):
         order = random.permutation(len(data))
@@ -197,7 +216,7 @@ def policies(seed: int) -> Numbers:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------- shards, times
+# ------------------------------------------------------------------------------------------------------------ shards, times
 
 
 @cache
@@ -245,7 +264,7 @@ def times(seed: int) -> Numbers:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------ fronts and sizes
+# --------------------------------------------------------------------------------------------------------- fronts and sizes
 
 
 @cache

@@ -12,26 +12,32 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class Check:
-    """better, a key of the numbers, is above worse, a key or a number, by more than margin."""
+    """better is above worse by more than margin, or also by just that if equal; both are keys of the numbers, or numbers."""
 
-    better: str
+    better: str | float
     worse: str | float
     margin: float = 0.0
+    equal: bool = False
 
     def holds(self, numbers: Mapping[str, float]) -> bool:
-        worse = numbers[self.worse] if isinstance(self.worse, str) else self.worse
-        return numbers[self.better] > worse + self.margin
+        better, worse = (numbers[x] if isinstance(x, str) else x for x in (self.better, self.worse))
+        return better > worse + self.margin or (self.equal and better == worse + self.margin)
+
+    @property
+    def bound(self) -> str:
+        """What it must be above."""
+        sign = "-" if self.margin < 0 else "+"
+        return f"{self.worse} {sign} {abs(self.margin):g}" if self.margin else str(self.worse)
 
     def __str__(self) -> str:
-        sign = "-" if self.margin < 0 else "+"
-        return f"{self.better} > {self.worse}" + (f" {sign} {abs(self.margin):g}" if self.margin else "")
+        return f"{self.better} {'>=' if self.equal else '>'} {self.bound}"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """system: registry name of what the claim is about. says: what the paper says. tried: what was done here. measure: numbers
-    of a seed, of which `shown` are printed. checks: what must hold. why: a guess, for where it does not. needs: registry names
-    besides."""
+    """system: the page of what the claim is about. says: what the paper says. tried: what was done here. measure: numbers of
+    a seed, of which `shown` are printed. checks: what must hold. why: a guess, for where it does not. needs: registry names,
+    where it is not sure that they are there. also: keys of numbers that are printed besides."""
 
     system: str
     says: str
@@ -40,12 +46,13 @@ class Claim:
     checks: Sequence[Check]
     why: str = ""
     needs: Sequence[str] = ()
+    also: Sequence[str] = ()
 
     @property
     def shown(self) -> list[str]:
-        """The keys that its checks compare."""
+        """The keys that its checks compare, and others that are printed."""
         keys = [key for check in self.checks for key in (check.better, check.worse) if isinstance(key, str)]
-        return list(dict.fromkeys(keys))
+        return list(dict.fromkeys([*keys, *self.also]))
 
     def holds(self, numbers: Mapping[str, float]) -> bool:
         return all(check.holds(numbers) for check in self.checks)

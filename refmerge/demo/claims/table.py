@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from refmerge import merge, registry
 from refmerge.adaptive import cross_entropy, entropy
-from refmerge.demo.claims.world import EPOCHS, TASKS, Split, World, head, learn, rest_of, right, slope
+from refmerge.demo.claims.world import EPOCHS, TASKS, Split, World, head, learn, rest_of, slope, world
 from refmerge.demo.training import Weights, backward, softmax
 from refmerge.nets import mlp
 from refmerge.nets.layers import relu
+from refmerge.procedures.averaging.greedy_soup import greedy_soup
 from refmerge.procedures.data_driven.adamerging import adamerging
 from refmerge.procedures.data_driven.atlas import atlas
 from refmerge.procedures.data_driven.evolutionary_merge import evolutionary_merge
 from refmerge.procedures.data_driven.model_tinting import model_tinting
 from refmerge.procedures.data_driven.regmean_plusplus import Stage, regmean_plusplus
-from refmerge.procedures.averaging.greedy_soup import greedy_soup
 
-__all__ = ["ROWS", "Row", "accuracy", "available", "tuned"]
+__all__ = ["ROWS", "Row", "available", "best", "result", "tuned"]
 
 SCALES = tuple(round(0.1 * k, 1) for k in range(1, 16))
 STEPS, BATCH = 500, 16
@@ -32,54 +32,56 @@ Made = Weights | Sequence[Weights]
 
 @dataclass(frozen=True)
 class Row:
-    """name: of the row. make: what merges the models of a World. scale: the parameter that is also chosen on validation data
-    out of SCALES, if there is one. each: whether every task has a model of its own. needs: registry names. fusionbench, esm:
-    what is published for ViT-B/32 on eight tasks."""
+    """name: of the row. make: what merges the models of a World. kind: what it gives and needs. needs: the registry name, if
+    it is a method's. scale: the parameter that is also chosen on validation data out of SCALES, if there is one. given:
+    parameters that are no defaults. fusionbench, esm: what is published for ViT-B/32 on eight tasks."""
 
     name: str
     make: Callable[..., Made]
     kind: str
+    needs: str | None = None
     scale: str | None = None
-    needs: tuple[str, ...] = ()
+    given: str = ""
     fusionbench: float | None = None
     esm: float | None = None
 
 
-def method(name: str, kind: str, *, scale: str | None = None, label: str | None = None, fusionbench: float | None = None,
-           esm: float | None = None, **params: Any) -> Row:  # fmt: skip
+def method(
+    name: str, kind: str, *, label: str | None = None, scale: str | None = None, fusionbench: float | None = None,
+    esm: float | None = None, **params: Any,
+) -> Row:  # fmt: skip
     """A row of a method of the registry, with its defaults but for params."""
 
     def make(w: World, **more: Any) -> Weights:
         return w.merge(name, **(params | more))
 
-    return Row(label or f"`{name}`", make, kind, scale, (name,), fusionbench, esm)
+    return Row(label or name, make, kind, name, scale, told(params), fusionbench, esm)
 
 
-def each(name: str, *, key: str = "task", label: str | None = None, scale: str | None = None, **params: Any) -> Row:
+def told(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.strip('_')} {', '.join(x) if isinstance(x, tuple) else x}" for key, x in params.items())
+
+
+def each(name: str) -> Row:
     """A row of a method that is called once for each task."""
+    return Row(name, lambda w: [w.merge(name, task=i) for i in range(len(TASKS))], EACH, name)
 
-    def make(w: World, **more: Any) -> list[Weights]:
-        return [w.merge(name, **{key: told(key, i)}, **(params | more)) for i in range(len(TASKS))]
 
-    return Row(label or f"`{name}`", make, EACH, scale, (name,))
+def routed(w: World) -> list[Weights]:
+    """A router that knows the task."""
+    return [w.merge("twin_merging", weight=[float(task == i) for i in range(len(TASKS))]) for task in range(len(TASKS))]
 
 
 def alone(name: str, **params: Any) -> Row:
     """A row of what is made of each fine-tune by itself."""
 
     def make(w: World) -> list[Weights]:
-        base = {"base": w.base} if "base" in registry.get(name).asks else {}
-        return [merge([m], name, **base, **params) for m in w.models]
+        return [merge([m], name, base=w.base, **params) for m in w.models]
 
-    return Row(f"`{name}`", make, EACH, None, (name,))
-
-
-def told(key: str, task: int) -> Any:
-    """Which task it is: its number, or a router that knows it."""
-    return task if key == "task" else [float(task == i) for i in range(len(TASKS))]
+    return Row(name, make, EACH, name, given=told(params))
 
 
-# ------------------------------------------------------------------------------------------------------------ data and search
+# ---------------------------------------------------------------------------------------------------------- data and search
 
 
 def batches(w: World, steps: int = STEPS, size: int = BATCH, labels: bool = False) -> Iterator[list[tuple[int, Any]]]:
@@ -205,7 +207,7 @@ def jointly(w: World) -> Weights:
     return trained
 
 
-# ------------------------------------------------------------------------------------------------------------------ the rows
+# ----------------------------------------------------------------------------------------------------------------- the rows
 
 ENDS, ONE, DATA, EACH = "no merge", "one model, without data", "one model, with data", "a model for each task"
 
@@ -217,15 +219,15 @@ ROWS = [
     method("karcher", ONE),
     method("multislerp", ONE),
     method("warp", ONE),
-    method("ema", ONE, mu=0.5, label="`ema`, mu 0.5"),
-    method("task_arithmetic", ONE, scale="lambda_", lambda_=0.3, label="`task_arithmetic`, lambda 0.3", fusionbench=68.0, esm=70.8),
+    method("ema", ONE, mu=0.5),
+    method("task_arithmetic", ONE, scale="lambda_", lambda_=0.3, fusionbench=68.0, esm=70.8),
     method("ties", ONE, scale="lambda_", fusionbench=72.2, esm=75.1),
-    method("dare_linear", ONE, scale="lambda_", density=0.1, lambda_=0.3, label="`dare_linear`, density 0.1, lambda 0.3"),
-    method("dare_ties", ONE, scale="lambda_", density=0.1, label="`dare_ties`, density 0.1"),
+    method("dare_linear", ONE, scale="lambda_", density=0.1, lambda_=0.3),
+    method("dare_ties", ONE, scale="lambda_", density=0.1),
     method("breadcrumbs", ONE, scale="lambda_"),
     method("breadcrumbs_ties", ONE, scale="lambda_"),
     method("della", ONE, scale="lambda_"),
-    method("della_linear", ONE, scale="lambda_", lambda_=0.3, label="`della_linear`, lambda 0.3"),
+    method("della_linear", ONE, scale="lambda_", lambda_=0.3),
     method("model_stock", ONE),
     method("widen", ONE),
     method("sce", ONE),
@@ -233,34 +235,34 @@ ROWS = [
     method("ramplus_tl", ONE),
     method("magmax", ONE, scale="lambda_"),
     method("pcb", ONE, scale="lambda_"),
-    method("lines", ONE, blocks=2, beta=0.3, scale="beta", label="`lines`, beta 0.3"),
-    method("consensus", ONE, scale="lambda_", lambda_=0.3, label="`consensus`, lambda 0.3", esm=75.0),
+    method("lines", ONE, blocks=2, beta=0.3, scale="beta"),
+    method("consensus", ONE, scale="lambda_", lambda_=0.3, esm=75.0),
+    method("cart", ONE, layers=("blocks.*",)),
     method("tsvm", ONE, scale="lambda_", fusionbench=83.1, esm=85.9),
     method("iso_c", ONE, scale="lambda_", fusionbench=82.8, esm=86.3),
     method("iso_cts", ONE, scale="lambda_", fusionbench=82.7, esm=86.2),
     method("dc_merge", ONE, scale="lambda_", esm=87.1),
     method("knots", ONE, scale="lambda_"),
     method("wudi", ONE, fusionbench=84.5),
-    method("wudi", ONE, solver="exact", label="`wudi`, exact"),
-    method("doge", ONE, scale="lambda_"),
+    method("wudi", ONE, solver="exact", label="wudi, exact"),
+    method("doge", ONE),
     method("svc", ONE),
     method("dop", ONE),
     method("opcm", ONE),
-    Row("`greedy_soup`, on validation data", soup, DATA, None, ("greedy_soup",)),
-    Row("`evolutionary_merge`, on validation data", evolved, DATA, None, ("evolutionary_merge",)),
+    Row("greedy_soup", soup, DATA, "greedy_soup", given="validation data"),
+    Row("evolutionary_merge", evolved, DATA, "evolutionary_merge", given="validation data"),
     method("fisher", DATA, fusionbench=70.6),
     method("regmean", DATA, fusionbench=82.4),
-    Row("`regmean_plusplus`", staged, DATA, None, ("regmean_plusplus",), 84.4),
+    Row("regmean_plusplus", staged, DATA, "regmean_plusplus", fusionbench=84.4),
     method("mats", DATA),
-    Row("`adamerging`, task-wise", lambda w, **k: adapted(w, per="model", **k), DATA, None, ("adamerging",), 68.7),
-    Row("`adamerging`, layer-wise", adapted, DATA, None, ("adamerging",), 82.6),
-    Row("`adamerging`, layer-wise, density 0.2", lambda w, **k: adapted(w, density=0.2, **k), DATA, None, ("adamerging",)),
-    Row("`atlas`, with labels", composed, DATA, None, ("atlas",)),
-    Row("`model_tinting`", tinted, EACH, None, ("model_tinting",)),
+    Row("adamerging, task-wise", lambda w, **k: adapted(w, per="model", **k), DATA, "adamerging", fusionbench=68.7),
+    Row("adamerging, layer-wise", adapted, DATA, "adamerging", fusionbench=82.6),
+    Row("adamerging++, layer-wise", lambda w, **k: adapted(w, density=0.2, **k), DATA, "adamerging", given="density 0.2"),
+    Row("atlas", composed, DATA, "atlas", given="labels, lr 0.01"),
+    Row("model_tinting", tinted, EACH, "model_tinting"),
     each("tall_masks"),
     each("emr"),
-    each("twin_merging", key="weight", label="`twin_merging`, router that knows"),
-    method("cart", ONE, layers=("blocks.*",)),
+    Row("twin_merging", routed, EACH, "twin_merging", given="the task is known"),
     alone("bitdelta", layers=("*.weight",)),
     alone("low_rank_residual"),
 ]  # fmt: skip
@@ -269,13 +271,7 @@ ROWS = [
 def available() -> list[Row]:
     """Rows whose methods there are."""
     there = {*registry.names(), *registry.procedures()}
-    return [row for row in ROWS if there.issuperset(row.needs)]
-
-
-def accuracy(row: Row, w: World) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the last layer, which all share, has coefficients without an effect
-        return w.mean(row.make(w))
+    return [row for row in ROWS if row.needs is None or row.needs in there]
 
 
 def tuned(row: Row, w: World) -> tuple[float, float]:
@@ -284,3 +280,17 @@ def tuned(row: Row, w: World) -> tuple[float, float]:
     found = [(w.mean(row.make(w, **{row.scale: s}), "val"), -s) for s in SCALES]
     best = -max(found)[1]
     return best, w.mean(row.make(w, **{row.scale: best}))
+
+
+@cache
+def result(name: str, seed: int) -> tuple[float, float | None, float | None]:
+    """Of a row the accuracy with its defaults, the scale that is best on validation images, and the accuracy there."""
+    (row,) = (row for row in ROWS if row.name == name)
+    w = world(seed)
+    return (w.mean(row.make(w)), *(tuned(row, w) if row.scale else (None, None)))
+
+
+def best(seed: int) -> dict[str, float]:
+    """Of each row the accuracy with the scale chosen, or with its defaults if nothing is chosen."""
+    found = {row.name: result(row.name, seed) for row in available()}
+    return {name: default if chosen is None else chosen for name, (default, _, chosen) in found.items()}

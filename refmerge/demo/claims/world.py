@@ -1,4 +1,4 @@
-"""Eight tasks on handwritten digits, a base that saw a little of each, and a fine-tune for each: what the claims are tried on.
+"""What claims are tried on: eight tasks on handwritten digits, a base that saw a little of each, a fine-tune for each.
 
 Everything is a function of a seed. Arrays are float64. Images are rows of 64 numbers in [0, 1].
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Data:
 
 @cache
 def images() -> Data:
-    """The demo's digits: 998 images to train on, 200 to choose on (each sixth of its training images), 599 to test on."""
+    """The demo's digits: 999 images to train on, 199 to choose on (each sixth of its training images), 599 to test on."""
     with np.load(Path(FOLDER) / "digits.npz") as file:
         x, y = file["train_images"].astype(float), file["train_labels"].astype(int)
         test = Split(rows(file["test_images"].astype(float)), file["test_labels"].astype(int))
@@ -116,7 +117,9 @@ class World:
     def merge(self, method: str, **params: Any) -> Weights:
         """All fine-tunes merged, with the base and statistics where the method asks for them."""
         asks = registry.get(method).asks
-        given = ({"base": self.base} if "base" in asks else {}) | ({"stats": self.statistics} if "stats" in asks else {})
+        given: dict[str, Any] = {"base": self.base} if "base" in asks else {}
+        if "stats" in asks:
+            given["stats"] = self.statistics
         return merge(list(self.models), method, **given, **params)
 
     @cached_property
@@ -138,7 +141,7 @@ def network(random: np.random.RandomState, width: int = WIDTH, hidden: int = 2, 
     """A new network."""
     sizes = [64, *[width] * hidden, outputs]
     names = [*(f"blocks.{i}" for i in range(hidden)), "head"]
-    return initial(random, dict(zip(names, zip(sizes, sizes[1:]))))
+    return initial(random, dict(zip(names, pairwise(sizes))))
 
 
 def learn(
@@ -180,7 +183,9 @@ def collect(weights: Weights, data: Split) -> Weights:
     for name in mlp.order(weights):
         read[name] = x
         gram = x.T @ x / len(x)
-        found[f"{name}.gram"] = gram + 1e-6 * np.trace(gram) / len(gram) * np.eye(len(gram))  # units may be dead in all models
+        found[f"{name}.gram"] = gram + 1e-6 * np.trace(gram) / len(gram) * np.eye(
+            len(gram)
+        )  # units may be dead in all models
         x = np.maximum(x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"], 0)
     p = softmax(mlp.forward(weights, data.x))
     back = np.eye(p.shape[1])[None] - p[:, None]  # of each image and class, the gradient of log p by the outputs of a layer
