@@ -162,7 +162,7 @@ def test_statistics_are_those_of_refmerge_stats():
         for c in range(3):
             expected.gradient_gram("blocks.0", np.sqrt(3 * p[n, c]) * below[n, c][None])
     for name in expected:
-        assert np.allclose(found[name], expected[name], rtol=1e-5, atol=1e-9), name
+        assert np.allclose(found[name], expected[name], atol=1e-5), name  # and the ridge
 
 
 def test_gradients_of_the_entropy_and_of_coefficients():
