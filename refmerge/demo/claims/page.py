@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from refmerge.demo.claims import table
 from refmerge.demo.claims.claim import Claim
 from refmerge.demo.claims.papers import CLAIMS
-from refmerge.demo.claims.table import DATA, EACH, ENDS, ONE, ROWS, Row
+from refmerge.demo.claims.table import DATA, EACH, ENDS, ONE, ROUTED, ROWS, Row
 from refmerge.demo.claims.world import TASKS
 
 __all__ = ["identity", "page", "verdict"]
@@ -85,8 +85,8 @@ LIMITS = """\
 - Papers' baselines are tuned as the papers say; here everyone has the same rule. An order between two methods that lie
   within a standard deviation means nothing.
 - One network, one kind of data, five seeds. Another width or another choice of tasks may turn a row round.
-- Mixtures of experts have no row: they need networks with routers. Neither have methods of tools that no paper makes a
-  claim for (slerp, nuslerp, nearswap, arcee_fusion); some of them stand in the table of methods.
+- Mixtures of experts that are trained as such have no row, nor have methods of tools that no paper makes a claim for (slerp,
+  nuslerp, nearswap, arcee_fusion); some of them stand in the table of methods.
 
 More on networks that were trained apart, by width and by depth: [alignment.md](alignment.md).
 """
@@ -109,6 +109,7 @@ TITLES = {
     "data_driven": "With data",
     "alignment": "Networks trained apart",
     "adapters": "Adapters",
+    "experts": "Experts",
 }
 
 
@@ -240,9 +241,9 @@ def methods(results: Results) -> str:
                 k = sum(check.holds(seed) for seed in each(numbers))
                 says.setdefault(str(check.better), []).append(f"{check.bound}: {k} of {len(results['seeds'])}")
     lines = [TABLE, HEAD]
-    for kind in (ENDS, ONE, DATA, EACH):
+    for kind in (ENDS, ONE, DATA, ROUTED, EACH):
         rows = [row for row in ROWS if row.kind == kind and row.name in results["table"]]
-        lines.append(f"| **{kind}** | | | | | | |")
+        lines += [f"| **{kind}** | | | | | | |"] if rows else []
         lines += [line(row, results["table"][row.name], says.get(row.name, [])) for row in rows]
     return "\n".join([*lines, "", ranks(results), ""])
 

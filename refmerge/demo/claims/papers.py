@@ -479,6 +479,13 @@ CLAIMS: dict[str, list[Claim]] = {
             "Members are not too sure to begin with, and their mean is less sure than it is right.",
         ),
     ],
+    "experts": [
+        Claim(
+            "smile", "Without data or training inputs find their experts: far above merges, nearly as good as fine-tunes",
+            TABLE, table.best, [Check("smile", "task_arithmetic", 5), Check("smile", "each task's fine-tune", -2)],
+            "Pictures of the same digits, turned or shifted, look alike to a layer that reads pixels.", ["smile"],
+        ),
+    ],
 }  # fmt: skip
 
 

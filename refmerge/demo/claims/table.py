@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from refmerge import merge, registry
 from refmerge.adaptive import cross_entropy, entropy
-from refmerge.demo.claims.world import EPOCHS, TASKS, Split, World, head, learn, rest_of, slope, world
+from refmerge.demo.claims.world import EPOCHS, TASKS, Made, Split, World, head, learn, rest_of, slope, world
 from refmerge.demo.training import Weights, backward, softmax
 from refmerge.nets import mlp
 from refmerge.nets.layers import relu
@@ -26,8 +27,6 @@ __all__ = ["ROWS", "Row", "available", "best", "result", "tuned"]
 
 SCALES = tuple(round(0.1 * k, 1) for k in range(1, 16))
 STEPS, BATCH = 500, 16
-
-Made = Weights | Sequence[Weights]
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,21 @@ def tinted(w: World, *, steps: int = STEPS, **how: Any) -> list[Weights]:
     return [merged | {name: fit.trained[f"{i}/{name}"] for name in own} for i, own in enumerate(heads)]
 
 
+def smiled(w: World) -> Callable[[np.ndarray], np.ndarray]:
+    """Hidden layers with a router and an expert for each task."""
+    layer = import_module("refmerge.nets.upscaled").smile
+    make: Any = registry.procedure("smile")
+    params = make(w.models, w.base, layers=("blocks.*",))
+    *hidden, last = mlp.order(w.base)
+
+    def logits(x: np.ndarray) -> np.ndarray:
+        for name in hidden:
+            x = relu(layer(params, name, x))
+        return x @ params[f"{last}.weight"].T + params[f"{last}.bias"]
+
+    return logits
+
+
 def stages(weights: Weights) -> list[Stage]:
     """A stage for each layer."""
 
@@ -210,6 +224,7 @@ def jointly(w: World) -> Weights:
 # ----------------------------------------------------------------------------------------------------------------- the rows
 
 ENDS, ONE, DATA, EACH = "no merge", "one model, without data", "one model, with data", "a model for each task"
+ROUTED = "one model that routes inputs to experts, without data"
 
 ROWS = [
     Row("base", lambda w: w.base, ENDS, esm=48.3),
@@ -249,6 +264,7 @@ ROWS = [
     method("svc", ONE),
     method("dop", ONE),
     method("opcm", ONE),
+    Row("smile", smiled, ROUTED, "smile", esm=91.5),
     Row("greedy_soup", soup, DATA, "greedy_soup", given="validation data"),
     Row("evolutionary_merge", evolved, DATA, "evolutionary_merge", given="validation data"),
     method("fisher", DATA, fusionbench=70.6),

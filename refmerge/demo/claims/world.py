@@ -19,12 +19,15 @@ from refmerge.demo import FOLDER
 from refmerge.demo.training import Weights, backward, initial, losses, softmax, train
 from refmerge.nets import mlp
 
-__all__ = ["TASKS", "Data", "Split", "World", "compact", "images", "learn", "right", "slope", "world"]
+__all__ = ["TASKS", "Data", "Made", "Split", "World", "compact", "images", "learn", "right", "slope", "world"]
 
 WIDTH = 128
 FEW = 200  # images of each task that the base sees
 RATE = 0.005
 BASE_EPOCHS, EPOCHS = 10, 10
+Model = Weights | Callable[[np.ndarray], np.ndarray]  # weights, or what gives the logits of images
+Made = Model | Sequence[Model]
+
 NOISE = 6.0  # standard deviation; a pixel ranges from 0 to 16 before it is divided by 16
 
 
@@ -109,9 +112,9 @@ class World:
     def tasks(self) -> dict[str, Data]:
         return tasks()
 
-    def mean(self, merged: Weights | Sequence[Weights], part: str = "test") -> float:
+    def mean(self, merged: Made, part: str = "test") -> float:
         """The mean of the accuracies on all tasks, of one model or of one for each task."""
-        models = [merged] * len(TASKS) if isinstance(merged, Mapping) else merged
+        models = merged if isinstance(merged, Sequence) else [merged] * len(TASKS)
         return float(np.mean([right(m, getattr(data, part)) for m, data in zip(models, self.tasks.values(), strict=True)]))
 
     def merge(self, method: str, **params: Any) -> Weights:
@@ -162,9 +165,10 @@ def rest_of(weights: Weights) -> Weights:
     return {name: x for name, x in weights.items() if not name.startswith("head")}
 
 
-def right(weights: Weights, data: Split) -> float:
+def right(model: Model, data: Split) -> float:
     """Per cent."""
-    return 100 * float(np.mean(mlp.forward(weights, data.x).argmax(axis=1) == data.y))
+    logits = model(data.x) if callable(model) else mlp.forward(model, data.x)
+    return 100 * float(np.mean(logits.argmax(axis=1) == data.y))
 
 
 def loss(weights: Mapping[str, Any], data: Split) -> float:
