@@ -166,17 +166,17 @@ def tinted(w: World, *, steps: int = STEPS, **how: Any) -> list[Weights]:
     return [merged | {name: fit.trained[f"{i}/{name}"] for name in own} for i, own in enumerate(heads)]
 
 
-def smiled(w: World) -> Callable[[np.ndarray], np.ndarray]:
+def smiled(w: World, **params: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Hidden layers with a router and an expert for each task."""
     layer = import_module("refmerge.nets.upscaled").smile
     make: Any = registry.procedure("smile")
-    params = make(w.models, w.base, layers=("blocks.*",))
+    found = make(w.models, w.base, layers=("blocks.*",), **params)
     *hidden, last = mlp.order(w.base)
 
     def logits(x: np.ndarray) -> np.ndarray:
         for name in hidden:
-            x = relu(layer(params, name, x))
-        return x @ params[f"{last}.weight"].T + params[f"{last}.bias"]
+            x = relu(layer(found, name, x))
+        return x @ found[f"{last}.weight"].T + found[f"{last}.bias"]
 
     return logits
 
@@ -264,7 +264,8 @@ ROWS = [
     method("svc", ONE),
     method("dop", ONE),
     method("opcm", ONE),
-    Row("smile", smiled, ROUTED, "smile", esm=91.5),
+    Row("smile", smiled, ROUTED, "smile"),
+    Row("smile, wide gates", lambda w: smiled(w, k=32, gate_k=16), ROUTED, "smile", given="k 32, gate_k 16", esm=91.5),
     Row("greedy_soup", soup, DATA, "greedy_soup", given="validation data"),
     Row("evolutionary_merge", evolved, DATA, "evolutionary_merge", given="validation data"),
     method("fisher", DATA, fusionbench=70.6),
