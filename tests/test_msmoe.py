@@ -490,7 +490,7 @@ def test_refusals(tmp_path):
             msmoe(bad, stats, tmp_path / "out", groups=1, align=align)
     config = {"model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 4}
     save(model, tmp_path / "model", extra_files={"config.json": json.dumps(config).encode()})
-    with pytest.raises(UsageError, match="2 experts are chosen for a token .* needs as many groups, and there are 1"):
+    with pytest.raises(UsageError, match=r"2 experts are chosen for a token .* needs as many groups, and there are 1"):
         msmoe(tmp_path / "model", stats, tmp_path / "out", groups=1, grouping="layer", write="reduced")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
