@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +28,8 @@ import numpy as np
 from refmerge.adapters import listed
 from refmerge.checkpoint import DTYPES, FLOATS, Checkpoint, CheckpointWriter, itemsize, open_checkpoint, refuse_input
 from refmerge.errors import InputError, UsageError
+from refmerge.nets import llama, moe
+from refmerge.numeric import host
 from refmerge.sources import dtype_name, stored_bytes
 from refmerge.stats import Statistics
 
@@ -298,6 +300,68 @@ def routing_of(
     if problems:
         raise InputError(f"routing statistics: {'; '.join(problems)}")
     return routing
+
+
+class Wide(Mapping[str, np.ndarray]):
+    """A model whose tensors are at least float32 when they are read, each anew: what a forward pass on an open checkpoint
+    takes."""
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self._model = model
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return host(self._model[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._model)
+
+    def __len__(self) -> int:
+        return len(self._model)
+
+
+def route(model: Any, tokens: Any, mask: Any = None, *, batch: int = 64) -> Statistics:
+    """Where the routers of a language model send tokens: one of Mixtral's or Qwen-MoE's kind, with a config.json.
+
+    model: a path or an open checkpoint, of which one tensor at a time is in memory. tokens: whole numbers (samples, places).
+    mask: of that shape, 1 where a place counts. batch: samples that go through together. UsageError for other models, whose
+    statistics a framework's own forward pass can write (`Statistics.routing`).
+    """
+    model = opened(model)
+    mixtures, config = find(model), getattr(model, "config", None)
+    if config is None:
+        raise UsageError("experts: a model is run by what its config.json says, and there is none")
+    try:
+        options = moe.options(config)
+    except UsageError as error:
+        instead = "let its own framework run it, and give the scores to refmerge.stats.Statistics.routing"
+        raise UsageError(f"{error}: {instead}") from None
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
+        raise UsageError(f"experts: tokens are whole numbers (samples, places), not {tokens.dtype} of {list(tokens.shape)}")
+    embedding = f"{llama.prefix(model)}embed_tokens.weight"
+    if embedding not in model:
+        raise InputError(f"experts: tensor {embedding!r} is missing")
+    words = getattr(model, "tensors", model)[embedding].shape[0]
+    if not 0 <= tokens.min() <= tokens.max() < words:
+        raise UsageError(
+            f"experts: tokens are from 0 to {words - 1}, and here they are from {tokens.min()} to {tokens.max()}"
+        )
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window and tokens.shape[1] > window:
+        raise UsageError(f"experts: samples of {tokens.shape[1]} places, and attention looks back {window}: cut them")
+    if mask is not None and np.shape(mask) != tokens.shape:
+        raise UsageError(f"experts: a mask of shape {list(np.shape(mask))} for tokens of {list(tokens.shape)}")
+    found = Statistics()
+    routers = {m.router: options["chosen"] for m in mixtures.values()}
+    for start in range(0, len(tokens), batch):
+        rows = slice(start, start + batch)
+        taps = found.routing_taps(routers, None if mask is None else np.asarray(mask)[rows])
+        try:
+            moe.forward(Wide(model), tokens[rows], taps, **options)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            reason = f"tensor {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise InputError(f"experts: the model cannot be run: {reason}") from error
+    return found
 
 
 def configured(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, bytes]:

@@ -41,6 +41,9 @@ ROUTERS = {
 }
 
 
+KNOWN = ("mixtral", "qwen2_moe", "qwen3_moe")  # model_type in config.json
+
+
 def forward(
     params: Params, batch: Any, taps: Any = None, *, heads: int, groups: int | None = None, chosen: int = 2,
     normalize: bool | None = None, theta: float = 10000.0, eps: float = 1e-6,
@@ -126,14 +129,26 @@ def perceptron(net: Layers, expert: str, x: Any) -> Any:
 
 
 def options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `forward` must be told of a model, from its config.json. UsageError where that does not say it."""
+    """What `forward` must be told of a model, from its config.json. UsageError where that does not say it, or says that the
+    model computes something else."""
     for key in ("num_attention_heads", "num_experts_per_tok"):
         if type(config.get(key)) is not int:
             raise UsageError(f"moe: config.json says no {key}")
-    told: dict[str, Any] = {"heads": config["num_attention_heads"], "chosen": config["num_experts_per_tok"]}
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
-    given = {"groups": config.get("num_key_value_heads"), "theta": theta, "eps": config.get("rms_norm_eps")}
-    given["normalize"] = config.get("norm_topk_prob")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for key, value, known in (
+        ("model_type", config.get("model_type"), KNOWN),
+        ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+    ):
+        if value not in known:
+            raise UsageError(f"moe: {key} is {value!r}, and only {' or '.join(map(repr, known))} is computed here")
+    given = {
+        "groups": config.get("num_key_value_heads"),
+        "theta": rope.get("rope_theta", config.get("rope_theta")),
+        "eps": config.get("rms_norm_eps"),
+        "normalize": config.get("norm_topk_prob"),
+    }
+    told = {"heads": config["num_attention_heads"], "chosen": config["num_experts_per_tok"]}
     return told | {key: value for key, value in given.items() if value is not None}
 
 
