@@ -382,6 +382,17 @@ def test_tied_shared_and_restored_compute_the_same(style, tmp_path):
         merge(tmp_path / "tied")
 
 
+@pytest.mark.parametrize("write", ["tied", "shared", "reduced"])
+def test_tensors_of_torch_are_taken(torch, write):
+    """Merged they are NumPy's, in their type."""
+    model, stats = model_and_stats(dtype=ml_dtypes.bfloat16)
+    theirs = {n: torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) for n, x in model.items()}
+    how = {"groups": 2, "grouping": "layer", "write": write}
+    one, other = (msmoe(m, stats, **how).model for m in (model, theirs))
+    assert one.keys() == other.keys()
+    assert all(other[n].dtype == x.dtype and np.array_equal(other[n], x) for n, x in one.items())
+
+
 KINDS = {
     "Mixtral": ("mixtral", {"num_local_experts": 4}, {}),
     "Qwen2Moe": ("qwen", {"num_experts": 4, "shared_expert_intermediate_size": 5}, {"shared": 5, "bias": True}),

@@ -12,6 +12,7 @@ from refmerge.nets.layers import relu
 from refmerge.numeric import scores
 from refmerge.procedures.alignment.convergent_matching import moments
 from refmerge.procedures.alignment.git_rebasin import assignment, weight_matching
+from refmerge.sources import all_finite
 from refmerge.symmetry import Spec
 
 __all__ = ["aligned_by_activations", "aligned_by_weights", "permuted", "zip_experts"]
@@ -26,7 +27,7 @@ def aligned_by_weights(a: Expert, b: Expert, parts: Mapping[str, int | None], *,
     counted = {part: axis for part, axis in parts.items() if part not in left}
     if not any(axis is not None for axis in counted.values()):
         raise UsageError("msmoe: no matrix is left to align by: count the columns as well")
-    if bad := [part for part in counted for x in (a, b) if not np.isfinite(scores(x[part])).all()]:
+    if bad := [part for part in counted for x in (a, b) if not all_finite(x[part])]:
         raise InputError(f"msmoe: {bad[0]} of an expert has values that are infinite or NaN, and cannot be aligned")
     spec = Spec({part: _entries(np.ndim(a[part]), axis) for part, axis in counted.items()})
     found = weight_matching({p: a[p] for p in counted}, {p: b[p] for p in counted}, spec)
