@@ -34,17 +34,9 @@ from refmerge.sources import dtype_name, stored_bytes
 from refmerge.stats import Statistics
 
 __all__ = [
-    "RULES",
-    "Mixture",
-    "Output",
-    "Rule",
-    "configured",
-    "find",
-    "known_again",
-    "opened",
-    "refused_by_others",
-    "routing_of",
-]
+    "RULES", "Mixture", "Output", "Rule", "configured", "dtype_of", "find", "known_again", "opened", "refused_by_others",
+    "route", "routing_of",
+]  # fmt: skip
 
 STACKED = re.compile(r"(.+\.)?experts\.(gate_up_proj|down_proj|gate_proj|up_proj)(\.weight)?")
 SLOTS = "experts"  # <router>.experts: the expert of each score, where several scores share one
@@ -135,7 +127,7 @@ RULES: dict[str, Rule] = {
 @dataclass(frozen=True)
 class Mixture:
     """The mixture of a layer. rule: by which it was found. router: the full name of its module. experts: of each expert the
-    full names of its parts. shapes, dtype: of the parts, in all experts the same. slots: the expert of each score of the
+    full names of its parts. shapes, dtypes: of the parts, in all experts the same. slots: the expert of each score of the
     router; 0, 1, 2, ... unless scores share experts (shared)."""
 
     layer: str

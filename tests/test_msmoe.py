@@ -208,6 +208,7 @@ def test_similarity_by_hand():
     half = (0.5**0.5 + 1) / 2
     expected = [[1, half, 0, 0.5], [half, 1, 1 - half, 0.5], [0, 1 - half, 1, 0.5], [0.5, 0.5, 0.5, 1]]
     np.testing.assert_allclose(similarity_of_logits(logits.T @ logits), expected)
+    np.testing.assert_allclose(similarity_of_logits(1e-20 * logits.T @ logits), expected, atol=1e-12)
 
 
 def test_global_groups_by_hand():
@@ -483,6 +484,7 @@ def test_refusals(tmp_path):
         ({"groups": 2, "capacity": 0}, "capacity = 0 is no whole number above 0"),
         ({"groups": 1, "capacity": 2}, "1 groups of at most 2 do not hold the 4 experts of 'model.layers.0'"),
         ({"groups": 2, "epsilon": -1.0}, "epsilon = -1.0 is below 0"),
+        ({"groups": 2, "capacity": 2, "semantics": "official"}, "code has no capacity with grouping='layer'"),
     ):
         with pytest.raises(UsageError, match=message):
             msmoe(model, stats, tmp_path / "out", **{"grouping": "layer"} | options if "capacity" in options else options)
@@ -499,6 +501,9 @@ def test_refusals(tmp_path):
     for align in ("dominant", "none"):
         with pytest.raises(InputError, match=r"experts\.1\.w1\.weight' has values that are infinite or NaN"):
             msmoe(bad, stats, tmp_path / "out", groups=1, align=align)
+    bad = model | {"model.layers.0.block_sparse_moe.gate.weight": np.full((4, 8), np.inf, np.float32)}
+    with pytest.raises(InputError, match=r"gate\.weight' has values that are infinite or NaN"):
+        msmoe(bad, stats, tmp_path / "out", groups=2, grouping="layer", write="reduced")
     config = {"model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 4}
     save(model, tmp_path / "model", extra_files={"config.json": json.dumps(config).encode()})
     with pytest.raises(UsageError, match=r"2 experts are chosen for a token .* needs as many groups, and there are 1"):

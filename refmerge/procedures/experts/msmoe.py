@@ -116,12 +116,11 @@ def msmoe(
         for name in (n for n in getattr(model, "tensors", model) if n not in changed):
             output.copy(name)
         for layer, mixture in mixtures.items():
-            g, orders[layer] = found[layer], {}
+            g, read, orders[layer] = found[layer], reader(model, mixture), {}
             for group, dominant in enumerate(g.dominant):
                 members = g.members(group)
                 # 4. align
                 reference = {"dominant": dominant, "lowest": members[0], "first": 0, "none": None}[align]
-                read = reader(model, mixture)
                 if reference is not None and len(members) > 1:
                     orders[layer] |= orders_of(read, mixture.rule.parts, members, reference, columns=columns)
                 # 5. merge
@@ -138,8 +137,8 @@ def msmoe(
                 output.put(f"{mixture.router}.{SLOTS}", g.labels.astype(np.int64))
             elif write == "reduced":
                 for key in (k for k in ("weight", "bias") if f"{mixture.router}.{k}" in model):
-                    rows = host(model[f"{mixture.router}.{key}"])
-                    output.put(f"{mixture.router}.{key}", reduced(rows, g, router, weighting))
+                    name = f"{mixture.router}.{key}"
+                    output.put(name, reduced(finite(host(model[name]), name), g, router, weighting))
     return Merged(output.result, found, orders)
 
 
@@ -207,6 +206,9 @@ def grouped(
         raise UsageError(f"msmoe: groups = {groups!r} is no whole number in [1, {most}], the number of experts")
     if capacity is not None and (type(capacity) is not int or capacity < 1):
         raise UsageError(f"msmoe: capacity = {capacity!r} is no whole number above 0")
+    by_id = semantics == "official" and grouping == "layer"
+    if by_id and capacity is not None:
+        raise UsageError("msmoe: the authors' code has no capacity with grouping='layer'")
     if unknown := [p for p in layers if not any(fnmatchcase(layer, p) for layer in usage)]:
         raise UsageError(f"msmoe: no layer with experts is called {listed(unknown)}; there are {listed(usage)}")
     chosen = {layer: u for layer, u in usage.items() if _matches(layer, layers)}
@@ -216,7 +218,6 @@ def grouped(
     found = {}
     for layer, u in usage.items():
         heads = dominant.get(layer, np.argsort(-u, kind="stable").tolist())
-        by_id = semantics == "official" and grouping == "layer"
         limit = capacity if layer in chosen else None
         labels = assigned(u, similarity[layer], heads, limit, by_id=by_id, layer=layer)
         found[layer] = Grouped(labels, tuple(heads), u, similarity[layer], layer in chosen)
@@ -235,7 +236,8 @@ def similarity_of_logits(gram: np.ndarray) -> np.ndarray:
     """(cos + 1) / 2 of the columns of logits, whose inner products are `gram`; 1 with itself. The cosine with a column of
     zeros is 0."""
     norms = np.sqrt(np.diag(gram))
-    cosine = gram / np.maximum(np.outer(norms, norms), 1e-7)
+    lengths = np.outer(norms, norms)
+    cosine = np.divide(gram, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     similarity = (np.clip(cosine, -1, 1) + 1) / 2
     np.fill_diagonal(similarity, 1.0)
     return similarity
@@ -301,12 +303,17 @@ def reader(model: Any, mixture: Mixture) -> Read:
     """(expert, part) -> its array, at least float32. InputError for NaN or infinity."""
 
     def read(expert: int, part: str) -> np.ndarray:
-        x = host(model[mixture.experts[expert][part]])
-        if not all_finite(x):
-            raise InputError(f"tensor {mixture.experts[expert][part]!r} has values that are infinite or NaN")
-        return x
+        name = mixture.experts[expert][part]
+        return finite(host(model[name]), name)
 
     return read
+
+
+def finite(x: np.ndarray, name: str) -> np.ndarray:
+    """x itself. InputError for NaN or infinity."""
+    if not all_finite(x):
+        raise InputError(f"tensor {name!r} has values that are infinite or NaN")
+    return x
 
 
 def orders_of(
