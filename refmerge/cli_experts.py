@@ -54,7 +54,7 @@ def _grouping(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _rule = click.option(
-    "--rule", type=click.Path(), metavar="FILE", help="names of the experts, as TOML, where no known style fits"
+    "--rule", type=click.Path(), metavar="RULE", help="of the experts' names: mixtral, qwen, switch, or a file in TOML"
 )
 _shards = click.option(
     "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most"
@@ -66,9 +66,9 @@ _quiet = click.option("--quiet", "-q", is_flag=True, help="say nothing but error
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of the command line as those of the procedures."""
-    from refmerge.experts import Rule
+    from refmerge.experts import RULES, Rule
 
-    if options.get("rule") is not None:
+    if options.get("rule") not in (None, *RULES):
         options["rule"] = Rule.load(options["rule"])
     if "layers" in options:
         options["layers"] = options["layers"] or ("*",)
@@ -85,6 +85,7 @@ def show(model: str, stats: str | None, groups: int | None, json: bool, **option
     """Show the mixtures of MODEL: experts, their sizes and, with --stats, how often each is chosen; with --groups which of
     them would be merged."""
     from refmerge.checkpoint import open_checkpoint
+    from refmerge.cli import size
     from refmerge.experts import find, routing_of
     from refmerge.procedures.experts.msmoe import groups_of
 
@@ -98,6 +99,7 @@ def show(model: str, stats: str | None, groups: int | None, json: bool, **option
         if stats is not None:
             routing = routing_of(stats, mixtures, ("routed",))
             usage = {layer: r["routed"] / r["routed"].sum() for layer, r in routing.items()}
+        nbytes = checkpoint.nbytes
     if json:
         told = {layer: _facts(m, usage.get(layer), None if found is None else found[layer]) for layer, m in mixtures.items()}
         click.echo(jsonlib.dumps(told, indent=2))
@@ -110,6 +112,12 @@ def show(model: str, stats: str | None, groups: int | None, json: bool, **option
         elif layer in usage:
             shares = sorted(enumerate(usage[layer]), key=lambda item: -item[1])
             click.echo("  " + ", ".join(f"{e} {u:.1%}" for e, u in shares))
+    if found is not None:
+        gone = {layer: len(mixtures[layer].experts) - len(g.dominant) for layer, g in found.items()}
+        less = sum(count * mixtures[layer].nbytes for layer, count in gone.items())
+        before = sum(len(m.experts) for m in mixtures.values())
+        after = before - sum(gone.values())
+        click.echo(f"{before} experts to {after}: {size(nbytes)} to {size(nbytes - less)}, shared or reduced")
 
 
 def _line(mixture: Mixture) -> str:

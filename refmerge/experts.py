@@ -154,13 +154,17 @@ class Mixture:
         return f"{self.layer}.{self.rule.block}.{self.rule.expert.format(expert)}.{part}"
 
 
-def find(model: Mapping[str, Any], rule: Rule | None = None) -> dict[str, Mixture]:
-    """The mixtures of a model by layer, in the order of their numbers; weights are not read. rule: else the first of RULES
-    that fits any name. InputError lists what does not fit: experts that lack a part or are of another shape, gaps in their
-    numbers, routers of another size, tensors of a mixture that the rule does not know."""
+def find(model: Mapping[str, Any], rule: Rule | str | None = None) -> dict[str, Mixture]:
+    """The mixtures of a model by layer, in the order of their numbers; weights are not read. rule: a Rule, or the name of
+    one of RULES; else the first of these that fits any name. InputError lists what does not fit: experts that lack a part or
+    are of another shape, gaps in their numbers, routers of another size, tensors of a mixture that the rule does not know."""
     if FACTORS in getattr(model, "metadata", {}):
         raise UsageError("the experts are stored in factors: mc_smoe_restore multiplies them out first")
     tensors: Mapping[str, Any] = getattr(model, "tensors", model)
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise UsageError(f"experts: there is no rule {rule!r} (there are {', '.join(RULES)})")
+        rule = RULES[rule]
     candidates = [rule] if rule is not None else [*RULES.values()]
     fitting = [r for r in candidates if any((m := r.pattern().fullmatch(n)) and m["part"] in r.parts for n in tensors)]
     if not fitting:
@@ -263,8 +267,12 @@ def dtype_of(tensor: Any, name: str) -> str:
 
 
 def opened(model: Any) -> Mapping[str, Any]:
-    """A mapping, opened where it is a path."""
-    return open_checkpoint(model) if isinstance(model, str | Path) else model
+    """A mapping, opened where it is a path. UsageError for anything else."""
+    if isinstance(model, str | Path):
+        return open_checkpoint(model)
+    if not isinstance(model, Mapping):
+        raise UsageError(f"experts: a model is a path, an open checkpoint or a mapping, not {type(model).__name__}")
+    return model
 
 
 def routing_of(
@@ -273,6 +281,8 @@ def routing_of(
     """layer -> {"routed", "logit_gram"}, of a Statistics, a mapping of their names, or a path. InputError lists the routers
     that have none, statistics of routers that are not there, and those of another size."""
     found = Statistics.load(stats) if isinstance(stats, str | Path) else stats
+    if not isinstance(found, Mapping):
+        raise UsageError(f"experts: statistics are a Statistics, a mapping or a path, not {type(found).__name__}")
     wanted = {f"{m.router}.{key}": (m, key) for m in mixtures.values() for key in need}
     problems = []
     if missing := sorted(wanted.keys() - {*found}):

@@ -196,6 +196,8 @@ def test_the_command_line_all_the_way(folder, monkeypatch):
     assert run("show", "model").splitlines()[1] == "model.layers.1: 4 experts of 8 hidden units, 768 B each (mixtral)"
     shown = run("show", "model", "--stats", "stats.safetensors", "--groups", "2", "--grouping", "layer")
     assert shown.count("  group 0, ") == shown.count("  group 1, ") == 2
+    assert shown.splitlines()[-1].startswith("8 experts to 4: ")
+    assert run("show", "model", "--rule", "mixtral") == run("show", "model")
     told = json.loads(run("show", "model", "--stats", "stats.safetensors", "--groups", "2", "--json"))
     assert sum(len(layer["dominant"]) for layer in told.values()) == 4
     merge = ("merge", "model", "small", "--stats", "stats.safetensors", "--groups", "2")

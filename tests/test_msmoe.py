@@ -125,6 +125,21 @@ def test_official_zip():
         near(x, DATA[f"zip-00/out/{part}"], "zip-00")
 
 
+def test_zipping_by_hand():
+    """Units (2), (3) of one expert and (-1), (2) of another with columns 0: 3 and 2 have the largest product, then theirs,
+    2.5, and 2; what is left is their mean and -1."""
+    a = {"wi.weight": np.array([[2.0], [3.0]]), "wo.weight": np.zeros((1, 2))}
+    b = {"wi.weight": np.array([[-1.0], [2.0]]), "wo.weight": np.zeros((1, 2))}
+    assert zip_experts([a, b])["wi.weight"].ravel().tolist() == pytest.approx([7 / 3, -1])
+    weighted = zip_experts([a, b], [1, 1, 1, 3])
+    assert weighted["wi.weight"].ravel().tolist() == pytest.approx([(2 * 1 + 3 * 1 + 2 * 3) / 5, -1])
+    assert np.isfinite(zip_experts([a, b], [0, 0])["wi.weight"]).all()
+    with pytest.raises(UsageError, match="3 weights for 2 experts of 2 units"):
+        zip_experts([a, b], [1, 2, 3])
+    with pytest.raises(UsageError, match="no experts to zip"):
+        zip_experts([])
+
+
 # --- What the authors' code does otherwise: the flags of the page -----------------------------------------------------
 
 
@@ -488,6 +503,14 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             msmoe(model, stats, tmp_path / "out", **{"grouping": "layer"} | options if "capacity" in options else options)
+    for odd, message in (
+        ((3, stats), "a model is a path"),
+        ((model, 3), "statistics are a Statistics, a mapping or a path"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            msmoe(*odd, groups=2)
+    with pytest.raises(UsageError, match=r"no rule 'gpt' \(there are mixtral, qwen, switch\)"):
+        msmoe(model, stats, groups=2, rule="gpt")
     few = {n: x for n, x in stats.items() if "layers.1" not in n} | {
         "model.layers.9.block_sparse_moe.gate.routed": np.ones(4)
     }

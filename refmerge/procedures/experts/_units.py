@@ -72,7 +72,7 @@ def _correlation(a: np.ndarray, b: np.ndarray, eps: float) -> np.ndarray:
 
 def zip_experts(
     experts: Sequence[Expert],
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     hidden: Any = None,
     *,
     alpha: float = 0.1,
@@ -82,17 +82,22 @@ def zip_experts(
     """One expert from several, as M-SMoE's code zips them: of all their hidden units the two most alike become one, their
     weighted mean in rows of `wi.weight` and in columns of `wo.weight`, until as many are left as one expert has.
 
-    weights: of each expert's units. hidden: (tokens, width); units are alike by the correlation of their activations, and a
-    merged unit is to another one `alpha` times the lower of what its two parts were. Without hidden they are alike by the
-    inner product of rows and columns, computed anew for a merged unit. Of equal pairs the first in C order. eps: added to
-    sums of weights, and to products of standard deviations. Without it two weights of 0 count alike.
+    weights: one for each expert, or for each unit of all experts; else all alike. hidden: (tokens, width); units are alike by
+    the correlation of their activations, and a merged unit is to another one `alpha` times the lower of what its two parts
+    were. Without hidden they are alike by the inner product of rows and columns, computed anew for a merged unit. Of equal
+    pairs the first in C order. eps: added to sums of weights, and to products of standard deviations; without it two weights
+    of 0 count alike.
     """
-    if len(weights) != len(experts) or not experts:
-        raise UsageError(f"msmoe: {len(weights)} weights for {len(experts)} experts to zip")
+    if not experts:
+        raise UsageError("msmoe: there are no experts to zip")
     rows = np.concatenate([scores(e["wi.weight"]) for e in experts])
     columns = np.concatenate([scores(e["wo.weight"]).T for e in experts])
     count = len(experts[0]["wi.weight"])
-    share = np.repeat(np.asarray(weights, np.float64), count)
+    share = np.ones(len(rows)) if weights is None else np.array(weights, np.float64)
+    if len(share) == len(experts):
+        share = np.repeat(share, count)
+    if share.shape != (len(rows),):
+        raise UsageError(f"msmoe: {len(share)} weights for {len(experts)} experts of {count} units")
     if hidden is not None:
         x = _rows(hidden, experts[0])
         if len(x) < 2:

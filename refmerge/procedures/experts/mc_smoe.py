@@ -29,7 +29,7 @@ def mc_smoe(
     rank_ratio: float | None = None,
     keep: float = 0.1,
     importance: Any = None,
-    rule: Rule | None = None,
+    rule: Rule | str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,

@@ -85,7 +85,7 @@ def msmoe(
     write: Literal["tied", "shared", "reduced"] = "tied",
     router: Literal["mean", "dominant"] = "mean",
     semantics: Semantics = "paper",
-    rule: Rule | None = None,
+    rule: Rule | str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: Callable[[str, int], None] | None = None,
@@ -176,7 +176,7 @@ def _matches(layer: str, layers: Sequence[str]) -> bool:
 
 def groups_of(
     model: Any, stats: Any, *, groups: int, grouping: str = "global", layers: Sequence[str] = ("*",),
-    capacity: int | None = None, similarity: str = "logits", semantics: Semantics = "paper", rule: Rule | None = None,
+    capacity: int | None = None, similarity: str = "logits", semantics: Semantics = "paper", rule: Rule | str | None = None,
 ) -> dict[str, Grouped]:  # fmt: skip
     """The groups that `msmoe` would merge, layer by layer. Experts are read only for similarity="weights"."""
     model = opened(model)

@@ -14,7 +14,7 @@ from refmerge.procedure import procedure
 
 @procedure("msmoe_restore", paper="arXiv:2310.01334")
 def msmoe_restore(
-    stored: Any, out: str | Path | None = None, *, rule: Rule | None = None, max_shard_size: int | str = "5GB",
+    stored: Any, out: str | Path | None = None, *, rule: Rule | str | None = None, max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Any:  # fmt: skip
     """What `msmoe` wrote with write="shared" as a model that other tools load: each of the router's scores has an expert of
