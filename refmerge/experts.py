@@ -157,7 +157,7 @@ class Mixture:
 def find(model: Mapping[str, Any], rule: Rule | str | None = None) -> dict[str, Mixture]:
     """The mixtures of a model by layer, in the order of their numbers; weights are not read. rule: a Rule, or the name of
     one of RULES; else the first of these that fits any name. InputError lists what does not fit: experts that lack a part or
-    are of another shape, gaps in their numbers, routers of another size, tensors of a mixture that the rule does not know."""
+    are of another shape, gaps in their numbers, routers of another size, tensors of a mixture that no rule knows."""
     if FACTORS in getattr(model, "metadata", {}):
         raise UsageError("the experts are stored in factors: mc_smoe_restore multiplies them out first")
     tensors: Mapping[str, Any] = getattr(model, "tensors", model)
