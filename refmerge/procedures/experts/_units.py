@@ -83,7 +83,7 @@ def zip_experts(
     weighted mean in rows of `wi.weight` and in columns of `wo.weight`, until as many are left as one expert has.
 
     weights: one for each expert, or for each unit of all experts; else all alike. hidden: (tokens, width): units are alike
-    by the correlation of their activations, and a merged unit is to another one `alpha` times the lower of what its two parts
+    by the correlation of their activations, and a merged unit is to another one `alpha` times the lower of what its parts
     were. Without hidden they are alike by the inner product of rows and columns, computed anew for a merged unit. Of equal
     pairs the first in C order. eps: added to sums of weights, and to products of standard deviations; without it two weights
     of 0 count alike.
