@@ -78,6 +78,14 @@ def test_what_does_not_fit_is_listed(message):
         find(broken(CASES[message]))
 
 
+@pytest.mark.parametrize("style", ["mixtral", "qwen"])
+def test_no_tensor_of_a_mixture_may_be_missing(style):
+    model = moe.init(np.random.default_rng(0), 2, 1, 2, experts=3, style=style, hidden=8, head_width=4)
+    for name in (n for n in model if ".experts." in n or ".gate.weight" in n):
+        with pytest.raises(InputError, match=r"missing|lacks|scores 3 experts, and there are 2"):
+            find({n: x for n, x in model.items() if n != name})
+
+
 def test_an_unknown_style_says_what_there_is():
     with pytest.raises(InputError, match="and no tensor with expert in its name"):
         find({"w": np.zeros(3)})

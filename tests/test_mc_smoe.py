@@ -71,6 +71,7 @@ def test_rows_by_hand():
     assert kept(0.7) == {"a": [1, 2], "b": [0]}
     assert kept(1.0) == {"a": [0, 1, 2], "b": [0]}
     assert kept(0.0) == {"a": [], "b": []}
+    assert kept_rows({"a": np.array([1.0, 2])}, {"a": 1}, 0.9)["a"].tolist() == [0, 1]  # k = 0
     assert kept_rows({"a": np.ones(3)}, {"a": 2}, 0.5)["a"].tolist() == [0, 1, 2]  # equal ones stay
 
 

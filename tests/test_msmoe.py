@@ -160,6 +160,7 @@ def test_flag_all_groups():
 def test_flag_one_each():
     usage = {"0": np.array([1.0, 0.0]), "1": np.array([1.0, 0.0])}
     assert dominant_experts(usage, 1) == {"0": [0], "1": [0]}
+    assert assigned(np.array([0.4, 0.3, 0.2, 0.1]), np.eye(4), [0]).tolist() == [0, 0, 0, 0]
     with pytest.raises(UsageError, match="no threshold is left"):
         dominant_experts({"0": np.array([1.0])}, 1, semantics="official")
 
