@@ -37,6 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 Semantics = Literal["paper", "official"]
+BLOCK = 1 << 16  # entries that are added together
 Read = Callable[[int, str], np.ndarray]
 
 
@@ -300,11 +301,12 @@ def assigned(
 
 
 def reader(model: Any, mixture: Mixture) -> Read:
-    """(expert, part) -> its array, at least float32. InputError for NaN or infinity."""
+    """(expert, part) -> its array, in NumPy. InputError for NaN or infinity."""
 
     def read(expert: int, part: str) -> np.ndarray:
         name = mixture.experts[expert][part]
-        return finite(host(model[name]), name)
+        x = model[name]
+        return finite(x if isinstance(x, np.ndarray) else host(x), name)
 
     return read
 
@@ -338,11 +340,17 @@ def merge_experts(
     read: Read, part: str, axis: int | None, members: Sequence[int], weights: Sequence[float],
     orders: Mapping[int, np.ndarray] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """w_1 W_1 + w_2 W_2 + ... of one part of the members, each with its hidden units, along `axis`, in its order; the very
-    weights where there is one of weight 1."""
+    """w_1 W_1 + w_2 W_2 + ... of one part of the members, each with its hidden units, along `axis`, in its order: at least
+    float32, computed in blocks that stay in cache. The very weights where there is one of weight 1."""
     if list(weights) == [1.0]:
         return read(members[0], part)
-    return total(w * permuted(read(e, part), axis, (orders or {}).get(e)) for e, w in zip(members, weights))
+    parts = [permuted(read(e, part), axis, (orders or {}).get(e)) for e in members]
+    merged = np.empty(parts[0].shape, np.result_type(np.float32, *(x.dtype for x in parts if x.dtype.kind == "f")))
+    flat, whole = [np.ascontiguousarray(x).reshape(-1) for x in parts], merged.reshape(-1)
+    for start in range(0, whole.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        whole[block] = total(w * host(x[block]) for w, x in zip(weights, flat))
+    return merged
 
 
 def reduced(rows: np.ndarray, g: Grouped, router: str, weighting: str) -> np.ndarray:
