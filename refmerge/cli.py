@@ -589,3 +589,8 @@ def _bar() -> Any:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), auto_refresh=False,
     )  # fmt: skip
+
+
+from refmerge.cli_experts import experts  # noqa: E402 (it imports this module inside its commands)
+
+main.add_command(experts)
