@@ -11,6 +11,7 @@ from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint
 from refmerge.errors import UsageError
 from refmerge.plan import Plan
+from refmerge.recipe.moe import prepare_moe
 from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
 from refmerge.sources import DiskSource
 
@@ -82,5 +83,5 @@ def run_recipe(
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
-    _, plan = prepare_recipe(recipe, **options)
+    plan = prepare_moe(recipe, **options) or prepare_recipe(recipe, **options)[1]
     return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)

@@ -75,7 +75,8 @@ def values(models: Sequence[Mapping[str, Any]], base: Mapping[str, Any], name: s
         raise UsageError(f"{who}: tensor {name!r} holds no floating-point numbers, and lies in a module that is upscaled")
     for t, x in enumerate(found):
         if not all_finite(x):
-            raise UsageError(f"{who}: tensor {name!r} of {'the base' if t == len(models) else f'model {t}'} is not finite")
+            whose = "" if not models else " of the base" if t == len(models) else f" of model {t}"
+            raise UsageError(f"{who}: tensor {name!r}{whose} is not finite")
     return found[:-1], found[-1]
 
 
