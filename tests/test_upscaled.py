@@ -333,7 +333,7 @@ def layer(draw, m, n):
 
 
 @FEW
-@given(seeds, st.integers(1, 6), st.integers(1, 6), st.sampled_from([0, 9]))
+@given(seeds, st.integers(1, 6), st.integers(1, 6), st.sampled_from([-1, 0, 9]))
 def test_one_expert_is_the_model_and_equal_experts_are(seed, m, n, k):
     draw = np.random.default_rng(seed)
     base, model, x = layer(draw, m, n), layer(draw, m, n), draw.standard_normal((2, 3, n))
@@ -367,6 +367,20 @@ def test_the_router_by_hand():
     np.testing.assert_allclose(smile_layer(out, "l", x, top_k=2), p * x * [1, 2], rtol=1e-12)
     loud = smile_layer(out, "l", 10 * x, top_k=2) / 10
     assert not np.allclose(loud, smile_layer(out, "l", x, top_k=2))
+
+
+@FEW
+@given(seeds)
+def test_a_router_of_all_directions_sees_the_length_alone(seed):
+    draw = np.random.default_rng(seed)
+    base, model, x = layer(draw, 3, 5), layer(draw, 3, 5), draw.standard_normal((4, 5))
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    out = smile([model, base], base, gate_k=9)
+    assert out["l.gate.weight"].shape == (10, 5)
+    np.testing.assert_allclose(smile_logits(out, "l", x), np.repeat(norm, 2, axis=1), rtol=1e-9)
+    narrow = smile([model, base], base, gate_k=9, full_matrices=False)
+    assert narrow["l.gate.weight"].shape == (6, 5)
+    assert (smile_logits(narrow, "l", x)[:, 0] < norm[:, 0]).all()
 
 
 def test_a_layer_that_nobody_changed_stays():

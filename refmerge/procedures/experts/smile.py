@@ -33,6 +33,7 @@ def smile(
     gate_k: int = 1,
     top_k: int = 1,
     routing_use_diff: bool = True,
+    full_matrices: bool = True,
     average: bool = False,
     overwrite: bool = False,
 ) -> Any:
@@ -61,7 +62,7 @@ def smile(
         thetas, theta_0 = values(models, base, f"{layer}.weight", "smile")
         if any(np.max(np.abs(scores(theta) - scores(theta_0)), initial=0) > UNCHANGED for theta in thetas):
             changed.append(layer)
-            specs |= experts_of(base, layer, len(models), k, gate_k)
+            specs |= experts_of(base, layer, len(models), k, rows_of(base, layer, gate_k, full_matrices))
 
     def parts() -> Iterator[tuple[str, Any]]:
         inside = {f"{layer}.{key}" for layer in found for key in ("weight", "bias")}
@@ -74,8 +75,9 @@ def smile(
             weight, bias = f"{layer}.weight", f"{layer}.bias"
             thetas, theta_0 = values(models, base, weight, "smile")
             tau = [theta - theta_0 for theta in thetas]
+            g = rows_of(base, layer, gate_k, full_matrices)
             # 2. experts
-            U, SVh, V = factors(tau, k, gate_k) if k > 0 or routing_use_diff else (None, None, None)
+            U, SVh, V = factors(tau, k, g) if k > 0 or routing_use_diff else (None, None, None)
             if k > 0:
                 yield f"{layer}.experts.u", as_like(U, base, weight)
                 yield f"{layer}.experts.svh", as_like(SVh, base, weight)
@@ -86,7 +88,7 @@ def smile(
                 yield f"{layer}.experts.bias", as_like(np.stack([scores(b - b_0) for b in biases]), base, bias)
             # 3. router
             if not routing_use_diff:
-                V = factors(thetas, 0, gate_k)[2]
+                V = factors(thetas, 0, g)[2]
             yield f"{layer}.gate.weight", as_like(V.reshape(-1, V.shape[-1]), base, weight)
 
     return give(specs, parts(), out, [*models, base], overwrite, {"top_k": top_k})
@@ -96,10 +98,16 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
 
 
-def experts_of(base: Any, layer: str, count: int, k: int, gate_k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def rows_of(base: Any, layer: str, gate_k: int, full: bool) -> int:
+    """How many rows of the router an expert has."""
+    m, n = spec(base, f"{layer}.weight")[1]
+    return min(gate_k, n) if full else min(gate_k, m, n)
+
+
+def experts_of(base: Any, layer: str, count: int, k: int, rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, dtypes and shapes of what a layer gets."""
     dtype, (m, n) = spec(base, f"{layer}.weight")
-    found = {f"{layer}.gate.weight": (dtype, (count * min(gate_k, n), n))}
+    found = {f"{layer}.gate.weight": (dtype, (count * rows, n))}
     if k > 0:
         r = min(k, m, n)
         found |= {f"{layer}.experts.u": (dtype, (count, m, r)), f"{layer}.experts.svh": (dtype, (count, r, n))}
@@ -110,16 +118,16 @@ def experts_of(base: Any, layer: str, count: int, k: int, gate_k: int) -> dict[s
     return found
 
 
-def factors(matrices: Sequence[Any], k: int, gate_k: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U and S V^T of the k leading singular parts of each matrix, and the gate_k leading rows of V^T, stacked, in float64.
+def factors(matrices: Sequence[Any], k: int, rows: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U and S V^T of the k leading singular parts of each matrix, and the leading rows of V^T, stacked, in float64.
 
     Of matrices m x n at most min(m, n) parts, and at most n rows, where those beyond min(m, n) span what is left.
     """
     found: tuple[list[np.ndarray], ...] = ([], [], [])
     for x in matrices:
-        U, S, Vh = np.linalg.svd(scores(x), full_matrices=gate_k > min(x.shape))
-        r = min(k, len(S))
-        for part, whole in zip(found, (U[:, :r], S[:r, None] * Vh[:r], Vh[:gate_k])):
+        U, S, Vh = np.linalg.svd(scores(x), full_matrices=rows > min(x.shape))
+        r = max(0, min(k, len(S)))
+        for part, whole in zip(found, (U[:, :r], S[:r, None] * Vh[:r], Vh[:rows])):
             part.append(whole)
     U, SVh, V = map(np.stack, found)
     return U, SVh, V
