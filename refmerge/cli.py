@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -128,15 +129,14 @@ def merge(
         raise click.UsageError("OUT is empty")
     start = time.perf_counter()
     plan: Any = prepare_moe(recipe, **options)
-    if plan is not None:
-        notes, progress = plan.notes, contextlib.nullcontext()
-    else:
+    resolved, bar = plan, cast(Any, contextlib.nullcontext)
+    if plan is None:
         resolved, plan = prepare_recipe(recipe, **options)
-        notes, progress = resolved.notes, _Progress(plan, silent=quiet or json)
+        bar = partial(_Progress, plan, silent=quiet or json)
     if not quiet:
-        for note in notes:
+        for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
-    with progress:
+    with bar():
         plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
     wall = time.perf_counter() - start
     figures = plan.figures()

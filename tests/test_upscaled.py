@@ -165,6 +165,18 @@ def test_each_sample_is_merged_by_itself():
     assert np.abs(run(out, images, layers=together) - apart).max() > 1e-4
 
 
+def test_no_samples_give_none():
+    base, models, images = vits(2)
+    for out in (wemoe(models, base), rankone_moe(models, base, rank=2), smile(models, base)):
+        assert run(out, images[:0], layers=Upscaled).shape == (0, 3)
+
+
+def test_a_checkpoint_is_run_as_it_lies_on_disk(tmp_path):
+    base, models, images = vits(2)
+    stored = wemoe(models, base, tmp_path / "out")
+    near(run(stored, images, layers=layers_of(stored)), run(dict(stored), images, layers=Upscaled), 0)
+
+
 @FEW
 @given(seeds)
 def test_places_and_experts_may_change_places(seed):
@@ -320,6 +332,7 @@ def test_a_soft_choice_by_hand():
     np.testing.assert_allclose(soft_top(w, 2), [3, 0, 1], atol=1e-12)
     np.testing.assert_allclose(soft_top(w, 2, sharpness=np.log(3)), [3 * 3 / 4, 1 / 4, 1], rtol=1e-12)
     np.testing.assert_allclose(soft_top(np.stack([w, -w]), 1)[1], [0, -0.5, 0], atol=1e-12)
+    assert soft_top(np.array([1e4, -1e4, 0.0]), 1).tolist() == [5e3, 0, 0]
     assert np.abs(soft_top(np.array([1.9, 2.0, 2.1]), 2) - [0, 1, 2.1]).max() < 1e-4
     with pytest.raises(UsageError, match="more than the 3 experts"):
         soft_top(w, 4)

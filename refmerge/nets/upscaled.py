@@ -19,9 +19,10 @@ Beside the tensors of the dense layers, under their own names, an upscaled check
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -77,10 +78,15 @@ def _means(params: Params, gate: str, x: Any, code: Any, by_batch: bool) -> Any:
 
 def _merged(params: Params, x: Any, w: Any, parts: Callable[[Any], Iterator[tuple[str, Any]]], run: Run) -> Any:
     """run with the parameters that each sample's weights merge, or all samples' at once."""
+
+    def merged(w: Any, x: Any) -> Any:
+        return run(Layers(ChainMap(dict(parts(w)), cast(dict[str, Any], params))), x)
+
     if w.ndim == 1:
-        return run(Layers({**params, **dict(parts(w))}), x)
-    found = [run(Layers({**params, **dict(parts(w[b, ...]))}), x[b : b + 1, ...]) for b in range(x.shape[0])]
-    return array_namespace(x).concat(found, axis=0)
+        return merged(w, x)
+    if not x.shape[0]:
+        return run(Layers(params), x)
+    return array_namespace(x).concat([merged(w[b, ...], x[b : b + 1, ...]) for b in range(x.shape[0])], axis=0)
 
 
 # -------------------------------------------------------------------------------------------------------------- of modules
@@ -105,9 +111,9 @@ def weight_ensembling(params: Params, name: str, x: Any, run: Run, **how: Any) -
 
 def _ensembled(params: Params, name: str, w: Any) -> Iterator[tuple[str, Any]]:
     stacked = f"{name}.task_vectors."
-    for key, tau in params.items():
+    for key in params:
         if key.startswith(stacked):
-            own = f"{name}.{key.removeprefix(stacked)}"
+            own, tau = f"{name}.{key.removeprefix(stacked)}", params[key]
             theta = params[own]
             for t in range(tau.shape[0]):
                 theta = theta + w[t] * tau[t, ...]
@@ -127,8 +133,9 @@ def soft_top(w: Any, k: int, sharpness: float = 100.0) -> Any:
     if k > w.shape[-1]:
         raise UsageError(f"select = {k} is more than the {w.shape[-1]} experts that there are")
     xp = array_namespace(w)
-    kth = xp.sort(w, axis=-1)[..., -k, None]
-    return w / (1 + xp.exp(-sharpness * (w - kth)))
+    z = sharpness * (w - xp.sort(w, axis=-1)[..., -k, None])
+    e = xp.exp(-xp.abs(z))  # which cannot overflow
+    return w * xp.where(z >= 0, xp.ones_like(e), e) / (1 + e)
 
 
 def rank_one(params: Params, name: str, x: Any, run: Run, **how: Any) -> Any:
@@ -142,9 +149,9 @@ def rank_one(params: Params, name: str, x: Any, run: Run, **how: Any) -> Any:
 
 def _ranked(params: Params, name: str, w: Any) -> Iterator[tuple[str, Any]]:
     experts = f"{name}.experts."
-    for key, u in params.items():
+    for key in params:
         if key.startswith(experts) and key.endswith(".u"):
-            layer = key.removeprefix(experts).removesuffix(".u")
+            u, layer = params[key], key.removeprefix(experts).removesuffix(".u")
             svh, own = params[f"{experts}{layer}.svh"], f"{name}.{layer}.weight"
             weight, k = params[own], u.shape[2]
             for t in range(u.shape[0]):

@@ -152,14 +152,14 @@ class Mixture:
         inputs = [self.base, *(e.model for e in self.everything)]
         refuse_input(out, [c.path for c in inputs])
         config = (json.dumps(self.config, indent=2) + "\n").encode()
-        # 1. rows of the routers
-        prompts = [(e.positive_prompts, e.negative_prompts) for e in self.everything]
-        found = rows(self.base, self.gate_mode, prompts, self.routers, self.seed, self.hidden_states)
-        # 2. write: the base's tensors, the experts', the routers
         with CheckpointWriter(
             out, self.specs, max_shard_size=max_shard_size, overwrite=overwrite, sidecars=self.base.sidecars(),
             extra_files={"config.json": config},
         ) as writer:  # fmt: skip
+            # 1. rows of the routers
+            prompts = [(e.positive_prompts, e.negative_prompts) for e in self.everything]
+            found = rows(self.base, self.gate_mode, prompts, self.routers, self.seed, self.hidden_states)
+            # 2. write: the base's tensors, the experts', the routers
             for name in self.sources:
                 writer.write(name, 0, self.bytes_of(name))
             for name, raw in self.router_bytes(found):
