@@ -87,7 +87,7 @@ class Layers:
         return self._out(f"{name}.weight", y, axis)
 
     def module(self, name: str, x: Any, run: Callable[[Layers, Any], Any]) -> Any:
-        """What the layers of the module of that name make of x: run(layers, x). A subclass may do otherwise."""
+        """What the layers of the module of that name make of x: run(layers, x). Upscaled layers run them otherwise."""
         return run(self, x)
 
     def units(self, entry: Entry, x: Any, axis: int = -1) -> Any:
