@@ -305,6 +305,85 @@ def compare(
 
 
 @main.command()
+@click.argument("paths", nargs=-1, type=click.Path(), metavar="CHECKPOINT OUT")
+@click.option("--net", metavar="NET", help="mlp, resnet, gpt2, ...; module:function; or a folder of transformers")
+@click.option("--data", metavar="DATA", help=".npz, .npy or .safetensors with inputs, labels, mask; or module:function")
+@click.option("--kinds", default="gram", show_default=True, help="gram, moments, outputs, kfac, fisher, with commas")
+@click.option(
+    "--likelihood", type=click.Choice(["exact", "sampled", "given", "next"]), default="exact", show_default=True,
+    help="whose gradient kfac and fisher take: of all classes, a drawn one, the labels, the next token",
+)
+@click.option("--layers", metavar="GLOB", default="*", help="only of the layers whose names match")
+@click.option("--samples", metavar="START:STOP", help="a part of the data, whose statistics --merge adds to the others'")
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="samples at a time")
+@click.option("--option", "options", metavar="NAME=VALUE", multiple=True, help="of the network: heads=12, activation=gelu")
+@click.option("--device", help="of torch: cuda:0")
+@_options("dtype", "seed")
+@click.option("--merge", "parts", is_flag=True, help="add statistics of parts of the data: --merge PART... OUT")
+@click.option("--overwrite", is_flag=True, help="replace OUT once the new file is complete")
+@_options("json")
+def collect(
+    paths: tuple[str, ...], net: str | None, data: str | None, kinds: str, samples: str | None, options: tuple[str, ...],
+    device: str | None, parts: bool, overwrite: bool, json: bool, seed: int | None, **choices: Any,
+) -> None:  # fmt: skip
+    """Run CHECKPOINT on data, and write statistics of what its layers read and of its gradients to OUT, a .safetensors file.
+
+    fisher, regmean and mats read them, as `stats` of a model in a recipe. A folder of transformers is its own network where
+    --net is left out.
+    """
+    import os
+
+    from refmerge.checkpoint import open_checkpoint, refuse_input
+    from refmerge.collect import gathered, option
+    from refmerge.stats import Statistics
+
+    *inputs, out = paths or ("",)
+    if not inputs or (len(inputs) > 1 and not parts):
+        raise click.UsageError("one CHECKPOINT and OUT are wanted, or --merge with parts and OUT")
+    if not out.endswith(".safetensors"):
+        raise click.UsageError(f"OUT is a file, and {out!r} does not end in .safetensors")
+    if os.path.exists(out) and not overwrite:
+        raise click.UsageError(f"output {out!r} exists; --overwrite replaces it")
+    refuse_input(out, inputs)
+    if parts:
+        if net is not None or data is not None:
+            raise click.UsageError("--merge adds what is there: --net and --data go with a CHECKPOINT")
+        found = Statistics.load(inputs[0])
+        for path in inputs[1:]:
+            found.add(Statistics.load(path))
+    else:
+        with open_checkpoint(inputs[0]) as checkpoint:
+            net = net or (str(checkpoint.directory) if checkpoint.config else None)
+            if net is None or data is None:
+                raise click.UsageError("--net and --data are wanted: what to run, and on what")
+            start, stop = _range(samples)
+            with _Counting(silent=json) as progress:
+                found = gathered(
+                    checkpoint, net, data, [k.strip() for k in kinds.split(",")], on=device, seed=seed or 0, start=start,
+                    stop=stop, options=dict(map(option, options)), progress=progress, **choices,
+                )  # fmt: skip
+    found.save(out, overwrite=overwrite)
+    names, counted = list(found), sorted({found.count(name) for name in found})
+    if json:
+        click.echo(jsonlib.dumps({"out": out, "facts": found.facts, "counts": {n: found.count(n) for n in names}}))
+        return
+    rows = f"{counted[0]:,.0f}" + (f" to {counted[-1]:,.0f}" if len(counted) > 1 else "")
+    click.echo(f"{len(names)} statistics of {rows} rows or samples to {out}: {size(sum(found[n].nbytes for n in names))}")
+
+
+def _range(samples: str | None) -> tuple[int, int | None]:
+    """`100:200`, `100:` or `:200`."""
+    start, sign, stop = (samples or ":").partition(":")
+    try:
+        found = int(start or 0), int(stop) if stop else None
+    except ValueError:
+        found = -1, None
+    if not sign or found[0] < 0 or (found[1] is not None and found[1] <= found[0]):
+        raise click.UsageError(f"--samples is START:STOP, two whole numbers, not {samples!r}")
+    return found
+
+
+@main.command()
 @click.argument("name", required=False)
 @click.option("--bibtex", is_flag=True, help="only the BibTeX entry of the paper")
 @click.option("--page", is_flag=True, help="all of the page, with its examples and exercises")
@@ -487,6 +566,25 @@ class _Reading:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.stop()
+
+
+class _Counting:
+    """How many samples are done, on a terminal; nothing elsewhere."""
+
+    def __init__(self, silent: bool) -> None:
+        self._shows, self._done = not silent and sys.stderr.isatty(), 0
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._advance
+
+    def _advance(self, samples: int) -> None:
+        self._done += samples
+        if self._shows:
+            click.echo(f"\r{self._done:,} samples", nl=False, err=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._shows and self._done:
+            click.echo("", err=True)
 
 
 class _Progress:
