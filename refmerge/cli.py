@@ -182,6 +182,9 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         click.echo(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
         click.echo(f"base        {resolved.base}")
+    given = [s for s in resolved.stats or () if s]
+    for i, path in enumerate(given):
+        click.echo(f"{'' if i else 'statistics':12}{path}")
     if resolved.align is not None:
         click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")

@@ -239,11 +239,19 @@ class _Gradients:
         z = self.outputs(batch, taps)
         losses, p = self.log_likelihoods(z, batch, first)
         calls = [call for call in taps.calls if call.y.requires_grad]
+        for call in calls:
+            if len(call.x) != len(batch) and len(batch) > 1:
+                raise UsageError(
+                    f"layer {call.module!r} reads {len(call.x)} rows of {len(batch)} samples, and whose they are is not "
+                    f"known; batches of one sample (--batch 1) have no such doubt"
+                )
+            call.x = call.x if len(call.x) == len(batch) else call.x[None]
         slopes: list[list[Any]] = [[] for _ in calls]
         for value in losses if calls else []:
             found = torch.autograd.grad(value, [call.y for call in calls], retain_graph=True, allow_unused=True)
             for call, g, mine in zip(calls, found, slopes):
-                mine.append(torch.moveaxis(torch.zeros_like(call.y) if g is None else g, call.axis, -1))
+                g = torch.moveaxis(torch.zeros_like(call.y) if g is None else g, call.axis, -1)
+                mine.append(g if len(g) == len(batch) else g[None])
         stacked = [torch.stack(mine, dim=1) for mine in slopes]  # samples, classes, places ..., units
         if "kfac" in self.kinds:
             for call, g in zip(calls, stacked):
@@ -337,11 +345,6 @@ class _Gradients:
 
         found: dict[str, tuple[_Call, Any, Any]] = {}
         for call, g in zip(calls, slopes):
-            if len(call.x) != samples or len(g) != samples:
-                raise UsageError(
-                    f"layer {call.module!r} reads {len(call.x)} rows of {samples} samples, and whose they are is not known; "
-                    f"batches of one sample have no such doubt"
-                )
             x = call.x.reshape(samples, -1, call.x.shape[-1])
             g = g.reshape(samples, g.shape[1], -1, g.shape[-1])
             if call.weight in found:
