@@ -155,6 +155,10 @@ class _Call:
     def module(self) -> str:
         return self.weight.rpartition(".")[0]
 
+    @property
+    def bias(self) -> str:
+        return f"{self.weight.removesuffix('weight')}bias"
+
 
 class _Taps(dict[str, Any]):
     """Taps that put what layers read and give into statistics, and hold both where gradients are wanted."""
@@ -264,14 +268,13 @@ class _Gradients:
             self.by_taps = self.whole(layers, losses)
         for weight, (call, x, g) in layers.items():
             if weight in self.by_taps:
-                bias, shape = f"{call.module}.bias", tuple(self.params[weight].shape)
                 self.statistics.fisher(
-                    call.module, x, g if p is not None else g[:, 0], p, bias=bias in self.by_taps, layout=call.layout,
-                    shape=shape,
+                    call.module, x, g if p is not None else g[:, 0], p, bias=call.bias in self.by_taps, layout=call.layout,
+                    shape=tuple(self.params[weight].shape),
                 )  # fmt: skip
+        ran = {name for weight, (call, _, _) in layers.items() for name in (weight, call.bias)}
         for name in self.by_taps:
-            module = name.rpartition(".")[0]
-            if f"{module}.weight" not in layers:  # no sample went through it: gradients of 0
+            if name not in ran:  # no sample went through it: gradients of 0
                 self.statistics.sum(f"{name}.fisher", np.zeros(tuple(self.params[name].shape)), len(batch))
         if rest := [name for name in self.trained if name not in self.by_taps]:
             for i in range(len(batch)):
@@ -358,23 +361,24 @@ class _Gradients:
         """The weights and biases whose gradient is all in what taps were told of: not those that are read elsewhere too."""
         import torch
 
-        names = [n for w, (call, _, _) in layers.items() for n in (w, f"{call.module}.bias") if n in self.trained]
-        if not names:
-            return set()
-        given = torch.autograd.grad(losses[0], [self.params[n] for n in names], retain_graph=True, allow_unused=True)
-        found = set()
-        for name, total in zip(names, given):
-            call, x, g = layers[name if name in layers else f"{name.rpartition('.')[0]}.weight"]
-            if name in layers:
-                mine = torch.einsum("npo,npi->oi", g[:, 0], x)
-                most = torch.einsum("npo,npi->oi", g[:, 0].abs(), x.abs())
-                mine, most = (m.T if call.layout == "in_out" else m for m in (mine, most))
-            else:
-                mine, most = g[:, 0].sum(dim=(0, 1)), g[:, 0].abs().sum(dim=(0, 1))
-            total = torch.zeros_like(mine) if total is None else total.reshape(mine.shape)
-            if bool(((mine - total).abs() <= 1e4 * torch.finfo(mine.dtype).eps * most).all()):
-                found.add(name)
-        return {name for name in found if name in layers or f"{name.rpartition('.')[0]}.weight" in found}
+        found: set[str] = set()
+        for weight, (call, x, g) in layers.items():
+            if weight.rpartition(".")[2] != "weight" or weight not in self.trained:
+                continue
+            mine = torch.einsum("npo,npi->oi", g[:, 0], x), g[:, 0].sum(dim=(0, 1))
+            most = torch.einsum("npo,npi->oi", g[:, 0].abs(), x.abs()), g[:, 0].abs().sum(dim=(0, 1))
+            same = []
+            for name, part, bound in zip((weight, call.bias), mine, most):
+                if name not in self.trained:
+                    continue
+                if call.layout == "in_out" and name == weight:
+                    part, bound = part.T, bound.T
+                total = torch.autograd.grad(losses[0], self.params[name], retain_graph=True, allow_unused=True)[0]
+                apart = part if total is None else part - total.reshape(part.shape)
+                if bool((apart.abs() <= 1e4 * torch.finfo(part.dtype).eps * bound).all()):
+                    same.append(name)
+            found |= {*same} if weight in same else set()
+        return found
 
     def sample(self, one: Batch, names: Sequence[str], place: int) -> None:
         """Squares of a single sample's gradients by these tensors."""

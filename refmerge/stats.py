@@ -157,9 +157,10 @@ class Statistics(Mapping[str, np.ndarray]):
             for p_n, g_n, x_n in zip(p, g, x):
                 weight += np.einsum("c,coi->oi", p_n, (g_n.swapaxes(1, 2) @ x_n) ** 2)
         weight = weight.T if layout == "in_out" else weight
-        self._add(f"{module}.weight.fisher", weight if shape is None else weight.reshape(shape), len(x))
+        inside = f"{module}." if module else ""
+        self._add(f"{inside}weight.fisher", weight if shape is None else weight.reshape(shape), len(x))
         if bias:
-            self._add(f"{module}.bias.fisher", np.einsum("nc,nco->o", p, g.sum(axis=2) ** 2), len(x))
+            self._add(f"{inside}bias.fisher", np.einsum("nc,nco->o", p, g.sum(axis=2) ** 2), len(x))
 
     def fisher_of(self, gradients: Mapping[str, Any], probability: Any = None) -> None:
         """The diagonal for any tensors: name -> gradients of single samples, (samples, *shape); with `probability` (samples,

@@ -64,11 +64,11 @@ class Forward:
         # A weight that layers of other kinds read too has no statistics of inputs that would hold for all of its readers.
         self.untapped: dict[str, str] = {}
         for name in self._linear:
-            readers = self._tied[f"{name}.weight"]
+            readers = self._tied[_weight(name)]
             if other := [r for r in readers if r.rpartition(".")[0] not in self._linear]:
                 self.untapped[name] = f"its weight is {other[0]!r} as well, which no linear layer reads"
         self._tapped = {n: m for n, m in self._linear.items() if n not in self.untapped}
-        self.shared = frozenset(f"{n}.weight" for n in self._tapped if len(self._tied[f"{n}.weight"]) > 1)
+        self.shared = frozenset(_weight(n) for n in self._tapped if len(self._tied[_weight(n)]) > 1)
 
     def __repr__(self) -> str:
         return f"Forward({type(self.module).__name__})"
@@ -93,7 +93,7 @@ class Forward:
     def linear_layers(self, params: Params) -> list[str]:
         """The modules that taps are told of, as params names their weights."""
         given = self._given(params)
-        return list(dict.fromkeys(self._name(f"{n}.weight", given).rpartition(".")[0] for n in self._tapped))
+        return list(dict.fromkeys(self._name(_weight(n), given).rpartition(".")[0] for n in self._tapped))
 
     # Names.
 
@@ -150,12 +150,16 @@ class Forward:
         handles = []
         try:
             for name, layer in self._tapped.items():
-                weight = self._name(f"{name}.weight", given)
+                weight = self._name(_weight(name), given)
                 handles.append(layer.register_forward_hook(_hook(taps, weight, _kind(layer)), with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _weight(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
 
 
 def _hook(taps: Any, weight: str, kind: str) -> Any:
