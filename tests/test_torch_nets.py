@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import refmerge
-from refmerge import InputError, UsageError
+from refmerge import InputError, UsageError, registry
+from refmerge.adaptive import contracted, entropy
 from refmerge.cli import main
 from refmerge.collect import Batch, collect
 from refmerge.nets import gpt2, mlp
@@ -20,6 +21,7 @@ from refmerge.nets.layers import Reads
 from refmerge.nets.torch import Forward, parameters, pretrained
 from refmerge.stats import Statistics
 
+adamerging = registry.procedure("adamerging")
 EVERYTHING = ["outputs", "kfac", "fisher"]
 
 
@@ -316,6 +318,44 @@ def test_folders_merge_by_fisher_and_regmean(torch, transformers, tmp_path, monk
         assert np.array_equal(again.state_dict()[name].numpy(), merged[name]) and not np.array_equal(
             merged[name], mean[name]
         )
+
+
+def test_coefficients_of_a_transformer_become_a_recipe(torch, transformers, tmp_path, monkeypatch):
+    """AdaMerging on torch's gradients, and on those by tensor; the recipe merges the folders as the fit merges arrays."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("base", "a", "b"):
+        module = small_bert(torch, transformers).float()
+        with torch.no_grad():
+            for x in module.parameters():
+                x.add_(0.1 * torch.from_numpy(rng.standard_normal(tuple(x.shape))).float())
+        module.save_pretrained(name)
+    forward = pretrained("base")
+    base, *models = (
+        {k: torch.from_numpy(v) for k, v in load_file(f"{name}/model.safetensors").items()} for name in ("base", "a", "b")
+    )
+    steps = [[(k, rng.integers(0, 13, (4, 5))) for k in range(2)] for _ in range(3)]
+
+    def by_tensor(params, task, batch):
+        given = {k: x.detach().requires_grad_(True) for k, x in params.items()}
+        loss = entropy(forward(given, batch))
+        found = torch.autograd.grad(loss, list(given.values()), allow_unused=True)
+        return loss.detach(), {k: g for k, g in zip(given, found) if g is not None}
+
+    fits = [
+        adamerging(models, base, lambda p, task, x: forward(p, x), steps, lr=0.05, gradient=gradient)
+        for gradient in (None, contracted(by_tensor))
+    ]
+    assert np.abs(fits[0].gradients[0] - fits[1].gradients[0]).max() < 1e-6
+    assert np.abs(fits[0].raw - 0.3).max() > 0.1
+    fits[0].coefficients.save("fit.yml", ["./a", "./b"], "./base")
+    done = cli("merge", "fit.yml", "merged")
+    assert done.exit_code == 0, done.output
+    merged, expected = refmerge.open_checkpoint("merged"), fits[0].merge(models, base)
+    for name, x in fits[0].composition.theta(fits[0].coefficients.values).items():
+        assert np.array_equal(merged[name], expected[name].numpy())
+        np.testing.assert_allclose(merged[name], x.numpy(), rtol=1e-5, atol=1e-6)
+    assert transformers.BertForSequenceClassification.from_pretrained("merged").num_labels == 3
 
 
 def test_names_without_their_prefix(torch, transformers, tmp_path):

@@ -20,6 +20,7 @@ from refmerge.checkpoint import Checkpoint, open_checkpoint, refuse_input
 from refmerge.cmaes import CMA
 from refmerge.errors import UsageError
 from refmerge.method import Method
+from refmerge.plan import Plan
 from refmerge.procedure import procedure
 from refmerge.recipe.document import Problems
 from refmerge.recipe.parameters import Checker, recipe_key
@@ -153,16 +154,20 @@ def evolutionary_merge(
     settings = {key: x for key, x in settings.items() if isinstance(x, str)} | ({"seed": seed} if seed else {})
     space = replace(space, settings=settings)
     check(score, sigma, evaluations, population, out, models, options.get("overwrite", False))
-    record = Log(log, {"recipe": space.recipe(space.start()), "sigma": sigma, "population": population})
     given = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
     start = open_checkpoint(base) if isinstance(base, str | Path) else base
-    if out is not None:
-        refuse_input(out, [c.path for c in (*given, start) if isinstance(c, Checkpoint)])
+    write = {k: options.pop(k) for k in ("max_shard_size", "overwrite") if k in options}
+
+    def planned(genes: Sequence[float]) -> Plan:
+        return prepare(given, space.method, base=start, params=space.params(genes), seed=seed, **options)
 
     def merged(genes: Sequence[float], out: Any = None) -> Any:
-        write = {k: options[k] for k in ("max_shard_size", "overwrite") if k in options}
-        kept = {k: options[k] for k in options if k not in write}
-        return prepare(given, space.method, base=start, params=space.params(genes), seed=seed, **kept).run(out, **write)
+        return planned(genes).run(out, **write)
+
+    first = planned(space.start())
+    if out is not None:
+        refuse_input(out, [c.path for c in first.checkpoints])
+    record = Log(log, {"recipe": space.recipe(space.start()), "sigma": sigma, "population": population})
 
     def judge(candidate: Any) -> float:
         return number(score(candidate) if callable(score) else run(score, candidate.path), "evolutionary_merge")
