@@ -318,13 +318,86 @@ def compare(
         if plot is not None:
             from refmerge.plots import draw_paths
 
-            picture = draw_paths({"": line.loss}, f"{net}: the loss from {a} to {b}")
-            try:
-                with open(plot, "w", encoding="utf-8", newline="\n") as file:
-                    file.write(picture)
-            except OSError as e:
-                raise click.UsageError(f"{plot} cannot be written: {e.strerror}") from e
+            _write(plot, draw_paths({"": line.loss}, f"{net}: the loss from {a} to {b}"))
         click.echo(line.text() if not json else jsonlib.dumps(line.told(), indent=2))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--score", required=True, metavar="COMMAND", help="gets a checkpoint's path, prints the score last")
+@click.option("--greedy", is_flag=True, help="which of the models to average, and not with what parameters")
+@click.option("--rule", type=click.Choice(["strict", "at_least", "repeats"]), help="when a model stays, with --greedy")
+@click.option("--search", "names", metavar="NAMES", help="parameters, with commas; else weight, density and t if not given")
+@click.option("--evaluations", type=click.IntRange(min=1), help="how many merges are scored (100), or --greedy repeats (20)")
+@click.option("--groups", type=click.IntRange(min=1), help="values over the layers for each parameter (1)")
+@click.option("--filter", "filters", multiple=True, metavar="TEXT", help="tensors with it in their names have own values")
+@click.option("--negative", is_flag=True, help="weights may be negative")
+@click.option("--sigma", type=float, help="the first step size (1/6)")
+@click.option("--population", type=click.IntRange(min=2), help="merges drawn at a time")
+@click.option("--log", type=click.Path(), help="a file that keeps the scores, and from which the search goes on")
+@click.option("--plot", type=click.Path(), metavar="P.SVG", help="draw the scores and the best so far")
+@click.option("--save", type=click.Path(), metavar="BEST.YML", help="write the best recipe")
+@_options(*_RUN)
+@click.option("--overwrite", is_flag=True, help="replace OUT once the best merge is complete")
+@_options("json")
+def search(
+    recipe: str, out: str, score: str, greedy: bool, rule: str | None, evaluations: int | None, names: str | None,
+    filters: tuple[str, ...], negative: bool, plot: str | None, save: str | None, json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Search for the merge of RECIPE's models that scores best, and write it to OUT.
+
+    By CMA-ES over parameters that the recipe leaves open (`refmerge methods evolutionary_merge`), or for the models that
+    are worth averaging (--greedy, `refmerge methods greedy_soup`). Trials are checkpoints beside OUT while they are scored.
+    """
+    from refmerge.recipe.search import search as run
+    from refmerge.scoring import judged
+
+    of_genes = {key: options.pop(key) for key in ("groups", "sigma", "population")}
+    of_genes |= {"search": names, "filter": filters or None, "negative": negative or None, "save": save}
+    if greedy and (wrong := sorted(key for key, value in of_genes.items() if value is not None)):
+        raise click.UsageError(f"--{wrong[0]} is for parameters, and --greedy has none")
+    if rule is not None and not greedy:
+        raise click.UsageError("--rule is for --greedy")
+    if greedy and evaluations is not None and rule != "repeats":
+        raise click.UsageError("--evaluations with --greedy is for --rule repeats: the others try each model once")
+    if plot is not None and not plot.endswith(".svg"):
+        raise click.UsageError(f"--plot writes SVG, and {plot} does not end in .svg")
+    if greedy:
+        own: dict[str, Any] = {"rule": rule, "trials": evaluations}
+    else:
+        own = {"evaluations": evaluations, "filters": filters or None, "negative": negative or None, **of_genes}
+        own |= {"names": None if names is None else [name.strip() for name in names.split(",")]}
+    own = {key: value for key, value in own.items() if value is not None and key not in ("search", "filter", "save")}
+    done: list[float] = []
+
+    def told(candidate: Any) -> float:
+        value = judged(score, candidate, "search")
+        done.append(value)
+        if not json:
+            click.echo(f"{len(done):5}  {value:.6g}", err=True)
+        return value
+
+    found = run(recipe, out, told, greedy=greedy, **own, **{k: v for k, v in options.items() if v is not None})
+    if plot is not None:
+        _write(plot, found.plot())
+    if save is not None:
+        _write(save, found.recipe)
+    best = {"ingredients": list(found.ingredients)} if greedy else {"recipe": found.recipe}
+    if json:
+        click.echo(jsonlib.dumps({"out": out, "score": found.score, "trials": [t.score for t in found.trials], **best}))
+        return
+    click.echo(f"{len(found.trials)} trials, the best {found.score:.6g}, to {out}")
+    taken = ", ".join(str(k + 1) for k in getattr(found, "ingredients", ()))
+    click.echo(f"models {taken} of the recipe" if greedy else found.recipe, nl=greedy)
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as e:
+        raise click.UsageError(f"{path} cannot be written: {e.strerror}") from e
 
 
 @main.command()

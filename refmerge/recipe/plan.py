@@ -164,6 +164,11 @@ def describe(resolved: Resolved) -> dict[str, Any]:
     }
 
 
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe names. RecipeError where there is none of that name."""
+    return _method(recipe, Problems(recipe.document.source, recipe.document.marks))
+
+
 def _method(recipe: Recipe, problems: Problems) -> Method:
     from refmerge import registry
 

@@ -58,7 +58,7 @@ class Search:
 class Space:
     """Where genes stand in a recipe: of each parameter in `search`, for each model (or once, if it is one value for all) and
     filter, as many as there are groups of layers, between which values are interpolated. fixed: other
-    parameters. settings: other keys of the recipe."""
+    parameters. settings: other keys of the recipe. stats: files of statistics, one for each model or none."""
 
     method: Method
     models: tuple[str, ...]
@@ -69,6 +69,7 @@ class Space:
     negative: bool
     fixed: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    stats: tuple[str | None, ...] = ()
 
     def entries(self) -> list[tuple[str, int | None, str | None]]:
         """(parameter, model or None, filter or None) of each run of `groups` genes."""
@@ -107,6 +108,8 @@ class Space:
         if self.base is not None:
             data["base_model"] = self.base
         data["models"] = [{"model": m, "parameters": p} if p else {"model": m} for m, p in zip(self.models, own)]
+        for entry, stats in zip(data["models"], self.stats):
+            entry |= {} if stats is None else {"stats": stats}
         return data | ({"parameters": shared} if shared else {}) | self.settings
 
     def params(self, genes: Sequence[float]) -> Callable[..., Mapping[str, Any]]:
@@ -150,7 +153,8 @@ def evolutionary_merge(
     space = space_of(models, base, method, search, groups, filters, negative, fixed)
     settings = {"over": options.get("over"), "work_dtype": options.get("dtype"), "out_dtype": options.get("out_dtype")}
     settings = {key: x for key, x in settings.items() if isinstance(x, str)} | ({"seed": seed} if seed else {})
-    space = replace(space, settings=settings)
+    stats = [str(s) if isinstance(s, str | Path) else None for s in options.get("stats") or ()]
+    space = replace(space, settings=settings, stats=tuple(stats) if len(stats) == len(space.models) else ())
     check(score, sigma, evaluations, population, out, models, options.get("overwrite", False))
     given = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
     start = open_checkpoint(base) if isinstance(base, str | Path) else base
