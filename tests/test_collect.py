@@ -421,6 +421,28 @@ def test_collect_and_merge_by_a_recipe(method, two, torch):
     assert all(np.array_equal(merged[name], x) for name, x in expected.items())
 
 
+def test_statistics_of_the_base_in_a_recipe(two):
+    """wise_ft:fisher interpolates from the base by the Fisher information of both."""
+    rng = np.random.default_rng(0)
+    names = list(refmerge.open_checkpoint("a.safetensors"))
+    F = [{n: rng.random(refmerge.open_checkpoint("a.safetensors")[n].shape) for n in names} for _ in range(2)]
+    for name, f in zip("ab", F):
+        save_file(f, f"{name}.f.safetensors")
+    entry = "models:\n  - {{model: b.safetensors, stats: b.f.safetensors}}\n"
+    text = "refmerge: 1\nmerge_method: {}\nbase_model: a.safetensors\n{}" + entry
+    (two / "r.yml").write_text(text.format("wise_ft:fisher", "base_stats: a.f.safetensors\n"))
+    done = cli("merge", "r.yml", "merged.safetensors")
+    assert done.exit_code == 0, done.output
+    base, model = (dict(refmerge.open_checkpoint(f"{n}.safetensors")) for n in "ab")
+    expected = refmerge.merge([model], "wise_ft:fisher", base=base, stats=F)
+    merged = refmerge.open_checkpoint("merged.safetensors")
+    assert all(np.array_equal(merged[n], x) for n, x in expected.items())
+    assert "statistics  a.f.safetensors" in cli("plan", "r.yml", "--no-time").output
+    (two / "r.yml").write_text(text.format("task_arithmetic", "base_stats: a.f.safetensors\n"))
+    done = cli("plan", "r.yml")
+    assert done.exit_code == 2 and "task_arithmetic reads no statistics of the base" in done.output
+
+
 def test_parts_by_the_command_line(two, torch):
     whole = ("collect", "a.safetensors", "--net", "mlp", "--data", "a.npz", "--kinds", "gram,fisher", "--dtype", "float64")
     for out, samples in (("w", ":"), ("p", ":11"), ("q", "11:")):

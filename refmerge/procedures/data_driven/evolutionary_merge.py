@@ -154,7 +154,9 @@ def evolutionary_merge(
     settings = {"over": options.get("over"), "work_dtype": options.get("dtype"), "out_dtype": options.get("out_dtype")}
     settings = {key: x for key, x in settings.items() if isinstance(x, str)} | ({"seed": seed} if seed else {})
     stats = [str(s) if isinstance(s, str | Path) else None for s in options.get("stats") or ()]
-    space = replace(space, settings=settings, stats=tuple(stats) if len(stats) == len(space.models) else ())
+    if len(stats) > len(space.models) and stats[0] is not None:
+        settings["base_stats"] = stats[0]
+    space = replace(space, settings=settings, stats=tuple(stats[-len(space.models) :]))
     check(score, sigma, evaluations, population, out, models, options.get("overwrite", False))
     given = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
     start = open_checkpoint(base) if isinstance(base, str | Path) else base
