@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -207,6 +208,7 @@ def prepare(
         work.kernels, workers = beside.kernels, 1
     check_memory(work, limit, workers)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
+    statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if donor is not None:
         given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
@@ -219,7 +221,7 @@ def prepare(
         max_memory=limit,
         block_bytes=getattr(used or beside, "block_bytes", ARRAYS_BLOCK_BYTES),
         example=example,
-        checkpoints=tuple(opened),
+        checkpoints=(*opened, *statistics),
         donor=given_by,
         out_dtype=out_name,
     )
@@ -364,7 +366,8 @@ def _check_count(m: Method, count: int, stats: Sequence[Any] | None) -> None:
 
 
 def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:
-    """UsageError for statistics of which the method reads none: they were meant to have an effect."""
+    """UsageError for statistics of which the method reads none: they were meant to have an effect. A warning for those of
+    layers and tensors that are not there."""
     if stats is None or not (m.needs == "models" or any(s.names() for s in stats)):
         return
     if not m.stats:
@@ -374,6 +377,10 @@ def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None
     if not any(stat_name(n, key) in present for key in m.stats for n in [*names, *modules]):
         wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
         raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({names_of(present)})")
+    known = {*names, *modules}
+    if strays := sorted(n for n in present if not {n, n.rpartition(".")[0], n.partition("/")[2]} & known):
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        warnings.warn(f"{m.name}: statistics of what is not merged are not read: {strays[0]!r}{more}", stacklevel=5)
 
 
 def names_of(present: Collection[str]) -> str:

@@ -120,6 +120,7 @@ class NativeRecipe(_Closed):
     merge_method: Annotated[str, Field(min_length=1)]
     models: Annotated[list[NativeModelEntry], Field(min_length=1)]
     base_model: ModelPath | None = None
+    base_stats: Annotated[str, Field(min_length=1)] | None = None
     align: Align | None = None
     parameters: Parameters | None = None
     dtype: DType | None = None
