@@ -7,7 +7,15 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. The factor
     base_model.model.<module>.lora_embedding_A    r x rows of the table, and lora_embedding_B: width x r
 
 and the module's weight changes by scaling * B A, where scaling is alpha / r, or alpha / sqrt(r) where the configuration says
-`use_rslora`. `r` and `lora_alpha` hold for all modules but those that `rank_pattern` and `alpha_pattern` name.
+`use_rslora`. `r` and `lora_alpha` hold for all modules but those that `rank_pattern` and `alpha_pattern` name. Beside them
+may lie
+
+    base_model.model.<module>.lora_magnitude_vector   out: of DoRA, the length that each output's weights get in the end
+    base_model.model.<module>.lora_B.bias             out: what scaling * it adds to the module's bias (`lora_bias`)
+    base_model.model.<module>.base_layer.bias         the bias itself, where biases were trained (`bias`)
+    base_model.model.<module>.<tensor>                of a module that is replaced whole (`modules_to_save`)
+
+`refmerge.adapted` applies them to a checkpoint where it is read.
 """
 
 from __future__ import annotations
@@ -23,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
+from refmerge.changes import Changes
 from refmerge.checkpoint import DTYPES, FLOATS, CheckpointWriter, name_of, open_checkpoint, promote
-from refmerge.checkpoint.files import shown
+from refmerge.checkpoint.files import listed, shown
 from refmerge.checkpoint.layout import contained, read_json
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
@@ -35,12 +44,18 @@ __all__ = ["Adapter", "Factors", "adapter_from", "apply_adapter", "read_adapter"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PARTS = re.compile(r"(?P<module>.+)\.(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<row>[AB]))")
+PARTS = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<row>[AB])"
+    r"|(?P<bias>lora_B\.bias)|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
+)
 # What the configuration says about factors; the rest of it is carried along.
-OWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
-# Where these are set, the weights change by something else than scaling * B A.
-OTHER_CHANGES = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
-MOVED_BASES = ("pissa", "olora", "corda", "loftq")
+OWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "modules_to_save")
+# Where these are set, the weights change in a way that is not known here.
+OTHER_CHANGES = (
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora",
+    "kasa_config", "arrow_config",
+)  # fmt: skip
+MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,8 @@ class Factors:
 
     A: r x in, or r x in x height x width. B: out x r, or out x r x 1 x 1. alpha: None is the rank, and so scaling 1.
     embedding: of a table, which is stored with one row for each word, so that its change is (scaling * B A)^T.
+    magnitude: of DoRA, out numbers: the weights W + scaling * B A of each output are then stretched to that length. bias:
+    out numbers, scaling * which is added to the module's bias.
     """
 
     A: np.ndarray
@@ -56,10 +73,15 @@ class Factors:
     alpha: float | None = None
     rslora: bool = False
     embedding: bool = False
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.A.ndim < 2 or self.B.ndim < 2 or self.B.shape[1] != self.A.shape[0] or math.prod(self.B.shape[2:]) != 1:
             raise InputError(f"factors of shapes A {list(self.A.shape)} and B {list(self.B.shape)} have no product B A")
+        for what, x in (("magnitudes", self.magnitude), ("bias", self.bias)):
+            if x is not None and x.size != len(self.B):
+                raise InputError(f"{what} of shape {list(x.shape)} for {len(self.B)} outputs")
 
     @property
     def rank(self) -> int:
@@ -78,6 +100,10 @@ class Factors:
         """Of the product."""
         return self.B.shape[0], math.prod(self.A.shape[1:])
 
+    def stored_shape(self, turned: bool) -> tuple[int, ...]:
+        """Of the weight that they change; turned: stored as in x out."""
+        return self.shape[::-1] if turned else (len(self.B), *self.A.shape[1:])
+
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
         """B and A as matrices, in float64."""
         return scores(self.B).reshape(self.B.shape[0], self.rank), scores(self.A).reshape(self.rank, self.shape[1])
@@ -91,7 +117,7 @@ class Factors:
 @dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter. modules: name -> Factors. config: what else adapter_config.json says. saved: tensors of the model that
-    it replaces whole (`modules_to_save`), by the model's names."""
+    it replaces whole (`modules_to_save`, and biases that were trained), by the model's names."""
 
     modules: Mapping[str, Factors]
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -104,13 +130,27 @@ class Adapter:
             if f.rank:
                 for part, x in (("A", f.A), ("B", f.B)):
                     named[PREFIX + module + (f".lora_embedding_{part}" if f.embedding else f".lora_{part}.weight")] = x
-        return dict(sorted({**named, **{PREFIX + name: x for name, x in self.saved.items()}}.items()))
+                if f.magnitude is not None:
+                    named[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude
+                if f.bias is not None:
+                    named[f"{PREFIX}{module}.lora_B.bias"] = f.bias
+        for name, x in self.saved.items():
+            module = name.removesuffix(".bias")
+            of_factors = module != name and module in self.modules
+            named[PREFIX + (f"{module}.base_layer.bias" if of_factors else name)] = x
+        return dict(sorted(named.items()))
 
     def delta(self, module: str) -> np.ndarray:
-        """The change of a module's weight as the model stores it, in float64; a convolution's in its own shape."""
+        """The change scaling * B A of a module's weight as the model stores it, in float64; a convolution's in its own
+        shape."""
         f = self.modules[module]
         change = f.product()
-        return change.T if f.embedding or self.config.get("fan_in_fan_out") else change.reshape(-1, *f.A.shape[1:])
+        return change.T if self.turned(module) else change.reshape(-1, *f.A.shape[1:])
+
+    def turned(self, module: str) -> bool:
+        """Whether the model stores the module's weight as in x out: a table's, and under `fan_in_fan_out` a matrix's."""
+        f = self.modules[module]
+        return f.embedding or (f.A.ndim == 2 and bool(self.config.get("fan_in_fan_out")))
 
     def configuration(self) -> dict[str, Any]:
         """adapter_config.json. The commonest rank and alpha stand for all modules, and patterns for the others."""
@@ -122,11 +162,14 @@ class Adapter:
         ranks = {module: f.rank for module, f in factors.items()}
         alphas = {module: _whole(f.rank if f.alpha is None else f.alpha) for module, f in factors.items()}
         r, alpha = (max(Counter(x.values()).items(), key=lambda n: (n[1], n[0]), default=(1,))[0] for x in (ranks, alphas))
-        default: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none"}
+        default: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None}
         default |= {"fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
         default["target_modules"] = sorted(factors)
-        whole = sorted({name.rpartition(".")[0] for name in self.saved}) or None
+        biases = [name for name in self.saved if name.endswith(".bias") and name.removesuffix(".bias") in factors]
+        whole = sorted({name.rpartition(".")[0] for name in self.saved if name not in biases}) or None
         own: dict[str, Any] = {"r": r, "lora_alpha": alpha, "use_rslora": rslora == {True}, "modules_to_save": whole}
+        own |= {"use_dora": any(f.magnitude is not None for f in factors.values())}
+        own |= {"lora_bias": any(f.bias is not None for f in factors.values()), "bias": "lora_only" if biases else "none"}
         own |= {"rank_pattern": _pattern(ranks, r), "alpha_pattern": _pattern(alphas, alpha)}
         return dict(sorted({**default, **self.config, **own}.items()))
 
@@ -145,35 +188,41 @@ def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], l
     """The adapter that PEFT's tensors and adapter_config.json make. InputError as for `read_adapter`."""
     _understood(config, label)
     whole = tuple(config.get("modules_to_save") or ())
+    biases = config.get("bias", "none") != "none"
     parts: dict[str, dict[str, np.ndarray]] = {}
     tables, saved, odd = set(), {}, []
     for name in sorted(tensors):
         bare = name.removeprefix(PREFIX)
         found = PARTS.fullmatch(bare) if bare != name else None
         if found:
-            part = found["part"] or found["row"]
+            part = found["part"] or found["row"] or ("bias" if found["bias"] else "magnitude")
             parts.setdefault(found["module"], {})[part] = tensors[name]
             tables |= {found["module"]} if found["row"] else set()
+        elif biases and bare != name and bare.endswith(".bias"):
+            saved[bare.replace(".base_layer.", ".")] = tensors[name]
         elif bare != name and _ends_with(bare.rpartition(".")[0], whole):
             saved[bare] = tensors[name]
         else:
             odd.append(name)
     if odd:
         raise InputError(f"{label}: {listed(odd)} belong to no LoRA factors; nothing but lora_A, lora_B, lora_embedding_A, "
-                         "lora_embedding_B and modules_to_save is understood")  # fmt: skip
-    if lone := [f"{module} (no {'B' if 'A' in x else 'A'})" for module, x in parts.items() if len(x) < 2]:
+                         "lora_embedding_B, lora_magnitude_vector, biases and modules_to_save is understood")  # fmt: skip
+    if lone := [f"{module} (no {' and no '.join(sorted({*'AB'} - {*x}))})" for module, x in parts.items() if not {*"AB"} <= {*x}]:
         raise InputError(f"{label}: factors without their other half: {listed(lone)}")
     modules, wrong = {}, []
     for module, x in parts.items():
         r = _matched(config.get("rank_pattern"), module, config["r"])
         alpha = _matched(config.get("alpha_pattern"), module, config["lora_alpha"])
         try:
-            f = Factors(x["A"], x["B"], alpha, bool(config.get("use_rslora")), module in tables)
+            more = {key: x[key].reshape(-1) for key in ("magnitude", "bias") if key in x}
+            f = Factors(x["A"], x["B"], alpha, bool(config.get("use_rslora")), module in tables, **more)
         except InputError as error:
             raise InputError(f"{label}: module {module!r}: {error}") from None
         modules[module] = f
         if f.rank != r:
             wrong.append(f"{module} ({f.rank}, said to be {r})")
+    if config.get("use_dora") and (plain := [m for m, f in modules.items() if f.magnitude is None]):
+        raise InputError(f"{label}: use_dora is set, and {listed(plain)} have no lora_magnitude_vector")
     if wrong:
         raise InputError(f"{label}: ranks are not those of {CONFIG}: {listed(wrong)}")
     return Adapter(modules, {k: v for k, v in config.items() if k not in OWN}, saved)
@@ -195,19 +244,16 @@ def write_adapter(adapter: Adapter, out: str | Path, *, overwrite: bool = False)
 
 
 def apply_adapter(base: Mapping[str, np.ndarray], adapter: Adapter, *, weight: float = 1.0) -> dict[str, np.ndarray]:
-    """theta_0 + weight * scaling * B A in float64, rounded once to the base's dtype. InputError lists modules that
-    the base does not have or has in another shape."""
-    missing = [m for m in adapter.modules if f"{m}.weight" not in base] + [n for n in adapter.saved if n not in base]
-    if missing:
-        raise InputError(f"the base has no {listed(missing)}, which the adapter changes")
+    """theta_0 + weight * scaling * B A in float64, rounded once to the base's dtype: all of the model, in memory. InputError
+    lists modules that the base does not have or has in another shape."""
     model = {name: base[name] for name in base}
-    for module in adapter.modules:
-        name = f"{module}.weight"
-        x, change = model[name], adapter.delta(module)
-        if change.shape != tuple(x.shape):
-            raise InputError(f"tensor {name!r} is {list(x.shape)}, and the adapter's change of it {list(change.shape)}")
-        model[name] = rounded(scores(x) + weight * change, dtype_name(x, name))
-    return {**model, **adapter.saved}
+    changes = Changes({n: (dtype_name(x, n), tuple(x.shape)) for n, x in model.items()}, [("the adapter", adapter, weight)])
+    for name in changes.changed:
+        x = model[name]
+        flat = scores(x).reshape(-1)
+        whole = changes.stretch(name, 0, flat.size, lambda i, j, flat=flat: flat[i:j].copy())
+        model[name] = rounded(whole.reshape(x.shape), dtype_name(x, name))
+    return model
 
 
 # ------------------------------------------------------------------------------------------- what procedures ask for
@@ -228,6 +274,14 @@ def same_modules(adapters: Sequence[Adapter], method: str) -> list[str]:
     if lacking:
         raise InputError(f"{method}: modules are missing in {'; '.join(lacking)}")
     return sorted(union)
+
+
+def only_products(adapters: Sequence[Adapter], method: str) -> None:
+    """UsageError where an adapter changes a module by more than B A, which procedures on factors would lose."""
+    more = {"a magnitude (DoRA)": "magnitude", "a bias (lora_bias)": "bias"}
+    for what, key in more.items():
+        if some := [m for a in adapters for m, f in a.modules.items() if getattr(f, key) is not None]:
+            raise UsageError(f"{method}: {listed(some)} have {what} beside B A; apply these adapters, and merge the models")
 
 
 def nothing_saved(adapters: Sequence[Adapter], method: str) -> None:
@@ -299,12 +353,6 @@ class Fit:
     rank: int
     error: float
     relative: float
-
-
-def listed(names: Iterable[Any]) -> str:
-    """Names for a message, at most eight of them."""
-    names = [shown(n) for n in names]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _understood(config: Mapping[str, Any], label: str) -> None:

@@ -150,6 +150,7 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
     from fnmatch import fnmatchcase
 
+    from refmerge.adapted import described
     from refmerge.cost import estimate
     from refmerge.recipe import describe
     from refmerge.recipe.parameters import recipe_key
@@ -171,8 +172,9 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         for t in p.work.tensors
         if tensor and fnmatchcase(t.name, tensor)
     ]
+    adapters = list(dict.fromkeys(line for c in p.checkpoints for line in described(c)))
     if json:
-        found = {**describe(resolved), "figures": figures, **({"listed": listed} if tensor else {})}
+        found = {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
         click.echo(jsonlib.dumps(found, indent=2))
         return
     tool = resolved.method.rpartition(":")[0]
@@ -182,6 +184,8 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         click.echo(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
         click.echo(f"base        {resolved.base}")
+    for i, line in enumerate(adapters):
+        click.echo(f"{'adapters' if i == 0 else '':12}{line}")
     if resolved.align is not None:
         click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
@@ -209,9 +213,9 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from fnmatch import fnmatchcase
 
-    from refmerge.checkpoint import open_checkpoint
+    from refmerge.adapted import open_model
 
-    with open_checkpoint(path) as c:
+    with open_model(path) as c:
         infos = list(c.tensors.values())
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:
@@ -271,7 +275,7 @@ def compare(
     read in blocks. With --data nothing of that, but the barrier: how far the loss rises above the line between its ends.
     """
     from refmerge import compare as comparing
-    from refmerge.checkpoint import open_checkpoint
+    from refmerge.adapted import open_model
 
     if (data is None) != (net is None):
         raise click.UsageError("--data and --net want each other")
@@ -282,9 +286,9 @@ def compare(
     if data is not None and base is not None:
         raise click.UsageError("--base is for weights, without --data")
     with contextlib.ExitStack() as stack:
-        one, other = (stack.enter_context(open_checkpoint(path)) for path in (a, b))
+        one, other = (stack.enter_context(open_model(path)) for path in (a, b))
         if data is None or net is None:
-            origin = None if base is None else stack.enter_context(open_checkpoint(base))
+            origin = None if base is None else stack.enter_context(open_model(base))
             total = one.nbytes + other.nbytes + (origin.nbytes if origin is not None else 0)
             with _Reading(total, silent=json) as reading:
                 found = comparing.weights(one, other, origin, reading)

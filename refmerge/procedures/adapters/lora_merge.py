@@ -3,7 +3,18 @@ from functools import partial
 
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factorised, factors_of, finite, listed, nothing_saved, opened, same_modules
+from refmerge.adapters import (
+    Adapter,
+    dtype_of,
+    factorised,
+    factors_of,
+    finite,
+    listed,
+    nothing_saved,
+    only_products,
+    opened,
+    same_modules,
+)
 from refmerge.api import call
 from refmerge.compat.peft._steps import weighted
 from refmerge.errors import InputError, UsageError
@@ -39,6 +50,7 @@ def lora_merge(
     check(adapters, weights, combination_type, density, majority_sign_method, missing, bugs)
     check_svd(svd_rank, svd_clamp)
     nothing_saved(adapters, "lora_merge")
+    only_products(adapters, "lora_merge")
     # 1. one adapter
     combination = "linear" if len(adapters) == 1 else combination_type
     if missing == "error":

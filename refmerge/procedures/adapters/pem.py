@@ -4,7 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factors_of, listed, nothing_saved, read_adapter, same_modules
+from refmerge.adapters import (
+    Adapter,
+    dtype_of,
+    factors_of,
+    listed,
+    nothing_saved,
+    only_products,
+    read_adapter,
+    same_modules,
+)
 from refmerge.checkpoint import FLOATS, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores, total, tree_sum
@@ -108,6 +117,7 @@ def check(given, operation, kind, on, side, base, fisher):
     if all(adapters):
         same_modules(given, "pem")
         nothing_saved(given, "pem")
+        only_products(given, "pem")
 
 
 def factors_by_name(adapter):

@@ -1,6 +1,6 @@
 import numpy as np
 
-from refmerge.adapters import Adapter, Fit, chosen_rank, dtype_of, factorised, factors_of, opened, split
+from refmerge.adapters import Adapter, Fit, chosen_rank, dtype_of, factorised, factors_of, only_products, opened, split
 from refmerge.procedure import procedure
 
 
@@ -8,6 +8,7 @@ from refmerge.procedure import procedure
 def refactor(adapter, *, rank=None, energy=None, scale="both"):
     """The adapter of another rank that changes the weights most nearly alike, with scaling 1: (Adapter, module -> Fit)."""
     (adapter,) = opened([adapter], "refactor")
+    only_products([adapter], "refactor")
     made, fits = {}, {}
     for module, f in adapter.modules.items():
         # 1. singular value decomposition

@@ -157,7 +157,7 @@ def evolutionary_merge(
     given = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
     start = open_checkpoint(base) if isinstance(base, str | Path) else base
     if out is not None:
-        refuse_input(out, [c.path for c in (*given, start) if isinstance(c, Checkpoint)])
+        refuse_input(out, [p for c in (*given, start) if isinstance(c, Checkpoint) for p in c.paths])
 
     def merged(genes: Sequence[float], out: Any = None) -> Any:
         write = {k: options[k] for k in ("max_shard_size", "overwrite") if k in options}
