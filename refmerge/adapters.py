@@ -12,7 +12,8 @@ may lie
 
     base_model.model.<module>.lora_magnitude_vector   out: of DoRA, the length that each output's weights get in the end
     base_model.model.<module>.lora_B.bias             out: what scaling * it adds to the module's bias (`lora_bias`)
-    base_model.model.<module>.base_layer.bias         the bias itself, where biases were trained (`bias`)
+    base_model.model.<module>.base_layer.bias         the bias itself, where biases were trained (`bias`); and
+                              .base_layer.weight      what B A is added to: PEFT saves it for embed_tokens and lm_head
     base_model.model.<module>.<tensor>                of a module that is replaced whole (`modules_to_save`)
 
 `refmerge.adapted` applies them to a checkpoint where it is read.
@@ -55,6 +56,8 @@ OTHER_CHANGES = (
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora",
     "kasa_config", "arrow_config",
 )  # fmt: skip
+# These PEFT saves whole of itself: beside their factors, as base_layer, and where words were added.
+VOCABULARY = ("embed_tokens", "lm_head")
 MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -131,13 +134,13 @@ class Adapter:
                 for part, x in (("A", f.A), ("B", f.B)):
                     named[PREFIX + module + (f".lora_embedding_{part}" if f.embedding else f".lora_{part}.weight")] = x
                 if f.magnitude is not None:
-                    named[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude
+                    shape = (-1,) if f.A.ndim == 2 else (1, -1, *[1] * (f.A.ndim - 2))
+                    named[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude.reshape(shape)
                 if f.bias is not None:
                     named[f"{PREFIX}{module}.lora_B.bias"] = f.bias
         for name, x in self.saved.items():
-            module = name.removesuffix(".bias")
-            of_factors = module != name and module in self.modules
-            named[PREFIX + (f"{module}.base_layer.bias" if of_factors else name)] = x
+            module, _, kind = name.rpartition(".")
+            named[PREFIX + (f"{module}.base_layer.{kind}" if module in self.modules else name)] = x
         return dict(sorted(named.items()))
 
     def delta(self, module: str) -> np.ndarray:
@@ -165,11 +168,14 @@ class Adapter:
         default: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None}
         default |= {"fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
         default["target_modules"] = sorted(factors)
-        biases = [name for name in self.saved if name.endswith(".bias") and name.removesuffix(".bias") in factors]
-        whole = sorted({name.rpartition(".")[0] for name in self.saved if name not in biases}) or None
-        own: dict[str, Any] = {"r": r, "lora_alpha": alpha, "use_rslora": rslora == {True}, "modules_to_save": whole}
+        saved = {name.rpartition(".")[0] for name in self.saved}
+        whole = {m for m in saved - set(factors) if f"{m}.weight" in self.saved or f"{m}.bias" not in self.saved}
+        biases = {name.removesuffix(".bias") for name in self.saved if name.endswith(".bias")} - whole
+        own: dict[str, Any] = {"r": r, "lora_alpha": alpha, "use_rslora": rslora == {True}}
+        own |= {"modules_to_save": sorted(whole) or None}
+        own |= {"bias": "none" if not biases else "lora_only" if biases <= set(factors) else "all"}
         own |= {"use_dora": any(f.magnitude is not None for f in factors.values())}
-        own |= {"lora_bias": any(f.bias is not None for f in factors.values()), "bias": "lora_only" if biases else "none"}
+        own |= {"lora_bias": any(f.bias is not None for f in factors.values())}
         own |= {"rank_pattern": _pattern(ranks, r), "alpha_pattern": _pattern(alphas, alpha)}
         return dict(sorted({**default, **self.config, **own}.items()))
 
@@ -187,7 +193,7 @@ def read_adapter(path: str | Path) -> Adapter:
 def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], label: str = "adapter") -> Adapter:
     """The adapter that PEFT's tensors and adapter_config.json make. InputError as for `read_adapter`."""
     _understood(config, label)
-    whole = tuple(config.get("modules_to_save") or ())
+    whole = (*(config.get("modules_to_save") or ()), *VOCABULARY)
     biases = config.get("bias", "none") != "none"
     parts: dict[str, dict[str, np.ndarray]] = {}
     tables, saved, odd = set(), {}, []
@@ -198,10 +204,10 @@ def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], l
             part = found["part"] or found["row"] or ("bias" if found["bias"] else "magnitude")
             parts.setdefault(found["module"], {})[part] = tensors[name]
             tables |= {found["module"]} if found["row"] else set()
-        elif biases and bare != name and bare.endswith(".bias"):
+        elif bare != name and (
+            ".base_layer." in bare or (biases and bare.endswith(".bias")) or _ends_with(bare.rpartition(".")[0], whole)
+        ):
             saved[bare.replace(".base_layer.", ".")] = tensors[name]
-        elif bare != name and _ends_with(bare.rpartition(".")[0], whole):
-            saved[bare] = tensors[name]
         else:
             odd.append(name)
     if odd:
@@ -284,12 +290,18 @@ def only_products(adapters: Sequence[Adapter], method: str) -> None:
             raise UsageError(f"{method}: {listed(some)} have {what} beside B A; apply these adapters, and merge the models")
 
 
-def nothing_saved(adapters: Sequence[Adapter], method: str) -> None:
-    """UsageError where an adapter replaces tensors whole, which have no factors."""
-    if some := [name for a in adapters for name in a.saved]:
+def saved_alike(adapters: Sequence[Adapter], method: str) -> Mapping[str, np.ndarray]:
+    """What all adapters add their factors to in place of the base's (`base_layer`). UsageError for other tensors that they
+    replace whole, which have no factors to merge."""
+    first = adapters[0].saved
+    names = sorted({name for a in adapters for name in a.saved})
+    alike = {n for n in names if all(n in a.saved and np.array_equal(a.saved[n], first[n]) for a in adapters)}
+    alike = {n for n in alike if all(n.removesuffix(".weight") in a.modules for a in adapters)}
+    if some := [name for name in names if name not in alike]:
         raise UsageError(
             f"{method}: {listed(some)} are no factors but whole tensors (modules_to_save); merge these as models"
         )
+    return first
 
 
 def dtype_of(*factors: Factors) -> str:

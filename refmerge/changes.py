@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +31,7 @@ TILE = 1 << 15  # entries of a tile
 
 @dataclass(frozen=True)
 class Replaced:
-    """theta_0 + weight * (theta - theta_0), of a tensor that the adapter brings whole."""
+    """weight * (theta - theta_0) more, of a tensor that the adapter brings whole."""
 
     tensor: np.ndarray
     weight: float
@@ -40,14 +40,14 @@ class Replaced:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def applied(self, x: np.ndarray, start: int, stop: int, read: Read) -> np.ndarray:
+    def applied(self, x: np.ndarray, start: int, stop: int, before: Read, base: Read) -> np.ndarray:
         whole = scores(self.tensor.reshape(-1)[start:stop])
-        return whole if self.weight == 1 else x + self.weight * (whole - x)
+        return whole if self.weight == 1 and before is base else x + self.weight * (whole - base(start, stop))
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """theta_0 + scale * shift, of a bias."""
+    """scale * shift more, of a bias."""
 
     shift: np.ndarray
     scale: float
@@ -56,13 +56,13 @@ class Shifted:
     def nbytes(self) -> int:
         return self.shift.nbytes
 
-    def applied(self, x: np.ndarray, start: int, stop: int, read: Read) -> np.ndarray:
+    def applied(self, x: np.ndarray, start: int, stop: int, before: Read, base: Read) -> np.ndarray:
         return x + self.scale * scores(self.shift[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """theta_0 + scale * B A, or of DoRA that with each output's entries stretched to its magnitude.
+    """scale * B A more, and of DoRA each output's entries are then stretched to its magnitude.
 
     turned: the model stores in x out, so that (B A)^T is added.
     """
@@ -75,14 +75,18 @@ class Product:
     def nbytes(self) -> int:
         return self.factors.A.nbytes + self.factors.B.nbytes
 
-    def applied(self, x: np.ndarray, start: int, stop: int, read: Read) -> np.ndarray:
+    def applied(self, x: np.ndarray, start: int, stop: int, before: Read, base: Read) -> np.ndarray:
         x = self.added(x, start, stop)
-        if self.factors.magnitude is None:
+        if not self.rescales:
             return x
         cols = _wide(self).shape[1]
         at = np.arange(start, stop)
         with np.errstate(all="ignore"):  # a length of 0 makes NaN, which a merge reports
-            return self._stretch(read)[at % cols if self.turned else at // cols] * x
+            return self._stretch(before)[at % cols if self.turned else at // cols] * x
+
+    @property
+    def rescales(self) -> bool:
+        return self.factors.magnitude is not None
 
     @property
     def left(self) -> np.ndarray:
@@ -104,7 +108,7 @@ class Product:
             x[a - start : b - start] += tile[a - at : b - at]
         return x
 
-    def _stretch(self, read: Read) -> np.ndarray:
+    def _stretch(self, before: Read) -> np.ndarray:
         """Of each output, its magnitude over the length of W + scale * B A. Kept, for it takes a pass over the tensor."""
         if "_stretched" not in self.__dict__:
             rows, cols = len(self.left), _wide(self).shape[1]
@@ -112,7 +116,7 @@ class Product:
             squares = []
             for i in range(0, rows, step):
                 start, stop = i * cols, min(i + step, rows) * cols
-                x = self.added(read(start, stop), start, stop).reshape(-1, cols)
+                x = self.added(before(start, stop), start, stop).reshape(-1, cols)
                 squares.append(np.sum(x * x, axis=axis))
             lengths = np.sqrt(sum(squares) if self.turned else np.concatenate(squares))
             with np.errstate(all="ignore"):
@@ -142,10 +146,14 @@ class Changes:
             missing = [m for m, f in adapter.modules.items() if any(name not in base for name in _touched(m, f))]
             if missing := missing + [name for name in adapter.saved if name not in base]:
                 raise InputError(f"{label}: the base has no {listed(missing)}, which the adapter changes")
+            before = {name: len(changes) for name, changes in self._of.items()}
+            for name, tensor in adapter.saved.items():  # factors are added to what replaces the base's
+                self._add(base, label, name, tuple(tensor.shape), Replaced(tensor, weight))
             for module, f in adapter.modules.items():
                 self._products(base, label, adapter, module, f, weight)
-            for name, tensor in adapter.saved.items():
-                self._add(base, label, name, tuple(tensor.shape), Replaced(tensor, weight))
+            for name, n in before.items():
+                if n < len(self._of[name]) and any(isinstance(c, Product) and c.rescales for c in self._of[name]):
+                    raise UsageError(f"{label}: another adapter changes {name!r} too, and one of them is DoRA's")
 
     def __contains__(self, name: object) -> bool:
         return name in self._of
@@ -161,9 +169,9 @@ class Changes:
 
     def stretch(self, name: str, start: int, stop: int, read: Read) -> np.ndarray:
         """Entries [start, stop) of a changed tensor, in float64."""
-        x = read(start, stop)
+        x, before = read(start, stop), read
         for change in self._of[name]:
-            x = change.applied(x, start, stop, read)
+            x, before = change.applied(x, start, stop, before, read), partial(_then, change, before, read)
         return x
 
     def _products(
@@ -190,14 +198,11 @@ class Changes:
             raise InputError(f"{label}: tensor {name!r} is {list(own)}, and the adapter's change of it {list(shape)}")
         if dtype not in FLOATS:
             raise InputError(f"{label}: tensor {name!r} is {dtype} in the base: only floats can be changed")
-        others = self._of.setdefault(name, [])
-        if others and not all(_adds(c) for c in (*others, change)):
-            raise UsageError(f"{label}: another adapter changes {name!r} too, and one of them replaces or rescales it whole")
-        others.append(change)
+        self._of.setdefault(name, []).append(change)
 
 
-def _adds(change: Replaced | Shifted | Product) -> bool:
-    return isinstance(change, Shifted) or (isinstance(change, Product) and change.factors.magnitude is None)
+def _then(change: Replaced | Shifted | Product, before: Read, base: Read, start: int, stop: int) -> np.ndarray:
+    return change.applied(before(start, stop), start, stop, before, base)
 
 
 def _touched(module: str, f: Factors) -> list[str]:

@@ -159,6 +159,8 @@ def test_weights_and_several_adapters_by_hand(places):
     assert read.exact("q.weight", 0, 4).tolist() == [256 - 2 + 1.5, 256, 256, 256]
     whole = Adapter({}, saved={"n.weight": np.array([3, 5], np.float32)})
     assert adapted(places / "base.safetensors", whole, weights=[0.5])["n.weight"].tolist() == [2, 3]
+    both = adapted(places / "base.safetensors", whole, whole)  # twice the change of 2 and of 4
+    assert both["n.weight"].tolist() == [5, 9]
     assert adapted(places / "base.safetensors", whole).label.endswith("base.safetensors+adapter 0")
     twice = adapted(adapted(places / "base.safetensors", one(4.0)), places / "half")
     assert twice.exact("q.weight", 0, 1).tolist() == [260.5]
