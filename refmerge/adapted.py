@@ -16,6 +16,7 @@ from refmerge.adapters import Adapter, read_adapter
 from refmerge.changes import Changes
 from refmerge.checkpoint import Checkpoint, decode, encode, itemsize, open_checkpoint
 from refmerge.errors import UsageError
+from refmerge.foreign import matched
 
 __all__ = ["Adapted", "adapted", "open_model", "reference"]
 
@@ -78,12 +79,16 @@ class Adapted(Checkpoint):
 
 
 def adapted(
-    base: str | Path | Checkpoint, *adapters: str | Path | Adapter, weights: Sequence[float] | None = None
+    base: str | Path | Checkpoint,
+    *adapters: str | Path | Adapter,
+    weights: Sequence[float] | None = None,
+    part: str | None = None,
 ) -> Adapted:
     """A checkpoint as adapters change it: theta_0 + sum of weight * scaling * B A, in float64 where it is read.
 
     base: a path or an open checkpoint. adapters: paths, or what `read_adapter` gives. weights: one for each, by default 1.
-    Every module of an adapter must be in the base; InputError lists those that are not, and those of another shape.
+    part: of an image model's adapters, the part that the base is, as unet. Every module of an adapter must be in the base;
+    InputError lists those that are not, and those of another shape.
     """
     if not adapters:
         raise UsageError("adapted: at least one adapter")
@@ -94,7 +99,8 @@ def adapted(
     given = []
     for i, (a, w) in enumerate(zip(adapters, weights)):
         label = f"adapter {i}" if isinstance(a, Adapter) else str(a)
-        given.append((label, a if isinstance(a, Adapter) else read_adapter(a), float(w)))
+        adapter = matched(a if isinstance(a, Adapter) else read_adapter(a), base, label, part)
+        given.append((label, adapter, float(w)))
     return Adapted(base, given)
 
 

@@ -26,17 +26,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from refmerge.changes import Changes
-from refmerge.checkpoint import DTYPES, FLOATS, CheckpointWriter, name_of, open_checkpoint, promote
+from refmerge.checkpoint import DTYPES, FLOATS, CheckpointWriter, name_of, open_checkpoint, promote, save
 from refmerge.checkpoint.files import listed, shown
 from refmerge.checkpoint.layout import contained, read_json
 from refmerge.errors import InputError, UsageError
+from refmerge.foreign import file_of, matched, parts_of
 from refmerge.numeric import scores
 from refmerge.sources import dtype_name, rounded
 
@@ -53,8 +55,8 @@ PARTS = re.compile(
 OWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "modules_to_save")
 # Where these are set, the weights change in a way that is not known here.
 OTHER_CHANGES = (
-    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora",
-    "kasa_config", "arrow_config",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "use_qalora",
+    "use_bdlora", "kasa_config", "arrow_config",
 )  # fmt: skip
 # These PEFT saves whole of itself: beside their factors, as base_layer, and where words were added.
 VOCABULARY = ("embed_tokens", "lm_head")
@@ -120,11 +122,13 @@ class Factors:
 @dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter. modules: name -> Factors. config: what else adapter_config.json says. saved: tensors of the model that
-    it replaces whole (`modules_to_save`, and biases that were trained), by the model's names."""
+    it replaces whole (`modules_to_save`, and biases that were trained), by the model's names. layout: peft; of another one,
+    whose modules are not called as the model's (refmerge.foreign), they are found where the adapter is applied."""
 
     modules: Mapping[str, Factors]
     config: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, np.ndarray] = field(default_factory=dict)
+    layout: Literal["peft", "foreign"] = "peft"
 
     def tensors(self) -> dict[str, np.ndarray]:
         """PEFT's name -> array. Modules of rank 0, which change nothing and which PEFT does not have, are left out."""
@@ -142,6 +146,10 @@ class Adapter:
             module, _, kind = name.rpartition(".")
             named[PREFIX + (f"{module}.base_layer.{kind}" if module in self.modules else name)] = x
         return dict(sorted(named.items()))
+
+    def with_modules(self, modules: Mapping[str, Factors]) -> Adapter:
+        """The adapter with these in place of its own; which modules are its targets follows from them."""
+        return replace(self, modules=modules, config={k: v for k, v in self.config.items() if k != "target_modules"})
 
     def delta(self, module: str) -> np.ndarray:
         """The change scaling * B A of a module's weight as the model stores it, in float64; a convolution's in its own
@@ -181,13 +189,28 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """The adapter in a folder, in memory. InputError says what is wrong with it, and lists tensors that do not belong."""
+    """The adapter in PEFT's folder, or in a safetensors file of kohya's or diffusers' layout, in memory. InputError says
+    what is wrong with it, and lists tensors that do not belong."""
     folder = Path(path)
+    if folder.suffix == ".safetensors" and not (folder.name == WEIGHTS and (folder.parent / CONFIG).exists()):
+        return _foreign(folder)
+    folder = folder.parent if folder.suffix == ".safetensors" else folder
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
             raise InputError(f"{shown(folder)}: no PEFT adapter: it has no {name}")
     config = read_json(contained(folder / CONFIG, folder))
     return adapter_from(open_checkpoint(contained(folder / WEIGHTS, folder)), config, str(folder))
+
+
+def _foreign(path: Path) -> Adapter:
+    with open_checkpoint(path) as file:
+        modules = {}
+        for module, (x, alpha) in parts_of(file, file.metadata, str(path)).items():
+            try:
+                modules[module] = Factors(x["A"], x["B"], alpha)
+            except InputError as error:
+                raise InputError(f"{path}: module {module!r}: {error}") from None
+    return Adapter(modules, layout="foreign")
 
 
 def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], label: str = "adapter") -> Adapter:
@@ -213,7 +236,8 @@ def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], l
     if odd:
         raise InputError(f"{label}: {listed(odd)} belong to no LoRA factors; nothing but lora_A, lora_B, lora_embedding_A, "
                          "lora_embedding_B, lora_magnitude_vector, biases and modules_to_save is understood")  # fmt: skip
-    if lone := [f"{module} (no {' and no '.join(sorted({*'AB'} - {*x}))})" for module, x in parts.items() if not {*"AB"} <= {*x}]:
+    halves = {module: sorted({"A", "B"} - {*x}) for module, x in parts.items()}
+    if lone := [f"{module} (no {' and no '.join(lacking)})" for module, lacking in halves.items() if lacking]:
         raise InputError(f"{label}: factors without their other half: {listed(lone)}")
     modules, wrong = {}, []
     for module, x in parts.items():
@@ -235,10 +259,18 @@ def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], l
 
 
 def write_adapter(adapter: Adapter, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an adapter as PEFT's folder, which appears whole or not at all. Returns its path."""
-    tensors = adapter.tensors()
+    """Write an adapter as PEFT's folder, or one of another layout as a .safetensors file of that, which appears whole or not
+    at all. Returns its path."""
+    tensors = adapter.tensors() if adapter.layout == "peft" else file_of(adapter)
     if not tensors:
         raise UsageError("an adapter that changes nothing is not written: all its ranks are 0")
+    if adapter.layout != "peft":
+        if Path(out).suffix != ".safetensors":
+            raise UsageError(f"{out}: an adapter in kohya's or diffusers' layout is a file that ends in .safetensors")
+        save(tensors, out, overwrite=overwrite)
+        return Path(out)
+    if Path(out).suffix == ".safetensors":
+        raise UsageError(f"{out}: an adapter in PEFT's layout is a folder, and not a .safetensors file")
     text = json.dumps(adapter.configuration(), indent=2, ensure_ascii=False) + "\n"
     plan = {name: (name_of(x.dtype), x.shape) for name, x in tensors.items()}
     options = {"overwrite": overwrite, "extra_files": {CONFIG: text.encode()}, "weights": WEIGHTS}
@@ -253,13 +285,18 @@ def apply_adapter(base: Mapping[str, np.ndarray], adapter: Adapter, *, weight: f
     """theta_0 + weight * scaling * B A in float64, rounded once to the base's dtype: all of the model, in memory. InputError
     lists modules that the base does not have or has in another shape."""
     model = {name: base[name] for name in base}
+    adapter = matched(adapter, model, "the adapter")
     changes = Changes({n: (dtype_name(x, n), tuple(x.shape)) for n, x in model.items()}, [("the adapter", adapter, weight)])
     for name in changes.changed:
         x = model[name]
         flat = scores(x).reshape(-1)
-        whole = changes.stretch(name, 0, flat.size, lambda i, j, flat=flat: flat[i:j].copy())
+        whole = changes.stretch(name, 0, flat.size, partial(_part, flat))
         model[name] = rounded(whole.reshape(x.shape), dtype_name(x, name))
     return model
+
+
+def _part(flat: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return flat[start:stop].copy()
 
 
 # ------------------------------------------------------------------------------------------- what procedures ask for
@@ -360,11 +397,16 @@ def chosen_rank(S: np.ndarray, rank: int | None, energy: float | None) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """Of a module: the rank chosen, |R - B A| in the Frobenius norm with the factors as stored, and that over |R|."""
+    """Of a module: the rank chosen, |R - B A| in the Frobenius norm with the factors as stored, and |R|."""
 
     rank: int
     error: float
-    relative: float
+    size: float
+
+    @property
+    def relative(self) -> float:
+        """|R - B A| over |R|; 0 where nothing was to be approximated."""
+        return self.error / self.size if self.size else 0.0
 
 
 def _understood(config: Mapping[str, Any], label: str) -> None:

@@ -126,7 +126,7 @@ class Product:
 
 @lru_cache(maxsize=4)
 def _wide(product: Product) -> np.ndarray:
-    """scale times the right factor, r x columns, in float64. Tensors are read one after the other: few are wanted at a time."""
+    """scale times the right factor, r x columns, in float64; few are wanted at a time."""
     B, A = product.factors.matrices()
     return product.scale * np.ascontiguousarray(B.T if product.turned else A)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refmerge.cli_adapters import COMMANDS
+
 if TYPE_CHECKING:
     from refmerge.plan import Plan
 
@@ -447,6 +449,10 @@ def demo(out: str | None, json: bool) -> None:
     from refmerge.demo import run
 
     run(out, json=json)
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 def size(n: float) -> str:

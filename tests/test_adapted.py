@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -70,8 +71,9 @@ def kinds(draw):
 
     base = {
         "lin.weight": normal(6, 4), "lin.bias": normal(6), "turned.weight": normal(4, 6), "table.weight": normal(7, 3),
-        "conv.weight": normal(5, 3, 2, 2), "point.weight": normal(5, 3, 1, 1), "norm.weight": normal(6), "rest.weight": normal(3),
-        "dora.weight": normal(6, 4), "dora_table.weight": normal(7, 3), "dora_conv.weight": normal(5, 3, 2), "alone.bias": normal(4),
+        "conv.weight": normal(5, 3, 2, 2), "point.weight": normal(5, 3, 1, 1), "norm.weight": normal(6),
+        "rest.weight": normal(3), "dora.weight": normal(6, 4), "dora_table.weight": normal(7, 3),
+        "dora_conv.weight": normal(5, 3, 2), "alone.bias": normal(4),
     }  # fmt: skip
     modules = {
         "lin": Factors(normal(2, 4), normal(6, 2), alpha=3.0, rslora=True, bias=normal(6)),
@@ -130,7 +132,7 @@ def test_any_stretch_has_the_same_bits(tmp_path_factory, seed, cuts, dora):
     n = rows * cols
     whole = read.exact("q.weight", 0, n)
     places = sorted({0, n, *(c % (n + 1) for c in cuts)})
-    parts = [read.exact("q.weight", a, b) for a, b in zip(places, places[1:])]
+    parts = [read.exact("q.weight", a, b) for a, b in pairwise(places)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 

@@ -128,7 +128,7 @@ CONFIG = {"r": 2, "lora_alpha": 2}
     ("tensors", "config", "message"),
     [
         (GOOD | {"base_model.model.q.lora_E": np.ones(4)}, CONFIG, "lora_E.*belong to no"),
-        (GOOD | {"base_model.model.q.lora_magnitude_vector": np.ones(3)}, CONFIG, r"magnitudes of shape \[3\] for 4 outputs"),
+        (GOOD | {"base_model.model.q.lora_magnitude_vector": np.ones(3)}, CONFIG, r"of shape \[3\] for 4 outputs"),
         (GOOD | {"base_model.model.q.bias": np.ones(4)}, CONFIG, r"q\.bias' belong to no"),
         (GOOD | {"q.lora_A.weight": np.ones((2, 3))}, CONFIG, "'q.lora_A.weight' belong to no"),
         ({NAME: np.ones((2, 3))}, CONFIG, r"'q \(no B\)'"),

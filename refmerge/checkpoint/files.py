@@ -28,8 +28,8 @@ def shown(text: object) -> str:
 
 def listed(names: Iterable[object]) -> str:
     """Names for a message, at most eight of them."""
-    names = [shown(n) for n in names]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    texts = [shown(n) for n in names]
+    return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
 
 class PositionedFile:

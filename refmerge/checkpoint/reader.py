@@ -90,8 +90,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return str(self.path)
 
     def exact(self, name: str, start: int, stop: int) -> np.ndarray | None:
-        """Elements [start, stop) in float64, where they are computed when they are read and `read` rounds them; None where it
-        does not."""
+        """Elements [start, stop) in float64, where they are computed when they are read and `read` rounds them; None where
+        it does not."""
         return None
 
     def sidecars(self) -> list[Path]:

@@ -188,7 +188,7 @@ def as_given(given, result):
     for module in given[0].modules:
         f = one_scaling(given, module)
         made[module] = replace(f, A=result[f"{module}.lora_A"], B=result[f"{module}.lora_B"])
-    return Adapter(made, {k: v for k, v in given[0].config.items() if k != "target_modules"}, given[0].saved)
+    return given[0].with_modules(made)
 
 
 def one_scaling(adapters, module):
@@ -214,7 +214,7 @@ def on_products(adapters, operation, weights, scale):
         A = np.concatenate([f.matrices()[1] for f in factors])
         B = np.concatenate([c_n * f.scaling * f.matrices()[0] for c_n, f in zip(c, factors)], axis=1)
         merged[module] = factors_of(B, A, factors[0], dtype_of(*factors))
-    return Adapter(merged, {k: v for k, v in adapters[0].config.items() if k != "target_modules"}, adapters[0].saved)
+    return adapters[0].with_modules(merged)
 
 
 def cross_terms(adapters, weights=None):
