@@ -105,7 +105,7 @@ def adapter() -> None:
     """Merge, compose and re-factor LoRA adapters by themselves, without their base."""
 
 
-@adapter.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@adapter.command()
 @click.argument("adapters", type=click.Path(), nargs=-1, required=True)
 @click.argument("out", type=click.Path())
 @_weight
@@ -113,7 +113,12 @@ def adapter() -> None:
     "--type", "kind", metavar="TYPE", default="svd", show_default=True,
     help="PEFT's: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of these four with _svd",
 )
-@click.option("--rank", type=click.IntRange(min=1), help="of the svd types (default: the largest that comes in)")
+@click.option(
+    "--method", metavar="NAME", help="in place of a type: any method of `refmerge methods`, on the changes themselves"
+)
+@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="a parameter of --method, as density=0.2")
+@click.option("--rank", type=click.IntRange(min=1), help="of the svd types (default: the largest), or with --method")
+@_energy
 @click.option("--density", type=float, help="the fraction of entries that stay, for the types that prune")
 @click.option("--majority", type=click.Choice(["total", "frequency"]), default="total", help="how the ties types elect")
 @click.option("--missing", type=click.Choice(["error", "skip"]), default="error", help="modules that not all adapters have")
@@ -121,12 +126,24 @@ def adapter() -> None:
 @_overwrite
 @_json
 def merge(
-    adapters: tuple[str, ...], out: str, weights: tuple[float, ...], kind: str, rank: int | None, density: float | None,
-    majority: str, missing: str, seed: int, overwrite: bool, json: bool,
+    adapters: tuple[str, ...], out: str, weights: tuple[float, ...], kind: str, method: str | None,
+    settings: tuple[str, ...], rank: int | None, energy: float | None, density: float | None, majority: str, missing: str,
+    seed: int, overwrite: bool, json: bool,
 ) -> None:  # fmt: skip
-    """Merge ADAPTERS into one as PEFT's add_weighted_adapter does, and write it to OUT."""
+    """Merge ADAPTERS into one, and write it to OUT: as PEFT's add_weighted_adapter does, or by any --method.
+
+    With --method, --rank or --energy says of which rank, and the error is told; what an adapter has no module for, it does
+    not change.
+    """
     from refmerge.procedures.adapters.lora_merge import lora_merge
 
+    if method is not None:
+        made, fits = _by_method(adapters, method, settings, weights, rank=rank, energy=energy, missing=missing, seed=seed)
+        _write(made, out, overwrite, inputs=adapters)
+        _tell(out, made, fits, json)
+        return
+    if settings or energy is not None:
+        raise click.UsageError("--set and --energy are for --method")
     made = lora_merge(
         adapters, weights=_each(weights, adapters), combination_type=kind, svd_rank=rank, density=density,
         majority_sign_method=majority, missing=missing, seed=seed,
@@ -182,6 +199,30 @@ def refactor(
     made, fits = run(path, rank=rank, energy=energy, scale=scale)
     _write(made, out, overwrite, inputs=[path])
     _tell(out, made, fits, json)
+
+
+def _by_method(
+    adapters: tuple[str, ...],
+    name: str,
+    settings: tuple[str, ...],
+    weights: tuple[float, ...],
+    *,
+    missing: str,
+    **options: Any,
+) -> tuple[Adapter, Mapping[str, Fit]]:
+    """A merge by a method of the registry."""
+    from refmerge.cli import _parameters
+    from refmerge.procedures.adapters.delta_merge import delta_merge
+    from refmerge.registry import get
+
+    method = get(name)
+    if wrong := [s for s in settings if "=" not in s]:
+        raise click.UsageError(f"--set takes NAME=VALUE, not {wrong[0]!r}")
+    parameters = _parameters([f"--{s}" for s in settings], method)
+    if weights:
+        parameters["weight"] = list(weights)
+    zero = "zero" if missing == "skip" else missing
+    return delta_merge(adapters, method, parameters=parameters, missing=zero, **options)
 
 
 def _each(weights: tuple[float, ...], adapters: tuple[str, ...]) -> list[float]:

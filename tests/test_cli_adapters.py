@@ -85,6 +85,22 @@ def test_merged(there):
     assert "never written to" in run("adapter", "merge", "a", "b", "a", "--overwrite", status=2)
 
 
+def test_merged_by_any_method(there):
+    """Of the changes 4 and 3 TIES keeps the largest ninth of each, and takes half."""
+    ties = ("--method", "ties", "--set", "density=0.12", "--set", "lambda=0.5")
+    told = run("adapter", "merge", "a", "b", "out", *ties, "--rank", 1)
+    assert changes("out") == [2, 0, 0]
+    assert "0.6  rank 1  m.q" in told
+    weighed = ("--method", "linear", "--weight", 1, "--weight", 3, "--set", "normalize=true", "--energy", 1)
+    run("adapter", "merge", "a", "b", "two", *weighed)
+    assert changes("two") == [1, 2.25, 0]
+    assert "no parameter 'densty'" in run(
+        "adapter", "merge", "a", "b", "x", "--method", "ties", "--set", "densty=1", "--rank", 1, status=2
+    )
+    assert "not 'density'" in run("adapter", "merge", "a", "b", "x", "--method", "ties", "--set", "density", status=2)
+    assert "are for --method" in run("adapter", "merge", "a", "b", "x", "--set", "density=1", status=2)
+
+
 def test_composed(there):
     write_adapter(diagonal(1, 1, 1), "c")
     run("adapter", "compose", "a", "b", "mean")

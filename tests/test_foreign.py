@@ -105,7 +105,7 @@ def test_merged_in_their_own_layout(tmp_path):
     with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         write_adapter(merged, tmp_path / "m")
     save(factors("unet.x", 1.0, "lora_A", "lora_B", alpha=1), tmp_path / "d.safetensors")
-    with pytest.raises(UsageError, match="has no scaling, and those of 'unet.x' are not 1"):
+    with pytest.raises(UsageError, match=r"has no scaling, and those of 'unet\.x' are not 1"):
         write_adapter(read_adapter(tmp_path / "d.safetensors"), tmp_path / "e.safetensors")
 
 
