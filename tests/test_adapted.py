@@ -271,3 +271,12 @@ def test_a_row_of_zeros_has_no_length(places):
     with pytest.raises(InputError, match=r"q\.weight"):
         refmerge.merge([ref], "passthrough")
     open_checkpoint(places / "z.safetensors").close()
+
+
+def test_the_plans_time_counts_adapters(places):
+    draw = np.random.default_rng(0)
+    save({"q.weight": draw.standard_normal((500, 400)).astype(np.float32)}, places / "b.safetensors")
+    read = adapted(places / "b.safetensors", Adapter({"q": Factors(draw.standard_normal((8, 400)), np.ones((500, 8)))}))
+    assert read.seconds() > 0
+    assert adapted(places / "b.safetensors", Adapter({})).seconds() == 0
+    assert read.nbytes_kept == 8 * 400 * 8 + 500 * 8 * 8
