@@ -124,7 +124,7 @@ class Product:
         return self.__dict__["_stretched"]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _wide(product: Product) -> np.ndarray:
     """scale times the right factor, r x columns, in float64; few are wanted at a time."""
     B, A = product.factors.matrices()

@@ -128,7 +128,7 @@ def merge(
     if not quiet:
         for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
-    with _Progress(plan, silent=quiet or json):
+    with MergeProgress(plan, silent=quiet or json):
         plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
     wall = time.perf_counter() - start
     figures = plan.figures()
@@ -394,7 +394,7 @@ def explain(
         raise UsageError(
             f"{method} is a {entry.kind}, and only methods have steps to explain: `refmerge methods {method}` shows its page"
         )
-    params = _parameters(context.args, entry.code)
+    params = parameters_of(context.args, entry.code)
     given = [_numbers("--models", m) for m in models] or None
     params |= {name: value for name, value in options.items() if value is not None}
     steps = trace(method, base=None if base is None else _numbers("--base", base), models=given, **params)
@@ -408,7 +408,7 @@ def _numbers(option: str, text: str) -> list[float]:
         raise click.UsageError(f"{option} takes numbers with commas between them, not {text!r}") from None
 
 
-def _parameters(words: list[str], method: Any) -> dict[str, Any]:
+def parameters_of(words: list[str], method: Any) -> dict[str, Any]:
     """`--density 0.5 --normalize false` as the method's parameters."""
     params: dict[str, Any] = {}
     words = [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
@@ -499,7 +499,7 @@ class _Reading:
             self._bar.stop()
 
 
-class _Progress:
+class MergeProgress:
     """A bar in bytes that have been read, on a terminal; nothing elsewhere."""
 
     def __init__(self, plan: Plan, silent: bool) -> None:

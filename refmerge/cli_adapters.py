@@ -89,10 +89,12 @@ def apply(
     """Add ADAPTERS to BASE and write the model to OUT: block by block, rounded once."""
     from refmerge.adapted import adapted, open_model
     from refmerge.api import prepare
+    from refmerge.cli import MergeProgress
 
     model = adapted(open_model(base), *adapters, weights=weights or None, part=part)
     plan = prepare([model], "passthrough", out_dtype=out_dtype, threads=threads)
-    plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
+    with MergeProgress(plan, silent=json):
+        plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
     changed, count = len(model.changed), f"{len(adapters)} adapter{'s' * (len(adapters) > 1)}"
     if json:
         click.echo(jsonlib.dumps({"out": out, "tensors": len(model), "changed": changed}))
@@ -211,14 +213,14 @@ def _by_method(
     **options: Any,
 ) -> tuple[Adapter, Mapping[str, Fit]]:
     """A merge by a method of the registry."""
-    from refmerge.cli import _parameters
+    from refmerge.cli import parameters_of
     from refmerge.procedures.adapters.delta_merge import delta_merge
     from refmerge.registry import get
 
     method = get(name)
     if wrong := [s for s in settings if "=" not in s]:
         raise click.UsageError(f"--set takes NAME=VALUE, not {wrong[0]!r}")
-    parameters = _parameters([f"--{s}" for s in settings], method)
+    parameters = parameters_of([f"--{s}" for s in settings], method)
     if weights:
         parameters["weight"] = list(weights)
     zero = "zero" if missing == "skip" else missing

@@ -156,6 +156,18 @@ def test_blocks_threads_and_files_change_nothing(tmp_path):
             assert np.asarray(again[name]).tobytes() == first[name].tobytes()
 
 
+def test_any_backend_has_the_same_bits(tmp_path):
+    pytest.importorskip("torch", reason="the torch backend")
+    base, adapter = kinds(np.random.default_rng(5))
+    save(base, tmp_path / "b.safetensors")
+    ours, theirs = (
+        refmerge.merge([adapted(tmp_path / "b.safetensors", adapter)], "passthrough", scale=0.5, backend=backend)
+        for backend in ("numpy", "torch")
+    )
+    for name in base:
+        assert np.asarray(theirs[name]).tobytes() == ours[name].tobytes()
+
+
 def test_weights_and_several_adapters_by_hand(places):
     read = adapted(places / "base.safetensors", one(4.0), places / "half", weights=[-0.5, 3])
     assert read.exact("q.weight", 0, 4).tolist() == [256 - 2 + 1.5, 256, 256, 256]
