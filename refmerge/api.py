@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
+from refmerge.adapted import open_model
+from refmerge.checkpoint import Checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, UsageError
@@ -131,7 +132,7 @@ def prepare(
     missing: str = "error",
     arithmetic: str = "round_once",
     read_dtype: str | None = None,
-    donor: str | Path | None = None,
+    donor: str | Path | Checkpoint | None = None,
     params: Mapping[str, Any] | Callable[[str, Collection[str]], Mapping[str, Any]] = {},  # noqa: B006 (never changed)
 ) -> Plan:
     """Check everything that can be checked without reading a weight, and return the plan of the merge.
@@ -211,7 +212,7 @@ def prepare(
     statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
+        given_by = next((c for x, c in zip(everything, opened) if x is donor or same_path(x, donor)), None) or _opened(donor)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -227,8 +228,8 @@ def prepare(
     )
 
 
-def same_path(model: Any, path: str | Path) -> bool:
-    return isinstance(model, str | Path) and Path(model) == Path(path)
+def same_path(model: Any, path: Any) -> bool:
+    return isinstance(model, str | Path) and isinstance(path, str | Path) and Path(model) == Path(path)
 
 
 def _one_of(what: str, value: Any, *allowed: Any) -> None:
@@ -258,7 +259,7 @@ def _sources(
 
 
 def _opened(model: Any) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    return model if isinstance(model, Checkpoint) else open_model(model)
 
 
 def _integers(

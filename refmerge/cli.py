@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from refmerge.cli_adapters import COMMANDS
+
 if TYPE_CHECKING:
     from refmerge.plan import Plan
     from refmerge.procedures.experts.moe_from_dense import Mixture
@@ -132,7 +134,7 @@ def merge(
     resolved, bar = plan, cast(Any, contextlib.nullcontext)
     if plan is None:
         resolved, plan = prepare_recipe(recipe, **options)
-        bar = partial(_Progress, plan, silent=quiet or json)
+        bar = partial(MergeProgress, plan, silent=quiet or json)
     if not quiet:
         for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
@@ -160,6 +162,7 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
     from fnmatch import fnmatchcase
 
+    from refmerge.adapted import described
     from refmerge.cost import estimate
     from refmerge.recipe import describe
     from refmerge.recipe.moe import prepare_moe
@@ -185,8 +188,9 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         for t in p.work.tensors
         if tensor and fnmatchcase(t.name, tensor)
     ]
+    adapters = list(dict.fromkeys(line for c in p.checkpoints for line in described(c)))
     if json:
-        found = {**describe(resolved), "figures": figures, **({"listed": listed} if tensor else {})}
+        found = {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
         click.echo(jsonlib.dumps(found, indent=2))
         return
     tool = resolved.method.rpartition(":")[0]
@@ -199,6 +203,8 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     given = [s for s in resolved.stats or () if s]
     for i, path in enumerate(given):
         click.echo(f"{'' if i else 'statistics':12}{path}")
+    for i, line in enumerate(adapters):
+        click.echo(f"{'adapters' if i == 0 else '':12}{line}")
     if resolved.align is not None:
         click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
@@ -272,9 +278,9 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from fnmatch import fnmatchcase
 
-    from refmerge.checkpoint import open_checkpoint
+    from refmerge.adapted import open_model
 
-    with open_checkpoint(path) as c:
+    with open_model(path) as c:
         infos = list(c.tensors.values())
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:
@@ -334,7 +340,7 @@ def compare(
     read in blocks. With --data nothing of that, but the barrier: how far the loss rises above the line between its ends.
     """
     from refmerge import compare as comparing
-    from refmerge.checkpoint import open_checkpoint
+    from refmerge.adapted import open_model
 
     if (data is None) != (net is None):
         raise click.UsageError("--data and --net want each other")
@@ -345,9 +351,9 @@ def compare(
     if data is not None and base is not None:
         raise click.UsageError("--base is for weights, without --data")
     with contextlib.ExitStack() as stack:
-        one, other = (stack.enter_context(open_checkpoint(path)) for path in (a, b))
+        one, other = (stack.enter_context(open_model(path)) for path in (a, b))
         if data is None or net is None:
-            origin = None if base is None else stack.enter_context(open_checkpoint(base))
+            origin = None if base is None else stack.enter_context(open_model(base))
             total = one.nbytes + other.nbytes + (origin.nbytes if origin is not None else 0)
             with _Reading(total, silent=json) as reading:
                 found = comparing.weights(one, other, origin, reading)
@@ -644,7 +650,7 @@ def explain(
         raise UsageError(
             f"{method} is a {entry.kind}, and only methods have steps to explain: `refmerge methods {method}` shows its page"
         )
-    params = _parameters(context.args, entry.code)
+    params = parameters_of(context.args, entry.code)
     given = [_numbers("--models", m) for m in models] or None
     params |= {name: value for name, value in options.items() if value is not None}
     steps = trace(method, base=None if base is None else _numbers("--base", base), models=given, **params)
@@ -658,7 +664,7 @@ def _numbers(option: str, text: str) -> list[float]:
         raise click.UsageError(f"{option} takes numbers with commas between them, not {text!r}") from None
 
 
-def _parameters(words: list[str], method: Any) -> dict[str, Any]:
+def parameters_of(words: list[str], method: Any) -> dict[str, Any]:
     """`--density 0.5 --normalize false` as the method's parameters."""
     params: dict[str, Any] = {}
     words = [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
@@ -699,6 +705,10 @@ def demo(out: str | None, json: bool) -> None:
     from refmerge.demo import run
 
     run(out, json=json)
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 def size(n: float) -> str:
@@ -764,7 +774,7 @@ class _Counting:
             click.echo("", err=True)
 
 
-class _Progress:
+class MergeProgress:
     """A bar in bytes that have been read, on a terminal; nothing elsewhere."""
 
     def __init__(self, plan: Plan, silent: bool) -> None:

@@ -85,7 +85,7 @@ class Plan:
         target = Path(out)
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
-        refuse_input(target, [c.path for c in self.checkpoints])
+        refuse_input(target, [p for c in self.checkpoints for p in c.paths])
         with ExitStack() as writers:
             sinks = {}
             for o in outputs:
@@ -188,6 +188,7 @@ class Plan:
             "bytes_read": ran.bytes_read + copied,
             "bytes_written": sum(_nbytes(s) for o in work.method.outputs or ("",) for s in self._specs_of(o).values()),
             "peak_memory": _peak_memory(work, elements, self.threads)
+            + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)
             + INTERPRETER * (1 + self.threads * (self.threads > 1 and self._on_files and can_fork())),
             "threads": self.threads,
             "backend": "arrays" if self.backend is None else self.backend.name,

@@ -71,11 +71,11 @@ def lora_extraction(
         f = modules[module] = Factors(rounded(A, dtype), rounded(B, dtype), embedding=table)
         # 5. error
         error, size = float(np.linalg.norm(D - f.product())), float(np.linalg.norm(D))
-        fits[module] = Fit(r, error, error / size if size else 0.0)
+        fits[module] = Fit(r, error, size)
     if others and rest == "error":
         raise InputError(
-            f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' keeps them "
-            "whole in the adapter, rest='skip' loses the change"
+            f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' (--rest save) "
+            "keeps them whole in the adapter, rest='skip' loses the change"
         )
     if rest == "save":
         saved = {name: np.asarray(rounded(scores(model[name]), dtype_name(model[name], name))) for name in others}
