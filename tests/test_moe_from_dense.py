@@ -345,6 +345,8 @@ def test_options_that_do_nothing_are_refused(models, tmp_path, monkeypatch):
     Path("moe.yml").write_text(RECIPE)
     ran = invoke("merge", "moe.yml", "out", "--backend", "torch")
     assert ran.exit_code == 2 and "a mixture of experts copies weights" in ran.output
+    ran = invoke("verify", "a", "--recipe", "moe.yml")
+    assert ran.exit_code == 2 and "line 5, column 1: a recipe with experts is no merge" in ran.output
     with pytest.raises(RecipeError, match="base_model' is missing"):
         Path("moe.yml").write_text("experts: [{source_model: ./a}]")
         refmerge.run_recipe("moe.yml", "out")
