@@ -135,6 +135,9 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
     if not isinstance(data, dict):
         problems.add((), "a recipe is a mapping with the keys merge_method and models")
         raise problems.error()
+    if "experts" in data and "merge_method" not in data:
+        problems.add(("experts",), "a recipe with experts is no merge: only refmerge merge and refmerge plan take it")
+        raise problems.error()
     kind = NativeRecipe if "refmerge" in data else MergekitRecipe
     for key in _UNSUPPORTED.keys() & data.keys():
         problems.add((key,), _UNSUPPORTED[key])
