@@ -79,7 +79,7 @@ class Plan:
         outputs = self.work.method.outputs or ("",)
         if out is None:
             arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
-            self._fill(arrays)
+            self.fill(arrays)
             results = {o: sink.result() for o, sink in arrays.items()}
             return results if self.work.method.outputs else results[""]
         target = Path(out)
@@ -100,7 +100,7 @@ class Plan:
                     extra_files=None if single else self._config(),
                 )
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
-            self._fill(sinks)
+            self.fill(sinks)
             for c in self.checkpoints:
                 c.check_unchanged()
         return target if self.work.method.outputs else open_checkpoint(target)
@@ -152,7 +152,8 @@ class Plan:
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
 
-    def _fill(self, sinks: Mapping[str, Any]) -> None:
+    def fill(self, sinks: Mapping[str, Any]) -> None:
+        """Merge into these sinks, one for each output of the method; "" where it has one."""
         if self.before is not None:
             self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
