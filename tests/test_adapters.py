@@ -19,6 +19,7 @@ from refmerge.adapters import (
     apply_adapter,
     chosen_rank,
     factorised,
+    leading,
     read_adapter,
     write_adapter,
 )
@@ -213,3 +214,25 @@ def test_ranks_by_energy():
     for wrong in ((None, None), (1, 0.5), (0, None), (None, 1.5)):
         with pytest.raises(UsageError):
             chosen_rank(S, *wrong)
+
+
+@RELAXED
+@given(st.integers(0, 10**6), st.integers(16, 40), st.integers(16, 40), st.integers(1, 5), st.floats(0.1, 1.0))
+def test_the_leading_part_is_that_of_the_decomposition(seed, m, n, rank, falls):
+    """However fast singular values fall, where few are asked for and where many are."""
+    draw = np.random.default_rng(seed)
+    k = min(m, n)
+    U, _ = np.linalg.qr(draw.standard_normal((m, k)))
+    V, _ = np.linalg.qr(draw.standard_normal((n, k)))
+    S = 3.0 * falls ** np.arange(k)
+    D = (U * S) @ V.T
+    u, s, vt = (x[..., :rank] if i < 2 else x[:rank] for i, x in enumerate(leading(D, rank)))
+    np.testing.assert_allclose(s, S[:rank], rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(u.T @ u, np.eye(rank), atol=1e-9)
+    np.testing.assert_allclose(vt @ vt.T, np.eye(rank), atol=1e-5)
+    error = np.linalg.norm(D - (u * s) @ vt)
+    np.testing.assert_allclose(error, np.linalg.norm(S[rank:]), rtol=1e-7, atol=1e-12)
+
+
+def test_of_nothing_there_is_no_leading_part():
+    assert leading(np.zeros((16, 20)), 2)[1].tolist() == [0.0] * 16

@@ -6,6 +6,7 @@ from refmerge.adapters import (
     dtype_of,
     factors_of,
     finite,
+    leading,
     only_products,
     opened,
     same_modules,
@@ -48,12 +49,12 @@ def delta_merge(
             owner = next(a for a in adapters if m in a.modules)
             like, D = owner.modules[m], finite(merged[f"{m}.weight"], m)
             D = D.T if owner.turned(m) else D.reshape(len(D), -1)
-            U, S, Vt = np.linalg.svd(D, full_matrices=False)
+            U, S, Vt = leading(D, rank)
             r = chosen_rank(S, rank, energy)
             dtype = dtype_of(*(a.modules[m] for a in adapters if m in a.modules))
             new = made[m] = factors_of(*split(U[:, :r], S[:r], Vt[:r], scale), like, dtype)
             # 4. error
-            fits[m] = Fit(r, float(np.linalg.norm(D - new.product())), float(np.linalg.norm(S)))
+            fits[m] = Fit(r, float(np.linalg.norm(D - new.product())), float(np.linalg.norm(D)))
     return adapters[0].with_modules(made), fits
 
 

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, finite, listed, split
+from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, finite, leading, listed, split
 from refmerge.checkpoint import FLOATS, open_checkpoint, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
@@ -61,7 +61,7 @@ def lora_extraction(
         if randomized:
             U, S, Vt = sketched(D, rank + oversample, iterations, [seed, *name.encode()])
         else:
-            U, S, Vt = np.linalg.svd(D, full_matrices=False)
+            U, S, Vt = leading(D, None if threshold else rank)
         # 3. rank
         r = chosen_rank(S, rank, energy)
         r = min(r, int(np.sum(threshold < S))) if threshold else r
