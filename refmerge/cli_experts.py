@@ -218,19 +218,23 @@ def route(model: str, tokens: str, out: str, batch: int, quiet: bool) -> None:
 @_shards
 @_overwrite
 @_quiet
-def merge(model: str, out: str, stats: str, quiet: bool, **options: Any) -> None:
+@_json
+def merge(model: str, out: str, stats: str, quiet: bool, json: bool, **options: Any) -> None:
     """Merge experts of MODEL in groups by M-SMoE, expert by expert, and write OUT."""
-    from refmerge.procedures.experts.msmoe import msmoe
+    from refmerge.procedures.experts.msmoe import msmoe, told
 
     start, seen = time.perf_counter(), set[str]()
 
     def progress(layer: str, group: int) -> None:
-        if not quiet and layer not in seen:
+        if not (quiet or json) and layer not in seen:
             seen.add(layer)
             click.echo(layer, err=True)
 
     found = msmoe(model, stats, out, progress=progress, **_options(options))
-    if not quiet:
+    if json:
+        facts = {"out": out, "bytes": found.model.nbytes, "seconds": time.perf_counter() - start}
+        click.echo(jsonlib.dumps({**facts, "layers": told(found.groups)}))
+    elif not quiet:
         before = sum(len(g.labels) for g in found.groups.values())
         after = sum(len(g.dominant) for g in found.groups.values())
         _done(f"{before} experts in {len(found.groups)} layers merged to {after}", out, found.model.nbytes, start)

@@ -212,6 +212,9 @@ def test_the_command_line_all_the_way(folder, monkeypatch):
     assert "2 layers merged to 4: small" in run(*merge, "--grouping", "layer", "--write", "reduced")
     assert json.loads((folder / "small" / "config.json").read_text())["num_local_experts"] == 2
     assert "exists; overwrite=True" in run(*merge, status=2)
+    told = json.loads(run(*merge, "--grouping", "layer", "--write", "reduced", "--overwrite", "--json"))
+    assert told["layers"] == json.loads((folder / "small" / "refmerge_report.json").read_text())
+    assert {len(layer["dominant"]) for layer in told["layers"].values()} == {2}
     run("merge", "model", "shared", "--stats", "stats.safetensors", "--groups", "2", "--write", "shared", "-q")
     assert "2 experts for 4 scores" in run("show", "shared") or "3 experts for 4 scores" in run("show", "shared")
     assert "12 matrices" in run("compress", "small", "stored")

@@ -6,6 +6,7 @@ tests/data/msmoe.npz holds what functions of UNITES-Lab/MC-SMoE@4a195b1 gave; `a
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -577,3 +578,7 @@ def test_a_rule_of_one_s_own_with_biases(tmp_path):
     merged = msmoe(model, stats, groups=1, rule=rule).model
     for part, x in first.items():
         np.testing.assert_allclose(merged[f"layers.3.ffn.experts.expert_1.{part}"], x)
+    more, wider = model | {"layers.3.ffn.gate.wg.offset": np.zeros(2)}, replace(rule, others=("gate.wg.offset",))
+    assert "layers.3.ffn.gate.wg.offset" in msmoe(more, stats, groups=1, rule=wider).model
+    with pytest.raises(UsageError, match=r"weight and bias of a router, and there are 'layers\.3\.ffn\.gate\.wg\.offset'"):
+        msmoe(more, stats, groups=1, grouping="layer", write="reduced", rule=wider)

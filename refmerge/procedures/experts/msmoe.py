@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -32,11 +33,12 @@ from refmerge.sources import all_finite
 
 __all__ = [
     "Grouped", "Merged", "aligned_by_activations", "aligned_by_weights", "assigned", "dominant_experts", "grouped",
-    "groups_of", "merge_experts", "msmoe", "orders_of", "similarity_of_logits", "similarity_of_weights", "weights_of",
-    "zip_experts",
+    "groups_of", "merge_experts", "msmoe", "orders_of", "similarity_of_logits", "similarity_of_weights", "told",
+    "weights_of", "zip_experts",
 ]  # fmt: skip
 
 Semantics = Literal["paper", "official"]
+REPORT = "refmerge_report.json"
 BLOCK = 1 << 16  # entries that are added together
 Read = Callable[[int, str], np.ndarray]
 
@@ -109,6 +111,7 @@ def msmoe(
         epsilon = 1e-7 if semantics == "official" else 0.0
     kept = {layer: len(g.dominant) for layer, g in found.items()}
     specs, files = layout(model, mixtures, kept, write)
+    files[REPORT] = (json.dumps(told(found), indent=1) + "\n").encode()
     orders: dict[str, dict[int, np.ndarray]] = {}
     with Output(model, specs, out, files, max_shard_size=max_shard_size, overwrite=overwrite) as output:
         changed = {name for m in mixtures.values() for names in m.experts for name in names.values()}
@@ -141,6 +144,14 @@ def msmoe(
                     name = f"{mixture.router}.{key}"
                     output.put(name, reduced(finite(host(model[name]), name), g, router, weighting))
     return Merged(output.result, found, orders)
+
+
+def told(groups: Mapping[str, Grouped]) -> dict[str, Any]:
+    """The groups, for programs, and for the file REPORT that lies in a folder beside the merged experts."""
+    return {
+        layer: {"labels": g.labels.tolist(), "dominant": list(g.dominant), "usage": g.usage.tolist(), "merged": g.merged}
+        for layer, g in groups.items()
+    }
 
 
 def check(
@@ -367,13 +378,13 @@ def reduced(rows: np.ndarray, g: Grouped, router: str, weighting: str) -> np.nda
 
 def layout(
     model: Any, mixtures: Mapping[str, Mixture], kept: Mapping[str, int], write: str
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, bytes] | None]:
-    """What is written: name -> (dtype, shape), and config.json where there is one."""
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, bytes]]:
+    """What is written: name -> (dtype, shape), and config.json where it changes."""
     tensors: Mapping[str, Any] = getattr(model, "tensors", model)
     specs = {name: (dtype_of(x, name), tuple(x.shape)) for name, x in tensors.items()}
     config = getattr(model, "config", None)
     if write == "tied":
-        return specs, None
+        return specs, {}
     for layer, mixture in mixtures.items():
         for e, names in enumerate(mixture.experts):
             if e >= kept[layer]:
@@ -382,10 +393,13 @@ def layout(
         if write == "shared":
             specs[f"{mixture.router}.{SLOTS}"] = ("I64", (len(mixture.experts),))
         else:
-            for name in (f"{mixture.router}.{key}" for key in ("weight", "bias") if f"{mixture.router}.{key}" in specs):
+            both = [f"{mixture.router}.{key}" for key in ("weight", "bias")]
+            if odd := [n for n in specs if n.startswith(f"{mixture.router}.") and n not in both]:
+                raise UsageError(f"msmoe: write='reduced' knows weight and bias of a router, and there are {listed(odd)}")
+            for name in (n for n in both if n in specs):
                 specs[name] = (specs[name][0], (kept[layer], *specs[name][1][1:]))
     if config is None:
-        return specs, None
+        return specs, {}
     if write == "shared":
         return specs, refused_by_others(config, SHARED)
     rule = next(iter(mixtures.values())).rule
