@@ -16,7 +16,7 @@ from refmerge.errors import InputError, UsageError
 from refmerge.method import Method, Over
 from refmerge.plan import ARRAYS_BLOCK_BYTES, Plan
 from refmerge.registry import get, open_backend
-from refmerge.sources import ArraySource, DiskSource, HostSource, Source
+from refmerge.sources import ArraySource, DiskSource, HostSource, Source, StitchedSource
 from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["call", "merge", "prepare"]
@@ -112,11 +112,11 @@ def call(
 
 
 def prepare(
-    models: Sequence[Model],
+    models: Sequence[Model | StitchedSource],
     method: str | Method,
     /,
     *,
-    base: Model | None = None,
+    base: Model | StitchedSource | None = None,
     stats: Sequence[Model | None] | None = None,
     seed: int = 0,
     over: Over | None = None,
@@ -130,14 +130,15 @@ def prepare(
     missing: str = "error",
     arithmetic: str = "round_once",
     read_dtype: str | None = None,
-    donor: str | Path | None = None,
+    donor: str | Path | Checkpoint | None = None,
     params: Mapping[str, Any] | Callable[[str, Collection[str]], Mapping[str, Any]] = {},  # noqa: B006 (never changed)
 ) -> Plan:
     """Check everything that can be checked without reading a weight, and return the plan of the merge.
 
     As `merge`, and: `params` may be a function (tensor name, all names) -> parameters, and `read_dtype` a safetensors
     dtype to which every input value is rounded as it is read (another tool's `dtype:`). `donor` is the input whose config
-    and tokenizer files the result gets: the base, else the first model.
+    and tokenizer files the result gets: the base, else the first model. Models may be StitchedSources, of that dtype already
+    and of this backend.
     """
     m = get(method) if isinstance(method, str) else method
     if not isinstance(m, Method):
@@ -208,7 +209,9 @@ def prepare(
     check_memory(work, limit, workers)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
-    if donor is not None:
+    if isinstance(donor, Checkpoint):
+        given_by = donor
+    elif donor is not None:
         given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
     return Plan(
         work=work,
@@ -238,6 +241,8 @@ def _sources(
     everything: Sequence[Any], models: int, backend: str | None, read_dtype: str | None
 ) -> tuple[list[Source], Any, Any]:
     """(models and base as sources, the backend that computes their blocks or None, an example of arrays in memory)."""
+    if any(isinstance(x, StitchedSource) for x in everything):
+        return list(everything), open_backend(backend or "numpy"), None
     on_disk = [isinstance(x, str | Path | Checkpoint) for x in everything]
     if any(on_disk) and not all(on_disk):
         raise UsageError("models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind")

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method
-from refmerge.recipe.document import MAX_BYTES, Document, Problems, quote, read_document
+from refmerge.recipe.document import MAX_BYTES, Document, Path, Problems, quote, read_document
 from refmerge.recipe.parameters import Checker, Rules
-from refmerge.recipe.schema import MergekitRecipe, NativeRecipe, did_you_mean, validate
+from refmerge.recipe.schema import MergekitRecipe, ModuleEntry, NativeRecipe, SliceEntry, Tokenizer, did_you_mean, validate
 
 Semantics = Literal["mergekit", "refmerge"]
-# Each model with its place in the recipe's list, the base, and what the user should know.
-Models = tuple[list[tuple[str, int | None]], str | None, tuple[str, ...]]
+Entry = tuple[str, Path | None]  # a model, and where its entry stands in the recipe; None for one that is not in it
+# The models without the base, the base, and what the user should know.
+Models = tuple[list[Entry], str | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,46 @@ class Alignment:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Layers [start, stop) of a model; all of them where `stop` is None."""
+
+    model: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the result. pieces: those that are merged, without the base's."""
+
+    pieces: tuple[Piece, ...]
+    base: Piece | None
+    rules: Rules = field(repr=False, compare=False)
+
+    @property
+    def everything(self) -> tuple[Piece, ...]:
+        return (*self.pieces, *([] if self.base is None else [self.base]))
+
+
+@dataclass(frozen=True)
+class Module:
+    """A part of the network: slices one upon the other. `whole`: of models as they are, whose layers keep their numbers.
+    `after`: who is merged after the last layer, where that is not the last slice's sources."""
+
+    name: str
+    slices: tuple[Slice, ...]
+    prefix: tuple[str, ...] | None = None
+    whole: bool = False
+    after: Slice | None = None
+
+
+@dataclass(frozen=True)
 class Resolved:
     """Everything that a recipe says, decided.
 
     method: registry name. models: paths as written, in order, without the base. stats: a path or None for each model.
+    modules: what the result is made of, where it is not simply the models. layers: patterns of the names of layers.
+    vocabulary: globs of the tensors with a row for each token. tokenizer: what their rows are to be, as the recipe has it.
     align: what is done to models and base before. donor: the model whose config and tokenizer files the output gets.
     read_dtype: every input is cast to it at load. read_dtype and out_dtype are safetensors names. notes: what the recipe
     says and a merge does not act on.
@@ -61,6 +98,12 @@ class Resolved:
     donor: str
     rules: Rules = field(repr=False, compare=False)
     written: Mapping[str, Any] = field(repr=False)
+    name: str | None = None
+    modules: tuple[Module, ...] = ()
+    layers: tuple[str, ...] | None = None
+    vocabulary: tuple[str, ...] | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
     align: Alignment | None = None
     stats: tuple[str | None, ...] | None = None
     read_dtype: str | None = None
@@ -109,30 +152,45 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
     problems = Problems(recipe.document.source, recipe.document.marks)
     method = method or _method(recipe, problems)
     checker = Checker(method, recipe.document.data, problems, lenient=recipe.semantics == "mergekit")
-    _check_distinct(content, problems)
-    if isinstance(content, NativeRecipe):
-        models, base, notes = _native_models(content, method, problems)
+    reader = _Reader(content, method, problems, checker)
+    modules, rules = reader.modules(), Rules({})
+    everything: list[str] = []
+    if content.models is not None:
+        models, base = reader.models(content.models, ("models",))
+        rules = checker.rules(models)
+        everything = [model for model, _ in models]
+        if needs_places(content):
+            modules = (Module("default", (Slice(*pieces(everything, base), rules),), whole=True),)
     else:
-        models, base, notes = _mergekit_models(content, method, checker)
-    if method.needs_base and base is None:
-        problems.add(("merge_method",), f"{method.name} needs a base_model")
-    try:
-        method.check_models(len(models), has_base=True)
-    except UsageError as e:
-        problems.add(("models",), f"{e}, not counting the base" if base is not None else str(e))
-    rules = checker.rules(models)
-    align = _align(content, [model for model, _ in models], base, problems) if isinstance(content, NativeRecipe) else None
+        base = content.base_model if method.takes_base else None
+        pieces_of = [p.model for m in modules for s in m.slices for p in s.pieces]
+        everything = list(dict.fromkeys(pieces_of))
+    align = _align(content, everything, base, problems) if isinstance(content, NativeRecipe) else None
+    if align is not None and modules:
+        problems.add(("align",), "align is for whole models, listed under models, without tokenizer or layers")
     problems.check()
 
-    stats = tuple(getattr(entry, "stats", None) for entry in content.models)
+    stats = tuple(getattr(entry, "stats", None) for entry in content.models or ())
+    if any(stats) and modules:
+        problems.add(("models",), "stats go with whole models, without tokenizer or layers")
+        problems.check()
+    tokenizer = content.tokenizer
+    if content.tokenizer_source is not None:
+        tokenizer = Tokenizer(source=content.tokenizer_source)
     return Resolved(
         method=method.name,
         semantics=recipe.semantics,
-        models=tuple(model for model, _ in models),
+        models=tuple(everything),
         base=base,
-        donor=content.base_model or models[0][0],
+        donor=content.base_model or everything[0],
         rules=rules,
         written=_as_written(recipe.document.data),
+        name=content.name,
+        modules=modules,
+        layers=None if content.layers is None else tuple(content.layers),
+        vocabulary=None if content.vocabulary is None else tuple(content.vocabulary),
+        tokenizer=tokenizer,
+        chat_template=content.chat_template,
         align=align,
         stats=stats if any(stats) else None,
         read_dtype=_dtype(content.dtype),
@@ -140,8 +198,18 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
         work_dtype=getattr(content, "work_dtype", None),
         seed=getattr(content, "seed", None),
         over=getattr(content, "over", None),
-        notes=notes,
+        notes=tuple(dict.fromkeys(reader.notes)),
     )
+
+
+def needs_places(content: MergekitRecipe | NativeRecipe) -> bool:
+    """Whether whole models are merged by what is known of the places of their tensors, and not name by name alone."""
+    return not (content.layers is None and content.tokenizer is None and content.tokenizer_source is None)
+
+
+def pieces(models: Sequence[str], base: str | None) -> tuple[tuple[Piece, ...], Piece | None]:
+    """Whole models and a whole base as pieces."""
+    return tuple(map(Piece, models)), None if base is None else Piece(base)
 
 
 def describe(resolved: Resolved) -> dict[str, Any]:
@@ -211,53 +279,122 @@ def _same(a: str, b: str) -> bool:
     return os.path.normpath(a) == os.path.normpath(b)
 
 
-def _check_distinct(content: MergekitRecipe | NativeRecipe, problems: Problems) -> None:
-    seen: set[str] = set()
-    for i, entry in enumerate(content.models):
-        path = os.path.normpath(entry.model)
-        if path in seen:
-            problems.add(("models", i), f"model {quote(entry.model)} is listed twice")
-        seen.add(path)
+@dataclass
+class _Reader:
+    """Who is merged with whom, in each part of a recipe."""
 
+    content: MergekitRecipe | NativeRecipe
+    method: Method
+    problems: Problems
+    checker: Checker
+    notes: list[str] = field(default_factory=list)
 
-def _native_models(content: NativeRecipe, method: Method, problems: Problems) -> Models:
-    """The models as listed. A base that is not the one thing it is declared to be is a problem."""
-    base = content.base_model
-    if base is not None and not method.takes_base:
-        problems.add(("base_model",), f"{method.name} takes no base_model")
-    for i, entry in enumerate(content.models):
-        if base is not None and _same(entry.model, base):
-            problems.add(("models", i), f"{quote(entry.model)} is the base_model: do not list it among models")
-    return [(entry.model, i) for i, entry in enumerate(content.models)], base, ()
+    def models(self, entries: Sequence[Any], place: Path) -> tuple[list[Entry], str | None]:
+        """Whole models, and the base. A base that is not the one thing it is declared to be is a problem."""
+        self._check_distinct([entry.model for entry in entries], place)
+        base, native = self.content.base_model, isinstance(self.content, NativeRecipe)
+        if native and base is not None and not self.method.takes_base:
+            self.problems.add(("base_model",), f"{self.method.name} takes no base_model")
+        models: list[Entry] = []
+        listed = False
+        for i, entry in enumerate(entries):
+            is_base = base is not None and _same(entry.model, base)
+            listed |= is_base
+            if native and is_base:
+                message = f"{quote(entry.model)} is the base_model: do not list it among models"
+                self.problems.add((*place, i), message)
+            if not (is_base and self.method.takes_base):
+                models.append((entry.model, (*place, i)))
+            elif self.checker.settings((*place, i), per_model=True):
+                self.notes.append(f"the parameters of {quote(base)} are not used: it is the base")
+        if not native and base is not None and not self.method.takes_base and not listed:
+            # As mergekit does with a base that the method ignores and the recipe does not list.
+            models.append((base, None))
+            self.notes.append(f"{self.method.name} takes no base: {quote(base)} is merged as the last model")
+        base = base if self.method.takes_base else None
+        if self.method.needs_base and base is None:
+            self.problems.add(("merge_method",), f"{self.method.name} needs a base_model")
+        self._check_count(len(models), base, place)
+        return models, base
 
+    def modules(self) -> tuple[Module, ...]:
+        """The modules of a recipe that has some, or slices."""
+        content = self.content
+        if content.slices is not None:
+            return (self._stacked("default", content.slices, ("slices",), [()]),)
+        return tuple(self._module(name, entry, ("modules", name)) for name, entry in (content.modules or {}).items())
 
-def _mergekit_models(content: MergekitRecipe, method: Method, checker: Checker) -> Models:
-    """mergekit's reading: a listed base is the base where the method has one, and else a model like the others.
+    def _module(self, name: str, entry: ModuleEntry, place: Path) -> Module:
+        prefix = None if entry.prefix is None else tuple(entry.prefix)
+        if entry.slices is not None:
+            return self._stacked(name, entry.slices, (*place, "slices"), [place, ()], prefix)
+        models, base = self.models(entry.models or (), (*place, "models"))
+        rules = self.checker.rules(models, [place, ()])
+        return Module(name, (Slice(*pieces([m for m, _ in models], base), rules),), prefix, whole=True)
 
-    A base that the method ignores and the recipe does not list is appended, as mergekit does.
-    """
-    base = content.base_model
-    notes = []
-    if content.chat_template is not None:
-        notes.append("chat_template is not applied: the tokenizer files are copied as they are")
-    models: list[tuple[str, int | None]] = []
-    listed = False
-    for i, entry in enumerate(content.models):
-        is_base = base is not None and _same(entry.model, base)
-        listed |= is_base
-        if not (is_base and method.takes_base):
-            models.append((entry.model, i))
-        elif checker.own_settings(i):
-            notes.append(f"the parameters of {quote(base)} are not used: it is the base")
-    if base is not None and not method.takes_base and not listed:
-        models.append((base, None))
-        notes.append(f"{method.name} takes no base: {quote(base)} is merged as the last model")
-    return models, base if method.takes_base else None, tuple(notes)
+    def _stacked(
+        self, name: str, entries: Sequence[SliceEntry], place: Path, outer: Sequence[Path],
+        prefix: tuple[str, ...] | None = None,
+    ) -> Module:  # fmt: skip
+        slices = tuple(self._slice(entry, (*place, i), outer) for i, entry in enumerate(entries))
+        first, last = entries[0], entries[-1]
+        count, after = len(first.sources), None
+        if isinstance(self.content, MergekitRecipe) and len(last.sources) > count:
+            # mergekit pairs the last slice's models with as many names as the first slice has models.
+            after = self._slice(last.model_copy(update={"sources": last.sources[:count]}), (*place, len(entries) - 1), outer)
+            self.notes.append(
+                f"after the last layer only the first {count} sources of the last slice are merged, as many as the first "
+                "slice has, as mergekit has it; with refmerge: 1 at the top all of them are"
+            )
+        return Module(name, slices, prefix, after=after)
+
+    def _slice(self, entry: SliceEntry, place: Path, outer: Sequence[Path]) -> Slice:
+        self._check_distinct([source.model for source in entry.sources], (*place, "sources"))
+        if entry.residual_weight is not None:
+            self.notes.append("residual_weight has no effect")
+        base_model = entry.base_model or self.content.base_model
+        base, models, found = None, [], []
+        for i, source in enumerate(entry.sources):
+            piece = Piece(source.model, *source.layer_range)
+            if self.method.takes_base and base_model is not None and _same(source.model, base_model):
+                base = piece
+                if self.checker.settings((*place, "sources", i), per_model=True):
+                    self.notes.append(f"the parameters of {quote(source.model)} are not used: it is the base")
+            else:
+                found.append(piece)
+                models.append((source.model, (*place, "sources", i)))
+            first = entry.sources[0].layer_range
+            if piece.stop - piece.start != first[1] - first[0]:  # type: ignore[operator]
+                message = f"all sources of a slice have as many layers: {source.layer_range} is not as long as {first}"
+                self.problems.add((*place, "sources", i, "layer_range"), message)
+        if self.method.needs_base and base_model is None:
+            self.problems.add(("merge_method",), f"{self.method.name} needs a base_model")
+        elif self.method.needs_base and base is None:
+            whose = f"the base, {quote(base_model)},"
+            message = f"{self.method.name} needs the layers of {whose} among the sources of each slice"
+            self.problems.add((*place, "sources"), message)
+        self._check_count(len(models), base_model if base is not None else None, (*place, "sources"))
+        return Slice(tuple(found), base, self.checker.rules(models, [place, *outer]))
+
+    def _check_distinct(self, models: Sequence[str], place: Path) -> None:
+        seen: set[str] = set()
+        for i, model in enumerate(models):
+            path = os.path.normpath(model)
+            if path in seen:
+                self.problems.add((*place, i), f"model {quote(model)} is listed twice")
+            seen.add(path)
+
+    def _check_count(self, count: int, base: str | None, place: Path) -> None:
+        try:
+            self.method.check_models(count, has_base=True)
+        except UsageError as e:
+            self.problems.add(place, f"{e}, not counting the base" if base is not None else str(e))
 
 
 def _as_written(data: Mapping[str, Any]) -> dict[str, Any]:
-    per_model = {entry["model"]: entry["parameters"] for entry in data["models"] if entry.get("parameters")}
-    return {"parameters": data.get("parameters") or {}, "model_parameters": per_model}
+    per_model = {entry["model"]: entry["parameters"] for entry in data.get("models") or () if entry.get("parameters")}
+    made_of = {key: data[key] for key in ("slices", "modules", "layers", "vocabulary") if data.get(key) is not None}
+    return {"parameters": data.get("parameters") or {}, "model_parameters": per_model, **made_of}
 
 
 def _dtype(name: str | None) -> str | None:

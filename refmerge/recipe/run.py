@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from refmerge.api import prepare
-from refmerge.checkpoint import Checkpoint
+from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import UsageError
 from refmerge.plan import Plan
+from refmerge.recipe.assemble import assemble, layer_config
 from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
+from refmerge.registry import open_backend
 from refmerge.sources import DiskSource
 
 __all__ = ["prepare_recipe", "run_recipe"]
@@ -31,23 +35,53 @@ def prepare_recipe(
     def place(path: str) -> Path:
         return folder / Path(path).expanduser()
 
+    common: dict[str, Any] = {
+        "seed": seed if seed is not None else resolved.seed or 0,
+        "over": resolved.over,
+        "dtype": dtype or resolved.work_dtype,
+        "out_dtype": resolved.out_dtype,
+        "read_dtype": resolved.read_dtype,
+        **options,
+    }
+    if resolved.modules:
+        return _prepare_assembled(resolved, place, common)
     plan = prepare(
         [place(m) for m in resolved.models],
         resolved.method,
         base=None if resolved.base is None else place(resolved.base),
         stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
-        seed=seed if seed is not None else resolved.seed or 0,
-        over=resolved.over,
-        dtype=dtype or resolved.work_dtype,
-        out_dtype=resolved.out_dtype,
-        read_dtype=resolved.read_dtype,
         params=resolved.parameters_for,
         donor=place(resolved.donor),
-        **options,
+        **common,
     )
     if resolved.align is not None:
         plan.before = _alignment(resolved.align, resolved.models, resolved.base, plan)
     return resolved, plan
+
+
+def _prepare_assembled(
+    resolved: Resolved, place: Callable[[str], Path], common: dict[str, Any]
+) -> tuple[Resolved, Plan]:
+    """A recipe whose result is put together from parts of models."""
+    read_dtype, backend = common.pop("read_dtype"), open_backend(common.get("backend") or "numpy")
+    models = dict.fromkeys(p.model for m in resolved.modules for s in m.slices for p in s.everything)
+    checkpoints = {model: open_checkpoint(place(model)) for model in models}
+    donor = checkpoints.get(resolved.donor) or open_checkpoint(place(resolved.donor))
+    sources = {model: DiskSource(c, backend, read_dtype) for model, c in checkpoints.items()}
+    segments = assemble(resolved, checkpoints, lambda model, name, s: sources[model])
+    if len(segments) > 1 and common["over"] == "model":
+        raise UsageError("over: model takes all tensors together: give every slice the same number of models")
+    plans = []
+    for segment in segments:
+        stitched, base = segment.sources()
+        plans.append(prepare(stitched, resolved.method, base=base, donor=donor, params=segment.parameters_for, **common))
+    plan = plans[0]
+    plan.rest = [p.work for p in plans[1:]]
+    plan.specs = dict(sorted(chain.from_iterable(p.specs.items() for p in plans)))
+    plan.copied = dict(chain.from_iterable(p.copied.items() for p in plans))
+    plan.checkpoints = (*checkpoints.values(), *([] if donor in checkpoints.values() else [donor]))
+    plan.config, notes = layer_config(resolved, checkpoints, donor)
+    return replace(resolved, notes=(*resolved.notes, *notes)), plan
 
 
 def _alignment(align: Alignment, models: Sequence[str], base: str | None, plan: Plan) -> Callable[[], None]:
