@@ -56,11 +56,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers of the result. pieces: those that are merged, without the base's."""
+    """Layers of the result. pieces: those that are merged, without the base's. base_model: as the recipe declares it, also
+    where the method has no base."""
 
     pieces: tuple[Piece, ...]
     base: Piece | None
     rules: Rules = field(repr=False, compare=False)
+    base_model: str | None = None
 
     @property
     def everything(self) -> tuple[Piece, ...]:
@@ -85,7 +87,9 @@ class Resolved:
 
     method: registry name. models: paths as written, in order, without the base. stats: a path or None for each model.
     modules: what the result is made of, where it is not simply the models. layers: patterns of the names of layers.
-    vocabulary: globs of the tensors with a row for each token. tokenizer: what their rows are to be, as the recipe has it.
+    vocabulary: globs of the tensors with a row for each token. tokenizer: what their rows are to be, as the recipe has it;
+    None where they are merged as they are, which `rows_as_they_are` says is wanted. base_model: as declared, whether the
+    method has a base or not.
     align: what is done to models and base before. donor: the model whose config and tokenizer files the output gets.
     read_dtype: every input is cast to it at load. read_dtype and out_dtype are safetensors names. notes: what the recipe
     says and a merge does not act on.
@@ -103,6 +107,8 @@ class Resolved:
     layers: tuple[str, ...] | None = None
     vocabulary: tuple[str, ...] | None = None
     tokenizer: Tokenizer | None = None
+    rows_as_they_are: bool = False
+    base_model: str | None = None
     chat_template: str | None = None
     align: Alignment | None = None
     stats: tuple[str | None, ...] | None = None
@@ -160,7 +166,7 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
         rules = checker.rules(models)
         everything = [model for model, _ in models]
         if needs_places(content):
-            modules = (Module("default", (Slice(*pieces(everything, base), rules),), whole=True),)
+            modules = (Module("default", (Slice(*pieces(everything, base), rules, content.base_model),), whole=True),)
     else:
         base = content.base_model if method.takes_base else None
         pieces_of = [p.model for m in modules for s in m.slices for p in s.pieces]
@@ -174,9 +180,7 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
     if any(stats) and modules:
         problems.add(("models",), "stats go with whole models, without tokenizer or layers")
         problems.check()
-    tokenizer = content.tokenizer
-    if content.tokenizer_source is not None:
-        tokenizer = Tokenizer(source=content.tokenizer_source)
+    tokenizer = _tokenizer(content)
     return Resolved(
         method=method.name,
         semantics=recipe.semantics,
@@ -190,6 +194,8 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
         layers=None if content.layers is None else tuple(content.layers),
         vocabulary=None if content.vocabulary is None else tuple(content.vocabulary),
         tokenizer=tokenizer,
+        rows_as_they_are=_tokenizer(content) is None and (content.tokenizer or content.tokenizer_source) is not None,
+        base_model=content.base_model,
         chat_template=content.chat_template,
         align=align,
         stats=stats if any(stats) else None,
@@ -204,7 +210,16 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
 
 def needs_places(content: MergekitRecipe | NativeRecipe) -> bool:
     """Whether whole models are merged by what is known of the places of their tensors, and not name by name alone."""
-    return not (content.layers is None and content.tokenizer is None and content.tokenizer_source is None)
+    return content.layers is not None or _tokenizer(content) is not None
+
+
+def _tokenizer(content: MergekitRecipe | NativeRecipe) -> Tokenizer | None:
+    """What the recipe says of the vocabulary; None where rows are merged as they are."""
+    tokenizer = content.tokenizer
+    if content.tokenizer_source is not None:
+        tokenizer = Tokenizer(source=content.tokenizer_source)
+    rows = isinstance(content, NativeRecipe) and tokenizer is not None and tokenizer.source == "rows"
+    return None if rows else tokenizer
 
 
 def pieces(models: Sequence[str], base: str | None) -> tuple[tuple[Piece, ...], Piece | None]:
@@ -330,7 +345,8 @@ class _Reader:
             return self._stacked(name, entry.slices, (*place, "slices"), [place, ()], prefix)
         models, base = self.models(entry.models or (), (*place, "models"))
         rules = self.checker.rules(models, [place, ()])
-        return Module(name, (Slice(*pieces([m for m, _ in models], base), rules),), prefix, whole=True)
+        whole = Slice(*pieces([m for m, _ in models], base), rules, self.content.base_model)
+        return Module(name, (whole,), prefix, whole=True)
 
     def _stacked(
         self, name: str, entries: Sequence[SliceEntry], place: Path, outer: Sequence[Path],
@@ -374,7 +390,7 @@ class _Reader:
             message = f"{self.method.name} needs the layers of {whose} among the sources of each slice"
             self.problems.add((*place, "sources"), message)
         self._check_count(len(models), base_model if base is not None else None, (*place, "sources"))
-        return Slice(tuple(found), base, self.checker.rules(models, [place, *outer]))
+        return Slice(tuple(found), base, self.checker.rules(models, [place, *outer]), base_model)
 
     def _check_distinct(self, models: Sequence[str], place: Path) -> None:
         seen: set[str] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,9 +14,13 @@ from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import UsageError
 from refmerge.plan import Plan
 from refmerge.recipe.assemble import assemble, layer_config
-from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
+from refmerge.recipe.plan import Alignment, Resolved, Slice, load_recipe, resolve
+from refmerge.recipe.templates import template_for
+from refmerge.recipe.tokenizers import TOKENIZER_FILES, json_bytes, read_tokenizer_config
+from refmerge.recipe.vocabulary import Alignment as Vocabularies
+from refmerge.recipe.vocabulary import align, check_alike
 from refmerge.registry import open_backend
-from refmerge.sources import DiskSource
+from refmerge.sources import ByteSource, DiskSource
 
 __all__ = ["prepare_recipe", "run_recipe"]
 
@@ -45,15 +49,20 @@ def prepare_recipe(
     }
     if resolved.modules:
         return _prepare_assembled(resolved, place, common)
+    opened = {m: open_checkpoint(place(m)) for m in dict.fromkeys((*resolved.models, resolved.base)) if m is not None}
+    donor = opened.get(resolved.donor) or open_checkpoint(place(resolved.donor))
+    notes = _check_vocabularies(resolved, opened)
     plan = prepare(
-        [place(m) for m in resolved.models],
+        [opened[m] for m in resolved.models],
         resolved.method,
-        base=None if resolved.base is None else place(resolved.base),
+        base=None if resolved.base is None else opened[resolved.base],
         stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
         params=resolved.parameters_for,
-        donor=place(resolved.donor),
+        donor=donor,
         **common,
     )
+    _finish(resolved, plan, opened, None)
+    resolved = replace(resolved, notes=(*resolved.notes, *notes))
     if resolved.align is not None:
         plan.before = _alignment(resolved.align, resolved.models, resolved.base, plan)
     return resolved, plan
@@ -68,7 +77,23 @@ def _prepare_assembled(
     checkpoints = {model: open_checkpoint(place(model)) for model in models}
     donor = checkpoints.get(resolved.donor) or open_checkpoint(place(resolved.donor))
     sources = {model: DiskSource(c, backend, read_dtype) for model, c in checkpoints.items()}
-    segments = assemble(resolved, checkpoints, lambda model, name, s: sources[model])
+    native = resolved.semantics == "refmerge"
+    alignment = None
+    if resolved.tokenizer is not None:
+        alignment = align(
+            resolved.tokenizer, checkpoints, resolved.base_model, lambda path: open_checkpoint(place(path)), native,
+            resolved.vocabulary, resolved.layers,
+        )  # fmt: skip
+        notes = alignment.notes
+    else:
+        notes = _check_vocabularies(resolved, checkpoints)
+
+    def source_of(model: str, name: str, s: Slice) -> ByteSource:
+        if alignment is None:
+            return sources[model]
+        return alignment.source_of(model, name, [p.model for p in s.everything], s.base_model, sources)
+
+    segments = assemble(resolved, checkpoints, source_of)
     if len(segments) > 1 and common["over"] == "model":
         raise UsageError("over: model takes all tensors together: give every slice the same number of models")
     plans = []
@@ -80,8 +105,39 @@ def _prepare_assembled(
     plan.specs = dict(sorted(chain.from_iterable(p.specs.items() for p in plans)))
     plan.copied = dict(chain.from_iterable(p.copied.items() for p in plans))
     plan.checkpoints = (*checkpoints.values(), *([] if donor in checkpoints.values() else [donor]))
-    plan.config, notes = layer_config(resolved, checkpoints, donor)
-    return replace(resolved, notes=(*resolved.notes, *notes)), plan
+    plan.config, more = layer_config(resolved, checkpoints, donor)
+    _finish(resolved, plan, checkpoints, alignment)
+    return replace(resolved, notes=(*resolved.notes, *notes, *more)), plan
+
+
+def _check_vocabularies(resolved: Resolved, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    if resolved.rows_as_they_are or resolved.align is not None:
+        return []
+    return check_alike(checkpoints, resolved.semantics == "refmerge", resolved.vocabulary, resolved.layers)
+
+
+def _finish(resolved: Resolved, plan: Plan, checkpoints: Mapping[str, Checkpoint], alignment: Vocabularies | None) -> None:
+    """The files beside the weights: those of the tokenizer, the chat template, and config.json's number of tokens."""
+    donor = plan.donor
+    assert donor is not None
+    sidecars = donor.sidecars()
+    files: dict[str, bytes] = {}
+    from_tokenizer = donor
+    if alignment is not None:
+        from_tokenizer, vocabulary = alignment.donor, alignment.vocabulary
+        others = [path for path in sidecars if path.name not in TOKENIZER_FILES]
+        sidecars = sorted([*others, *vocabulary.sidecars(from_tokenizer.sidecars())])
+        files = vocabulary.files(from_tokenizer.directory)
+        plan.config = alignment.config(plan.config or donor.config)
+    if resolved.chat_template is not None:
+        text = template_for(resolved.chat_template, [donor, *checkpoints.values()])
+        if text is not None:
+            files["chat_template.jinja"] = text.encode()
+            sidecars = [path for path in sidecars if path.name != "chat_template.json"]
+            settings = read_tokenizer_config(files, from_tokenizer.directory)
+            if settings is not None and settings.pop("chat_template", None) is not None:
+                files["tokenizer_config.json"] = json_bytes(settings)
+    plan.sidecars, plan.files = sidecars, files
 
 
 def _alignment(align: Alignment, models: Sequence[str], base: str | None, plan: Plan) -> Callable[[], None]:
