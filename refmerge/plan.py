@@ -42,11 +42,13 @@ _CONFIG_WORDS = {name: word for word, name in OUTPUTS.items()}
 
 @dataclass
 class Stage:
-    """A merge whose result is an input of another: `take` is called with the folder that it was written to."""
+    """A merge whose result is an input of another: `take` is called with the folder that it was written to. recipe: what
+    it was planned from."""
 
     name: str
     plan: Plan
     take: Callable[[Path], None]
+    recipe: Any = None
 
 
 @dataclass
@@ -94,6 +96,11 @@ class Plan:
     def works(self) -> list[Work]:
         return [self.work, *self.rest]
 
+    @property
+    def all_plans(self) -> list[Plan]:
+        """Those of the stages, in order, and this one."""
+        return [*(stage.plan for stage in self.stages), self]
+
     def run(
         self,
         out: str | Path | None = None,
@@ -106,6 +113,9 @@ class Plan:
         outputs = self.work.method.outputs or ("",)
         with ExitStack() as stack:
             if self.stages:
+                if out is not None:  # what would be refused in the end is refused now
+                    refuse_input(out, [c.path for p in self.all_plans for c in p.checkpoints if not c.coming])
+                    CheckpointWriter(out, {}, overwrite=overwrite).abort()
                 folder = stack.enter_context(_beside(None if out is None else Path(out)))
                 for stage in self.stages:
                     stage.plan.run(folder / stage.name, max_shard_size=max_shard_size)
@@ -124,7 +134,7 @@ class Plan:
         target = Path(out)
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
-        refuse_input(target, [c.path for c in self.checkpoints])
+        refuse_input(target, [c.path for c in self.checkpoints if not c.coming])
         with ExitStack() as writers:
             sinks, files = {}, self._files()
             for o in outputs:
@@ -160,6 +170,10 @@ class Plan:
         if isinstance(self.work.models[0], ArraySource):
             return StagedSink(writer, specs, self.example)
         return DiskSink(writer, specs, self.backend)
+
+    def side_files(self) -> tuple[Sequence[Path], dict[str, bytes]]:
+        """What lies beside the weights: files that are copied, and contents by name, which win."""
+        return self._sidecars(), self._files()
 
     def _sidecars(self) -> Sequence[Path]:
         if self.sidecars is not None:
@@ -254,9 +268,7 @@ def _beside(target: Path | None) -> Iterator[Path]:
     removed in any case; a killed process leaves it behind, under a hidden name."""
     parent = None
     if target is not None:
-        parent = Path(os.path.abspath(target)).parent
-        if not parent.is_dir():
-            raise UsageError(f"{str(parent)!r} is no folder: it is where merges that come before the last one are kept")
+        parent = next(folder for folder in Path(os.path.abspath(target)).parents if folder.is_dir())
     prefix = "refmerge-" if target is None else f".{target.name}.stages-"
     try:
         folder = tempfile.mkdtemp(prefix=prefix, dir=parent)

@@ -60,8 +60,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
     path: as given. directory: the folder of a sharded or Hub-layout checkpoint, None for a lone file. tensors: name ->
     TensorInfo, sorted. metadata: the `__metadata__` entries on which all shards that have them agree. config: the
     folder's config.json, None where there is none. nbytes: of all tensors.
+    coming: whether it is still to be written.
     Safe to read from several threads; close it, or use it as a context manager, to close its files.
     """
+
+    coming = False
 
     def __init__(
         self,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method
-from refmerge.recipe.document import MAX_BYTES, Document, Path, Problems, quote, read_document
+from refmerge.recipe.document import MAX_BYTES, Document, Path, Problems, quote, read_document, read_documents
 from refmerge.recipe.parameters import Checker, Rules
 from refmerge.recipe.schema import MergekitRecipe, ModuleEntry, NativeRecipe, SliceEntry, Tokenizer, did_you_mean, validate
 
@@ -128,7 +129,18 @@ class Resolved:
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe file. RecipeError if it cannot be read or is not a recipe."""
+    """Read the recipe in a file. RecipeError if it cannot be read or is not one recipe."""
+    return parse_recipe(*_text_of(path))
+
+
+def load_recipes(path: str | os.PathLike[str]) -> list[Recipe]:
+    """Read the recipes in a file, in an order in which they can be run: the last one makes the result, those before it have
+    names by which others call them. RecipeError as of `load_recipe`, and where they cannot be brought into such an order."""
+    text, source = _text_of(path)
+    return parse_recipes(text, source)
+
+
+def _text_of(path: str | os.PathLike[str]) -> tuple[str, str]:
     source = str(path) if str(path).isprintable() else quote(str(path))
     try:
         with FilePath(path).open("rb") as file:
@@ -140,13 +152,109 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         text = content.decode("utf-8-sig", errors="replace" if len(content) > MAX_BYTES else "strict")
     except UnicodeDecodeError as e:
         raise RecipeError(f"{source}: not UTF-8 text (byte {e.start})") from None
-    return parse_recipe(text, source)
+    return text, source
 
 
 def parse_recipe(text: str, source: str = "<recipe>") -> Recipe:
     """The recipe in a text. RecipeError lists all its problems with line and column."""
     document = read_document(text, source)
     return Recipe(document, validate(document))
+
+
+def _valid(document: Document) -> Recipe:
+    return Recipe(document, validate(document))
+
+
+def parse_recipes(text: str, source: str = "<recipe>") -> list[Recipe]:
+    """As `load_recipes`, of a text."""
+    documents = read_documents(text, source)
+    recipes = _all_or_errors([partial(_valid, d) for d in documents])
+    if len(recipes) == 1:
+        return recipes
+    by_name: dict[str, Recipe] = {}
+    unnamed = [r for r in recipes if r.content.name is None]
+    for recipe in recipes:
+        name = recipe.content.name
+        problems = Problems(source, recipe.document.marks)
+        if name in by_name:
+            problems.add(("name",), f"another merge is named {quote(name)}")
+        elif name is not None and (name in (".", "..") or any(c in name for c in "/\\")):
+            problems.add(("name",), f"{quote(name)} is no name of a merge: it has to be one of a folder, too")
+        elif name is None and recipe is not unnamed[0]:
+            problems.add((), "two merges without a name: the one that makes the result has none, all others are named")
+        problems.check()
+        if name is not None:
+            by_name[name] = recipe
+    uses = {id(r): [name for name in by_name if name in _models_of(r.content)] for r in recipes}
+    final = unnamed[0] if unnamed else None
+    if final is None:
+        used = {name for names in uses.values() for name in names}
+        ends = [r for r in recipes if r.content.name not in used]
+        if len(ends) != 1:
+            raise RecipeError(f"{source}: all merges have names, and not one of them makes the result: leave out its name")
+        final = ends[0]
+    return _ordered(final, by_name, uses, source, recipes)
+
+
+def _ordered(
+    final: Recipe, by_name: Mapping[str, Recipe], uses: Mapping[int, list[str]], source: str, recipes: Sequence[Recipe]
+) -> list[Recipe]:
+    """The recipes in an order in which they can be run. RecipeError for a circle, and for one that nothing leads to."""
+    order: list[Recipe] = []
+    open_: list[Recipe] = []
+
+    def visit(recipe: Recipe) -> None:
+        if any(r is recipe for r in order):
+            return
+        if any(r is recipe for r in open_):
+            names = " -> ".join(str(r.content.name) for r in [*open_, recipe])
+            raise RecipeError(f"{source}: merges that wait for each other: {names}")
+        open_.append(recipe)
+        for name in uses[id(recipe)]:
+            visit(by_name[name])
+        order.append(open_.pop())
+
+    visit(final)
+    for recipe in recipes:
+        if not any(r is recipe for r in order):
+            problems = Problems(source, recipe.document.marks)
+            problems.add(("name",), f"{quote(recipe.content.name)} is used by no other merge")
+            raise problems.error()
+    return order
+
+
+def _all_or_errors(makers: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of them makes. RecipeError with all their problems, where there are some."""
+    made, errors = [], []
+    for make in makers:
+        try:
+            made.append(make())
+        except RecipeError as e:
+            errors.append(e)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise RecipeError("\n".join(map(str, errors)))
+    return made
+
+
+def resolve_all(recipes: Sequence[Recipe]) -> list[Resolved]:
+    """Each recipe decided. RecipeError with the problems of all."""
+    return _all_or_errors([partial(resolve, r) for r in recipes])
+
+
+def _models_of(content: MergekitRecipe | NativeRecipe) -> set[str]:
+    """All models that a recipe names."""
+    found: set[str | None] = {content.base_model, content.tokenizer_source}
+    found |= {entry.model for entry in content.models or ()}
+    modules = [*(content.modules or {}).values(), ModuleEntry(slices=content.slices, prefix=None)]
+    for module in modules:
+        found |= {entry.model for entry in module.models or ()}
+        for s in module.slices or ():
+            found |= {s.base_model, *(source.model for source in s.sources)}
+    if content.tokenizer is not None:
+        found.add(content.tokenizer.source)
+    return {model for model in found if model is not None}
 
 
 def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +12,10 @@ from typing import Any, cast
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import UsageError
-from refmerge.plan import Plan
+from refmerge.plan import Plan, Stage
 from refmerge.recipe.assemble import assemble, layer_config
-from refmerge.recipe.plan import Alignment, Resolved, Slice, load_recipe, resolve
+from refmerge.recipe.plan import Alignment, Resolved, Slice, load_recipes, resolve_all
+from refmerge.recipe.stages import ComingCheckpoint
 from refmerge.recipe.templates import template_for
 from refmerge.recipe.tokenizers import TOKENIZER_FILES, json_bytes, read_tokenizer_config
 from refmerge.recipe.vocabulary import Alignment as Vocabularies
@@ -31,14 +32,40 @@ def prepare_recipe(
     """Check a recipe and the checkpoints it names, without reading a weight.
 
     options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. A native recipe's paths are
-    relative to its folder, another tool's to the working directory, as that tool has it.
+    relative to its folder, another tool's to the working directory, as that tool has it. Where the file holds several
+    recipes, those that come before the last one are the plan's stages.
     """
-    resolved = resolve(load_recipe(recipe))
-    folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
+    recipes = load_recipes(recipe)
+    coming: dict[str, ComingCheckpoint] = {}
+    stages: list[Stage] = []
+    for one, resolved in zip(recipes, resolve_all(recipes)):
+        folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
+        resolved, plan = _prepare(resolved, _Models(folder, coming), dtype, seed, options)
+        if one is not recipes[-1]:
+            assert resolved.name is not None
+            coming[resolved.name] = ComingCheckpoint(resolved.name, plan)
+            stages.append(Stage(resolved.name, plan, coming[resolved.name].take, resolved))
+    plan.stages = stages
+    return resolved, plan
 
-    def place(path: str) -> Path:
-        return folder / Path(path).expanduser()
 
+@dataclass(frozen=True)
+class _Models:
+    """Where the models of a recipe are. folder: what paths are relative to. coming: results of merges before it, by name."""
+
+    folder: Path
+    coming: Mapping[str, ComingCheckpoint]
+
+    def place(self, path: str) -> Path:
+        return self.folder / Path(path).expanduser()
+
+    def open(self, model: str) -> Checkpoint:
+        return self.coming[model] if model in self.coming else open_checkpoint(self.place(model))
+
+
+def _prepare(
+    resolved: Resolved, models: _Models, dtype: str | None, seed: int | None, options: Mapping[str, Any]
+) -> tuple[Resolved, Plan]:
     common: dict[str, Any] = {
         "seed": seed if seed is not None else resolved.seed or 0,
         "over": resolved.over,
@@ -48,15 +75,15 @@ def prepare_recipe(
         **options,
     }
     if resolved.modules:
-        return _prepare_assembled(resolved, place, common)
-    opened = {m: open_checkpoint(place(m)) for m in dict.fromkeys((*resolved.models, resolved.base)) if m is not None}
-    donor = opened.get(resolved.donor) or open_checkpoint(place(resolved.donor))
+        return _prepare_assembled(resolved, models, common)
+    opened = {m: models.open(m) for m in dict.fromkeys((*resolved.models, resolved.base)) if m is not None}
+    donor = opened.get(resolved.donor) or models.open(resolved.donor)
     notes = _check_vocabularies(resolved, opened)
     plan = prepare(
         [opened[m] for m in resolved.models],
         resolved.method,
         base=None if resolved.base is None else opened[resolved.base],
-        stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
+        stats=None if resolved.stats is None else [None if s is None else models.place(s) for s in resolved.stats],
         params=resolved.parameters_for,
         donor=donor,
         **common,
@@ -69,20 +96,20 @@ def prepare_recipe(
 
 
 def _prepare_assembled(
-    resolved: Resolved, place: Callable[[str], Path], common: dict[str, Any]
+    resolved: Resolved, models: _Models, common: dict[str, Any]
 ) -> tuple[Resolved, Plan]:
     """A recipe whose result is put together from parts of models."""
     read_dtype, backend = common.pop("read_dtype"), open_backend(common.get("backend") or "numpy")
-    models = dict.fromkeys(p.model for m in resolved.modules for s in m.slices for p in s.everything)
-    checkpoints = {model: open_checkpoint(place(model)) for model in models}
-    donor = checkpoints.get(resolved.donor) or open_checkpoint(place(resolved.donor))
+    named = dict.fromkeys(p.model for m in resolved.modules for s in m.slices for p in s.everything)
+    checkpoints = {model: models.open(model) for model in named}
+    donor = checkpoints.get(resolved.donor) or models.open(resolved.donor)
     sources = {model: DiskSource(c, backend, read_dtype) for model, c in checkpoints.items()}
     native = resolved.semantics == "refmerge"
     alignment = None
     if resolved.tokenizer is not None:
         alignment = align(
-            resolved.tokenizer, checkpoints, resolved.base_model, lambda path: open_checkpoint(place(path)), native,
-            resolved.vocabulary, resolved.layers,
+            resolved.tokenizer, checkpoints, resolved.base_model, models.open, native, resolved.vocabulary,
+            resolved.layers,
         )  # fmt: skip
         notes = alignment.notes
     else:

@@ -36,8 +36,8 @@ _OWN, _ZERO, _MEAN, _PADDING = -1, -2, -3, -4  # whose row, where it is not anot
 class Rows:
     """Where each row of one model's aligned tensor comes from.
 
-    whose: for each row the number of a model among `sources`, _ZERO, _MEAN (see `means`) or _PADDING (the mean of all rows of
-    tokens). row: the number of the row there. count: of tokens.
+    whose: for each row the number of a model among `sources`, _ZERO, _MEAN (see `means`) or _PADDING (the mean of all
+    tokens' rows). row: the number of the row there. count: of tokens.
     """
 
     sources: tuple[DiskSource, ...]
