@@ -14,6 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from refmerge.plan import Plan
+    from refmerge.recipe.plan import Resolved
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -111,10 +112,11 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @_options(*_RUN)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
+@click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
-    recipe: str, out: str, max_shard_size: str, overwrite: bool, quiet: bool, json: bool, **options: Any
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, hashes: bool | None, quiet: bool, json: bool, **options: Any
 ) -> None:  # fmt: skip
     """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors."""
     from refmerge.recipe.run import prepare_recipe
@@ -122,8 +124,11 @@ def merge(
     if not out:
         raise click.UsageError("OUT is empty")
     start = time.perf_counter()
-    resolved, plan = prepare_recipe(recipe, **options)
+    resolved, plan = prepare_recipe(recipe, hashes=hashes, **options)
     if not quiet:
+        for stage in plan.stages:
+            for note in stage.recipe.notes:
+                click.echo(f"note: {stage.name}: {note}", err=True)
         for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
     with _Progress(plan, silent=quiet or json):
@@ -148,33 +153,61 @@ def merge(
 @_options("json")
 def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: Any) -> None:
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
+    from refmerge.recipe.run import prepare_recipe
+
+    resolved, last = prepare_recipe(recipe, **options)
+    parts = [*((stage.name, stage.recipe, stage.plan) for stage in last.stages), (None, resolved, last)]
+    found = [_told(r, p, tensor, time_it) for _, r, p in parts]
+    if json:
+        stages = [{"name": name, **facts} for (name, *_), facts in zip(parts[:-1], found)]
+        click.echo(jsonlib.dumps({**found[-1], **({"stages": stages} if stages else {})}, indent=2))
+        return
+    for (name, r, _), facts in zip(parts, found):
+        if last.stages:
+            click.echo(f"--- {name or 'the result'}")
+        _show_plan(r, facts)
+
+
+def _told(resolved: Resolved, p: Plan, tensor: str | None, time_it: bool) -> dict[str, Any]:
+    """What a program hears of a plan."""
     from fnmatch import fnmatchcase
 
     from refmerge.cost import estimate
     from refmerge.recipe import describe
     from refmerge.recipe.parameters import recipe_key
-    from refmerge.recipe.run import prepare_recipe
 
-    resolved, p = prepare_recipe(recipe, **options)
     figures = p.figures(estimate=True)
     expected = estimate(p) if time_it else None
     if expected is not None:
         figures |= {"seconds": expected.seconds, "needs_bytes_per_second": expected.needs_per_second}
-    listed: list[dict[str, Any]] = [
+    listed = [
         {
             "name": t.name,
             "shape": list(t.shape),
             "dtype": p.specs[t.name][0],
             "work": t.work,
-            "parameters": dict(t.params),
+            "method": resolved.method,
+            "parameters": {recipe_key(k): v for k, v in t.params.items()},
+            "from": [s.told(t.name) for s in w.read],
         }
-        for t in p.work.tensors
+        for w in p.works
+        for t in w.tensors
         if tensor and fnmatchcase(t.name, tensor)
     ]
-    if json:
-        found = {**describe(resolved), "figures": figures, **({"listed": listed} if tensor else {})}
-        click.echo(jsonlib.dumps(found, indent=2))
-        return
+    listed += [
+        {"name": n, "shape": list(p.specs[n][1]), "dtype": p.specs[n][0], "method": "copy", "from": [s.told(n)]}
+        for n, s in p.copied.items()
+        if tensor and fnmatchcase(n, tensor)
+    ]
+    listed.sort(key=lambda t: str(t["name"]))
+    return {**describe(resolved), "figures": figures, **({"listed": listed} if tensor else {})}
+
+
+def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
+    """What a person hears of a plan."""
+    from refmerge.recipe import describe
+
+    figures, told = facts["figures"], describe(resolved)
     tool = resolved.method.rpartition(":")[0]
     whose = {"": "the paper", "official": "the authors' code"}.get(tool, tool)
     click.echo(f"method      {resolved.method} (as {whose} has it)")
@@ -184,6 +217,19 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         click.echo(f"base        {resolved.base}")
     if resolved.align is not None:
         click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
+    for module in resolved.modules:
+        layers = 0
+        for s in () if module.whole else module.slices:
+            pieces = ", ".join(f"{p.model} {p.start}-{(p.stop or 0) - 1}" for p in s.everything)
+            length = (s.everything[0].stop or 0) - s.everything[0].start
+            where = "" if module.name == "default" else f" of {module.name}"
+            click.echo(f"layers      {layers}-{layers + length - 1}{where} from {pieces}")
+            layers += length
+    if told["vocabulary"] is not None:
+        v = told["vocabulary"]
+        click.echo(f"vocabulary  {v['source']}: {v['tokens']} tokens in {v['rows']} rows")
+        for t in v["tables"]:
+            click.echo(f"{'':12}{t['own_in_all']} are in all of {', '.join(t['models'])}, {len(t['others'])} are given to others")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
     click.echo(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
@@ -191,14 +237,14 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     click.echo(f"writes      {size(figures['bytes_written'])}")
     compiled = ", compiled programs" if figures["compiled"] else ""
     click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
-    if expected is not None:
-        disk = size(round(expected.needs_per_second))
-        click.echo(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
+    if "seconds" in figures:
+        disk = size(round(figures["needs_bytes_per_second"]))
+        click.echo(f"time        about {figures['seconds']:.1f} s here, where the disk reads {disk} a second or more")
     for note in resolved.notes:
         click.echo(f"note        {note}")
-    for t in listed:
-        values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
-        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {values}")
+    for t in facts.get("listed", ()):
+        values = " ".join(f"{k}={v}" for k, v in t.get("parameters", {}).items())
+        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {t['method']}{' ' * bool(values)}{values}")
 
 
 @main.command()
@@ -498,10 +544,12 @@ class _Progress:
     def __enter__(self) -> None:
         if self._bar is None:
             return
-        figures, bar = self._plan.figures(estimate=True), self._bar
-        self._task: Any = bar.add_task(str(figures["method"]), total=figures["bytes_read"])
+        plans, bar = self._plan.all_plans, self._bar
+        total = sum(p.figures(estimate=True)["bytes_read"] for p in plans)
+        self._task: Any = bar.add_task(self._plan.work.method.name, total=total)
         self._shown = time.monotonic()
-        self._plan.work.progress = self._advance
+        for work in (w for p in plans for w in p.works):
+            work.progress = self._advance
         bar.start()
 
     def _advance(self, nbytes: int) -> None:

@@ -17,6 +17,7 @@ from refmerge.recipe.layers import find_layers, in_modules, is_first, place_of
 from refmerge.recipe.run import prepare_recipe, run_recipe
 from tests.tiny_models import PARTS, write
 
+
 @pytest.fixture
 def merged(tmp_path, monkeypatch):
     """(recipe) -> name -> the one number in that tensor, and config.json, of a merge of a = 100.., b = 200.., c = 300.."""
@@ -250,7 +251,7 @@ def test_two_stacks_of_layers(merged, tmp_path):
             "refmerge: 1\nmerge_method: ties\nover: model\nbase_model: a\nslices:\n"
             "  - sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]\n"
             "  - sources:\n"
-            "    [{model: a, layer_range: [1, 2]}, {model: b, layer_range: [0, 1]}, {model: c, layer_range: [0, 1]}]\n",
+            "      [{model: a, layer_range: [1, 2]}, {model: b, layer_range: [0, 1]}, {model: c, layer_range: [0, 1]}]\n",
             UsageError,
             "give every slice the same number of models",
         ),

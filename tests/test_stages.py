@@ -110,7 +110,7 @@ def test_what_cannot_be_written_is_said_first(folder, monkeypatch):
     (folder / "r.yml").write_text(THREE)
     (folder / "out").mkdir()
     monkeypatch.setattr(Plan, "_fill", lambda *_: 1 / 0)
-    with pytest.raises(UsageError, match="out'?: exists; overwrite"):
+    with pytest.raises(UsageError, match="exists; overwrite"):
         run_recipe("r.yml", "out")
     with pytest.raises((UsageError, ResourceError), match="lies in an input"):
         run_recipe("r.yml", "a/out")

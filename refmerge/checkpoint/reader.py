@@ -83,6 +83,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self._open: dict[Path, PositionedFile] = {}
         self._lock = threading.Lock()
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights."""
+        return sorted(self._identities)
+
     def sidecars(self) -> list[Path]:
         """The files of the folder that belong into a model merged from this one, sorted; never weights or an index."""
         return [] if self.directory is None else layout.sidecars(self.directory)

@@ -25,10 +25,11 @@ Models = tuple[list[Entry], str | None, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that its schema accepts; `document` remembers where each part stands in the text."""
+    """A recipe that its schema accepts; `document` remembers where each part stands in the text. text: of the whole file."""
 
     document: Document
     content: MergekitRecipe | NativeRecipe
+    text: str = ""
 
     @property
     def semantics(self) -> Semantics:
@@ -90,7 +91,7 @@ class Resolved:
     modules: what the result is made of, where it is not simply the models. layers: patterns of the names of layers.
     vocabulary: globs of the tensors with a row for each token. tokenizer: what their rows are to be, as the recipe has it;
     None where they are merged as they are, which `rows_as_they_are` says is wanted. base_model: as declared, whether the
-    method has a base or not.
+    method has a base or not. rows_from: whose row each token's is, once the models were looked at.
     align: what is done to models and base before. donor: the model whose config and tokenizer files the output gets.
     read_dtype: every input is cast to it at load. read_dtype and out_dtype are safetensors names. notes: what the recipe
     says and a merge does not act on.
@@ -110,6 +111,7 @@ class Resolved:
     tokenizer: Tokenizer | None = None
     rows_as_they_are: bool = False
     base_model: str | None = None
+    rows_from: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     chat_template: str | None = None
     align: Alignment | None = None
     stats: tuple[str | None, ...] | None = None
@@ -158,17 +160,17 @@ def _text_of(path: str | os.PathLike[str]) -> tuple[str, str]:
 def parse_recipe(text: str, source: str = "<recipe>") -> Recipe:
     """The recipe in a text. RecipeError lists all its problems with line and column."""
     document = read_document(text, source)
-    return Recipe(document, validate(document))
+    return Recipe(document, validate(document), text)
 
 
-def _valid(document: Document) -> Recipe:
-    return Recipe(document, validate(document))
+def _valid(document: Document, text: str) -> Recipe:
+    return Recipe(document, validate(document), text)
 
 
 def parse_recipes(text: str, source: str = "<recipe>") -> list[Recipe]:
     """As `load_recipes`, of a text."""
     documents = read_documents(text, source)
-    recipes = _all_or_errors([partial(_valid, d) for d in documents])
+    recipes = _all_or_errors([partial(_valid, d, text) for d in documents])
     if len(recipes) == 1:
         return recipes
     by_name: dict[str, Recipe] = {}
@@ -344,6 +346,9 @@ def describe(resolved: Resolved) -> dict[str, Any]:
         "base": resolved.base,
         "align": None if resolved.align is None else asdict(resolved.align),
         "donor": resolved.donor,
+        "tokenizer": None if resolved.tokenizer is None else resolved.tokenizer.model_dump(exclude_none=True),
+        "chat_template": resolved.chat_template,
+        "vocabulary": resolved.rows_from,
         "stats": None if resolved.stats is None else list(resolved.stats),
         "read_dtype": resolved.read_dtype,
         "out_dtype": resolved.out_dtype,
@@ -517,7 +522,7 @@ class _Reader:
 
 def _as_written(data: Mapping[str, Any]) -> dict[str, Any]:
     per_model = {entry["model"]: entry["parameters"] for entry in data.get("models") or () if entry.get("parameters")}
-    made_of = {key: data[key] for key in ("slices", "modules", "layers", "vocabulary") if data.get(key) is not None}
+    made_of = {key: data[key] for key in ("slices", "modules", "layers") if data.get(key) is not None}
     return {"parameters": data.get("parameters") or {}, "model_parameters": per_model, **made_of}
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint, open_checkpoint
-from refmerge.errors import UsageError
+from refmerge.errors import RefmergeError, UsageError, together
 from refmerge.plan import Plan, Stage
 from refmerge.recipe.assemble import assemble, layer_config
 from refmerge.recipe.plan import Alignment, Resolved, Slice, load_recipes, resolve_all
+from refmerge.recipe.record import keep_record
 from refmerge.recipe.stages import ComingCheckpoint
 from refmerge.recipe.templates import template_for
 from refmerge.recipe.tokenizers import TOKENIZER_FILES, json_bytes, read_tokenizer_config
@@ -27,11 +28,17 @@ __all__ = ["prepare_recipe", "run_recipe"]
 
 
 def prepare_recipe(
-    recipe: str | os.PathLike[str], *, dtype: str | None = None, seed: int | None = None, **options: Any
+    recipe: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    seed: int | None = None,
+    hashes: bool | None = None,
+    **options: Any,
 ) -> tuple[Resolved, Plan]:
     """Check a recipe and the checkpoints it names, without reading a weight.
 
-    options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. A native recipe's paths are
+    options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. hashes: whether the report has
+    the hashes of what is read and written; None is for small models only. A native recipe's paths are
     relative to its folder, another tool's to the working directory, as that tool has it. Where the file holds several
     recipes, those that come before the last one are the plan's stages.
     """
@@ -40,7 +47,17 @@ def prepare_recipe(
     stages: list[Stage] = []
     for one, resolved in zip(recipes, resolve_all(recipes)):
         folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
-        resolved, plan = _prepare(resolved, _Models(folder, coming), dtype, seed, options)
+        models = _Models(folder, coming)
+        resolved, plan = _prepare(resolved, models, dtype, seed, options)
+        named = [*resolved.models, *(p.model for m in resolved.modules for s in m.slices for p in s.everything)]
+        named += [] if resolved.base is None else [resolved.base]
+        keep_record(
+            recipes if one is recipes[-1] else [one],
+            resolved,
+            plan,
+            {m: models.open(m) for m in dict.fromkeys(named)},
+            hashes,
+        )
         if one is not recipes[-1]:
             assert resolved.name is not None
             coming[resolved.name] = ComingCheckpoint(resolved.name, plan)
@@ -55,12 +72,30 @@ class _Models:
 
     folder: Path
     coming: Mapping[str, ComingCheckpoint]
+    opened: dict[str, Checkpoint] = field(default_factory=dict)
 
     def place(self, path: str) -> Path:
         return self.folder / Path(path).expanduser()
 
     def open(self, model: str) -> Checkpoint:
-        return self.coming[model] if model in self.coming else open_checkpoint(self.place(model))
+        if model in self.coming:
+            return self.coming[model]
+        if model not in self.opened:
+            self.opened[model] = open_checkpoint(self.place(model))
+        return self.opened[model]
+
+    def open_all(self, models: Collection[str], donor: str) -> dict[str, Checkpoint]:
+        """These models, without repetition. InputError with what is wrong with each of them, and with the donor."""
+        errors: list[RefmergeError] = []
+        found = {}
+        for model in dict.fromkeys((*models, donor)):
+            try:
+                found[model] = self.open(model)
+            except RefmergeError as e:
+                errors.append(e)
+        if errors:
+            raise together(errors)
+        return {model: found[model] for model in dict.fromkeys(models)}
 
 
 def _prepare(
@@ -76,8 +111,8 @@ def _prepare(
     }
     if resolved.modules:
         return _prepare_assembled(resolved, models, common)
-    opened = {m: models.open(m) for m in dict.fromkeys((*resolved.models, resolved.base)) if m is not None}
-    donor = opened.get(resolved.donor) or models.open(resolved.donor)
+    opened = models.open_all([*resolved.models, *([] if resolved.base is None else [resolved.base])], resolved.donor)
+    donor = models.open(resolved.donor)
     notes = _check_vocabularies(resolved, opened)
     plan = prepare(
         [opened[m] for m in resolved.models],
@@ -101,8 +136,8 @@ def _prepare_assembled(
     """A recipe whose result is put together from parts of models."""
     read_dtype, backend = common.pop("read_dtype"), open_backend(common.get("backend") or "numpy")
     named = dict.fromkeys(p.model for m in resolved.modules for s in m.slices for p in s.everything)
-    checkpoints = {model: models.open(model) for model in named}
-    donor = checkpoints.get(resolved.donor) or models.open(resolved.donor)
+    checkpoints = models.open_all(named, resolved.donor)
+    donor = models.open(resolved.donor)
     sources = {model: DiskSource(c, backend, read_dtype) for model, c in checkpoints.items()}
     native = resolved.semantics == "refmerge"
     alignment = None
@@ -134,7 +169,8 @@ def _prepare_assembled(
     plan.checkpoints = (*checkpoints.values(), *([] if donor in checkpoints.values() else [donor]))
     plan.config, more = layer_config(resolved, checkpoints, donor)
     _finish(resolved, plan, checkpoints, alignment)
-    return replace(resolved, notes=(*resolved.notes, *notes, *more)), plan
+    rows = None if alignment is None else alignment.told()
+    return replace(resolved, notes=(*resolved.notes, *notes, *more), rows_from=rows), plan
 
 
 def _check_vocabularies(resolved: Resolved, checkpoints: Mapping[str, Checkpoint]) -> list[str]:

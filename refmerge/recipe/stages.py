@@ -46,6 +46,10 @@ class ComingCheckpoint(Checkpoint):
         }
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def files(self) -> list[Path]:
+        return [] if self._made is None else self._made.files
+
     def take(self, folder: Path) -> None:
         """The checkpoint is there."""
         self._made = open_checkpoint(folder)

@@ -64,9 +64,8 @@ class Alignment:
     entries: Mapping[str, TokenEntry]
     native: bool
     tensors: Mapping[str, set[str]]
-    padded: int = 1
     notes: list[str] = field(default_factory=list)
-    _made: dict[tuple[Any, ...], dict[str, Rows]] = field(default_factory=dict)
+    _made: dict[tuple[tuple[str, ...], str | None, tuple[int, ...]], dict[str, Rows]] = field(default_factory=dict)
 
     def source_of(
         self, model: str, name: str, models: Sequence[str], base: str | None, sources: Mapping[str, DiskSource]
@@ -100,10 +99,13 @@ class Alignment:
         inner[path[-1]] = self.rows
         return new
 
-    def origins(self, models: Sequence[str], base: str | None) -> dict[str, Any]:
-        """Token -> what its row is in each model that does not have it as its own; and of how many tokens all do."""
-        heights = tuple(max(self.all_ids[m].values(), default=0) + 1 for m in models)
-        return _Table(self, models, base, heights).told()
+    def told(self) -> dict[str, Any]:
+        """Whose each row is, for tensors of the same models: by token, of those that not all models have as their own."""
+        found = [
+            {"models": list(models), "base": base, **_Table(self, models, base, heights).told()}
+            for models, base, heights in self._made
+        ]
+        return {"source": self.source, "rows": self.rows, "tokens": len(self.vocabulary.ids), "tables": found}
 
 
 class _Table:
@@ -199,7 +201,7 @@ class _Table:
                 "in": lacking,
                 "from": [{"model": self.models[j], "row": row} for j, row in parts] or "zero",
             }
-        return {"tokens": len(self.tokens), "own_in_all": len(self.tokens) - len(made), "others": made}
+        return {"own_in_all": len(self.tokens) - len(made), "others": made}
 
 
 class AlignedSource(ByteSource):
@@ -213,9 +215,7 @@ class AlignedSource(ByteSource):
     def __init__(self, own: DiskSource, name: str, rows: Rows, others: Sequence[DiskSource]) -> None:
         kinds = {s.dtype(name) for s in others}
         if not kinds <= FLOATS:
-            raise InputError(
-                f"{own.told(name)} is not of floating-point numbers and cannot be given other rows"
-            )
+            raise InputError(f"{own.told(name)} is not of floating-point numbers and cannot be given other rows")
         widths = {s.shape(name)[1:] for s in others}
         if len(widths) > 1:
             listed = ", ".join(f"{list(s.shape(name))} in {s.label}" for s in others)
