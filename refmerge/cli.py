@@ -229,7 +229,8 @@ def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
         v = told["vocabulary"]
         click.echo(f"vocabulary  {v['source']}: {v['tokens']} tokens in {v['rows']} rows")
         for t in v["tables"]:
-            click.echo(f"{'':12}{t['own_in_all']} are in all of {', '.join(t['models'])}, {len(t['others'])} are given to others")
+            all_of = ", ".join(t["models"])
+            click.echo(f"{'':12}{t['own_in_all']} are in all of {all_of}, {len(t['others'])} are given to others")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
     click.echo(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"

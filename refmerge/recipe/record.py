@@ -44,8 +44,8 @@ def keep_record(
     """Let a plan write its record: README.md, the recipe, refmerge_config.yaml, refmerge_report.json, and the recipe in the
     header of each file of weights.
 
-    recipes: of the file, the last one is the plan's. models: as the recipe names them. hashes: whether files are hashed; None
-    where that takes no time to speak of.
+    recipes: of the file, the last one is the plan's. models: as the recipe names them. hashes: whether files are hashed;
+    None where that takes no time to speak of.
     """
     data = [r.document.data for r in recipes]
     told = json.dumps(data[0] if len(data) == 1 else data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
