@@ -50,7 +50,7 @@ TEMPLATES = {
     "mistral": """\
 {{- bos_token -}}
 {%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' -%}
-{%- for m in messages[1:] if system else messages -%}
+{%- for m in (messages[1:] if system else messages) -%}
     {%- if m['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}
         {{- raise_exception('after a system message, user and assistant take turns') -}}
     {%- elif m['role'] == 'user' -%}
