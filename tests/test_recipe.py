@@ -6,6 +6,7 @@ ones, so that these tests need no method's file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -23,6 +24,7 @@ from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method, Param
 from refmerge.recipe import describe, load_recipe, parse_recipe, resolve, schema_json
 from refmerge.recipe.parameters import interpolate, layer_count, layer_index, position
+from refmerge.recipe.plan import load_recipes, resolve_all
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "spec" / "recipes").glob("*.yml"))
 
@@ -810,11 +812,12 @@ def test_importing_refmerge_loads_no_recipe_reader():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples(path):
     """The examples that spec/ ships are recipes of methods that are registered."""
-    merge = resolve(load_recipe(path))
     names = names_of(6)
-    for name in names:
-        given = merge.parameters_for(name, names)
-        registry.get(merge.method).bind(given, len(merge.models))
+    for merge in resolve_all(load_recipes(path)):
+        rules = [(merge.rules, len(merge.models))] if not merge.modules else []
+        rules += [(s.rules, len(s.pieces)) for module in merge.modules for s in module.slices]
+        for (rule, count), name in itertools.product(rules, names):
+            registry.get(merge.method).bind(rule.for_tensor(name, names), count)
 
 
 # --- anything at all
