@@ -64,8 +64,8 @@ def estimate(plan: Plan) -> Estimate | None:
                     best[tensors] = min(best[tensors], trial.seconds(tensors * plan.threads))
         # The difference of two sizes leaves out what does not grow: the start of processes, say.
         slope = max((best[many] - best[FEW]) / ((many - FEW) * plan.threads * trial.size), 0.0)
-        seconds = START + slope * sum(t.size for t in work.tensors)
-        first = sum(work.bytes_of(t, t.size) for t in work.tensors)
+        seconds = START + slope * sum(t.size for w in plan.works for t in w.tensors)
+        first = sum(w.bytes_of(t, t.size) for w in plan.works for t in w.tensors)
         return Estimate(seconds, slope * 1e9, first / seconds)
     return None
 

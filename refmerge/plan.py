@@ -111,16 +111,22 @@ class Plan:
     ) -> Any:
         """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
         outputs = self.work.method.outputs or ("",)
+        if self.stages and out is not None:  # what would be refused in the end is refused now
+            refuse_input(out, [c.path for p in self.all_plans for c in p.checkpoints if not c.coming])
+            CheckpointWriter(out, {}, overwrite=overwrite).abort()
+        with self.staged(out, max_shard_size=max_shard_size):
+            return self._run(outputs, out, max_shard_size, overwrite, {**self.metadata, **(metadata or {})})
+
+    @contextmanager
+    def staged(self, out: str | Path | None = None, **options: Any) -> Iterator[None]:
+        """Within it the stages have been run, to a folder beside `out` or in the system's temporary one."""
         with ExitStack() as stack:
             if self.stages:
-                if out is not None:  # what would be refused in the end is refused now
-                    refuse_input(out, [c.path for p in self.all_plans for c in p.checkpoints if not c.coming])
-                    CheckpointWriter(out, {}, overwrite=overwrite).abort()
                 folder = stack.enter_context(_beside(None if out is None else Path(out)))
                 for stage in self.stages:
-                    stage.plan.run(folder / stage.name, max_shard_size=max_shard_size)
+                    stage.plan.run(folder / stage.name, **options)
                     stage.take(folder / stage.name)
-            return self._run(outputs, out, max_shard_size, overwrite, {**self.metadata, **(metadata or {})})
+            yield
 
     def _run(
         self, outputs: Sequence[str], out: str | Path | None, max_shard_size: int | str, overwrite: bool,
@@ -128,7 +134,7 @@ class Plan:
     ) -> Any:  # fmt: skip
         if out is None:
             arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
-            self._fill(arrays)
+            self.fill(arrays)
             results = {o: sink.result() for o, sink in arrays.items()}
             return results if self.work.method.outputs else results[""]
         target = Path(out)
@@ -150,7 +156,7 @@ class Plan:
                 )
                 written = writer.paths
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
-            self._fill(sinks)
+            self.fill(sinks)
             for c in self.checkpoints:
                 c.check_unchanged()
             if self.report is not None and not single:
@@ -217,7 +223,8 @@ class Plan:
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         return block_elements(work.method, len(work.models), block_bytes, self.threads, self.max_memory)
 
-    def _fill(self, sinks: Mapping[str, Any]) -> None:
+    def fill(self, sinks: Mapping[str, Any]) -> None:
+        """Merge into these sinks, one for each output of the method; "" where it has one."""
         if self.before is not None:
             self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())

@@ -52,7 +52,7 @@ def test_the_files_of_a_merge(folder):
     assert (folder / "out/mergekit_config.yml").read_text() == RECIPE
     assert load_recipe(folder / "out/mergekit_config.yml").content == load_recipe("r.yml").content
     understood = YAML(typ="safe", pure=True).load((folder / "out/refmerge_config.yaml").read_text())
-    assert understood["method"] == "mergekit:task_arithmetic" and understood["out_dtype"] == "BF16"
+    assert understood["merge_method"] == "task_arithmetic" and understood["slices"][1]["sources"][2]["model"] == "c"
     assert understood["parameters"]["weight"] == 0.5 and understood["parameters"]["normalize"] is False
     config = json.loads((folder / "out/config.json").read_text())
     assert config == {"num_hidden_layers": 3, "dtype": "bfloat16"}
@@ -133,6 +133,25 @@ def test_a_native_recipe_has_no_file_of_mergekits(folder):
     assert "With its own semantics." in (folder / "out/README.md").read_text()
     report = json.loads((folder / "out/refmerge_report.json").read_text())
     assert report["tensors"]["lm_head.weight"]["from"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_recipe_with_its_defaults_makes_the_same(folder, native):
+    (folder / "sub").mkdir()
+    if native:
+        text = "refmerge: 1\nmerge_method: ties\nbase_model: ../a\nmodels: [{model: ../b}]\nparameters: {density: 0.5}\n"
+        text = f"name: x\n{text}---\nrefmerge: 1\nmerge_method: linear\nmodels: [{{model: x}}, {{model: {folder}/a}}]\n"
+        (folder / "sub/r.yml").write_text(text)
+    else:
+        (folder / "sub/r.yml").write_text(RECIPE)
+    run_recipe("sub/r.yml", "deep/out")
+    filled = (folder / "deep/out/refmerge_config.yaml").read_text()
+    assert ("../../b" in filled and f"{folder}/a" in filled) == native
+    run_recipe("deep/out/refmerge_config.yaml", "again")
+    assert (folder / "again/refmerge_report.json").exists()
+    one, other = open_checkpoint("deep/out"), open_checkpoint("again")
+    assert {n: x.tobytes() for n, x in one.items()} == {n: x.tobytes() for n, x in other.items()}
+    assert ask("verify", "deep/out")[0] == 0
 
 
 def test_stages_are_recorded_in_the_last_one(folder):

@@ -96,8 +96,8 @@ def test_nothing_is_left_after_a_failure(folder, monkeypatch, overwrite):
     if overwrite:
         run_recipe("r.yml", "out")
         before = (folder / "out/model.safetensors").read_bytes()
-    fill = Plan._fill
-    monkeypatch.setattr(Plan, "_fill", lambda self, sinks: fill(self, sinks) if not self.stages else 1 / 0)
+    fill = Plan.fill
+    monkeypatch.setattr(Plan, "fill", lambda self, sinks: fill(self, sinks) if not self.stages else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_recipe("r.yml", "out", overwrite=overwrite)
     assert {p.name for p in folder.iterdir()} == {"a", "b", "r.yml", *(["out"] if overwrite else [])}
@@ -109,7 +109,7 @@ def test_what_cannot_be_written_is_said_first(folder, monkeypatch):
     """An output that exists is not found out after an hour."""
     (folder / "r.yml").write_text(THREE)
     (folder / "out").mkdir()
-    monkeypatch.setattr(Plan, "_fill", lambda *_: 1 / 0)
+    monkeypatch.setattr(Plan, "fill", lambda *_: 1 / 0)
     with pytest.raises(UsageError, match="exists; overwrite"):
         run_recipe("r.yml", "out")
     with pytest.raises((UsageError, ResourceError), match="lies in an input"):

@@ -240,9 +240,9 @@ def _all_or_errors(makers: Sequence[Callable[[], Any]]) -> list[Any]:
     return made
 
 
-def resolve_all(recipes: Sequence[Recipe]) -> list[Resolved]:
-    """Each recipe decided. RecipeError with the problems of all."""
-    return _all_or_errors([partial(resolve, r) for r in recipes])
+def resolve_all(recipes: Sequence[Recipe], method: Method | None = None) -> list[Resolved]:
+    """Each recipe decided; `method` stands in for the last one's. RecipeError with the problems of all."""
+    return _all_or_errors([partial(resolve, r, method if r is recipes[-1] else None) for r in recipes])
 
 
 def _models_of(content: MergekitRecipe | NativeRecipe) -> set[str]:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from refmerge.checkpoint import Checkpoint
+from refmerge.checkpoint import Checkpoint, itemsize
 from refmerge.checkpoint.files import read_small
 from refmerge.errors import InputError
 from refmerge.plan import Plan
@@ -48,18 +50,20 @@ def keep_record(
     None where that takes no time to speak of.
     """
     data = [r.document.data for r in recipes]
+    source = Path(recipes[-1].document.source).parent
+    filled = [_filled(r) for r in recipes]
     told = json.dumps(data[0] if len(data) == 1 else data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     plan.metadata = {**plan.metadata, "refmerge_recipe": told}
     text = recipes[-1].text
-    config = _yaml({"refmerge_version": _version("refmerge"), **_understood(resolved)})
     if resolved.semantics == "mergekit":
         plan.files = {**plan.files, "mergekit_config.yml": text.encode()}
     plan.files = {
         **plan.files,
-        "refmerge_config.yaml": config.encode(),
         "README.md": _card(resolved, models, text).encode(),
     }
-    size = sum(c.nbytes for c in models.values()) + plan.figures(estimate=True)["bytes_written"]
+    size = sum(c.nbytes for c in models.values()) + sum(
+        math.prod(shape) * itemsize(dtype) for dtype, shape in plan.specs.values()
+    )
     wanted = size <= SMALL if hashes is None else hashes
 
     def report(written: Sequence[Path]) -> dict[str, bytes]:
@@ -72,26 +76,54 @@ def keep_record(
             "backend": plan.backend.name,
             "inputs": {m: [_file(path, wanted) for path in c.files] for m, c in models.items()},
             "outputs": [_file(path, wanted) for path in written],
+            "recipe": {k: v for k, v in describe(resolved).items() if k != "vocabulary" and v not in (None, [], {})},
             **_tensors(plan, {str(c.path): m for m, c in models.items()}),
             **({} if resolved.rows_from is None else {"vocabulary": resolved.rows_from}),
         }  # fmt: skip
-        return {"refmerge_report.json": json_bytes(found)}
+        if resolved.semantics == "refmerge":  # whose paths are relative to the recipe's folder, and this will be another one
+            names = {r.content.name for r in recipes}
+            moved = [_moved(d, source, written[0].parent, names) for d in filled]
+        else:
+            moved = filled
+        config = "---\n".join(map(_yaml, moved))
+        return {"refmerge_config.yaml": config.encode(), "refmerge_report.json": json_bytes(found)}
 
     plan.report = report
 
 
-def _understood(resolved: Resolved) -> dict[str, Any]:
-    """The recipe with what it leaves to defaults; None where nothing was asked for is left out."""
-    method = get(resolved.method)
+def _filled(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with what it leaves to defaults: it makes the same."""
+    data = dict(recipe.document.data)
+    method = get(f"mergekit:{data['merge_method']}" if recipe.semantics == "mergekit" else data["merge_method"])
     defaults = {
         recipe_key(name): list(p.default) if isinstance(p.default, tuple) else p.default
         for name, p in method.params.items()
         if not p.required and p.default is not None
     }
-    told = describe(resolved)
-    del told["vocabulary"]  # it is in the report
-    told["parameters"] = {**defaults, **told["parameters"]}
-    return {key: value for key, value in told.items() if value not in (None, [], {})}
+    if defaults:
+        data["parameters"] = {**defaults, **(data.get("parameters") or {})}
+    if data.get("dtype") is not None:
+        data.setdefault("out_dtype", data["dtype"])
+    if recipe.semantics == "refmerge":
+        data.setdefault("seed", 0)
+    return data
+
+
+_PATHS = ("model", "base_model", "stats", "to", "source", "tokenizer_source")
+
+
+def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], key: str = "") -> Any:
+    """A recipe of the folder `source` as one of the folder `to`: with other relative paths."""
+    if isinstance(value, dict):
+        return {k: v if k == "parameters" else _moved(v, source, to, names, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_moved(v, source, to, names, key) for v in value]
+    if key not in _PATHS or not isinstance(value, str) or value in names or os.path.isabs(value):
+        return value
+    if not (source / value).exists():  # a word, or a name of the Hub, or models put together by a plus
+        parts = value.split("+")
+        return value if len(parts) == 1 else "+".join(_moved(part, source, to, names, key) for part in parts)
+    return os.path.relpath(source / value, to)
 
 
 def _tensors(plan: Plan, names: Mapping[str, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import RefmergeError, UsageError, together
+from refmerge.method import Method
 from refmerge.plan import Plan, Stage
 from refmerge.recipe.assemble import assemble, layer_config
 from refmerge.recipe.plan import Alignment, Resolved, Slice, load_recipes, resolve_all
@@ -30,6 +31,7 @@ __all__ = ["prepare_recipe", "run_recipe"]
 def prepare_recipe(
     recipe: str | os.PathLike[str],
     *,
+    method: Method | None = None,
     dtype: str | None = None,
     seed: int | None = None,
     hashes: bool | None = None,
@@ -37,18 +39,18 @@ def prepare_recipe(
 ) -> tuple[Resolved, Plan]:
     """Check a recipe and the checkpoints it names, without reading a weight.
 
-    options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. hashes: whether the report has
-    the hashes of what is read and written; None is for small models only. A native recipe's paths are
-    relative to its folder, another tool's to the working directory, as that tool has it. Where the file holds several
-    recipes, those that come before the last one are the plan's stages.
+    method: stands in for the one that the recipe names. options: as those of `refmerge.api.prepare`; dtype and seed go
+    before the recipe's own. hashes: whether the report has the hashes of what is read and written; None is for small models
+    only. A native recipe's paths are relative to its folder, another tool's to the working directory, as that tool has it.
+    Where the file holds several recipes, those that come before the last one are the plan's stages.
     """
     recipes = load_recipes(recipe)
     coming: dict[str, ComingCheckpoint] = {}
     stages: list[Stage] = []
-    for one, resolved in zip(recipes, resolve_all(recipes)):
+    for one, resolved in zip(recipes, resolve_all(recipes, method)):
         folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
         models = _Models(folder, coming)
-        resolved, plan = _prepare(resolved, models, dtype, seed, options)
+        resolved, plan = _prepare(resolved, models, method if one is recipes[-1] else None, dtype, seed, options)
         named = [*resolved.models, *(p.model for m in resolved.modules for s in m.slices for p in s.everything)]
         named += [] if resolved.base is None else [resolved.base]
         keep_record(
@@ -99,7 +101,12 @@ class _Models:
 
 
 def _prepare(
-    resolved: Resolved, models: _Models, dtype: str | None, seed: int | None, options: Mapping[str, Any]
+    resolved: Resolved,
+    models: _Models,
+    method: Method | None,
+    dtype: str | None,
+    seed: int | None,
+    options: Mapping[str, Any],
 ) -> tuple[Resolved, Plan]:
     common: dict[str, Any] = {
         "seed": seed if seed is not None else resolved.seed or 0,
@@ -110,13 +117,13 @@ def _prepare(
         **options,
     }
     if resolved.modules:
-        return _prepare_assembled(resolved, models, common)
+        return _prepare_assembled(resolved, models, method or resolved.method, common)
     opened = models.open_all([*resolved.models, *([] if resolved.base is None else [resolved.base])], resolved.donor)
     donor = models.open(resolved.donor)
     notes = _check_vocabularies(resolved, opened)
     plan = prepare(
         [opened[m] for m in resolved.models],
-        resolved.method,
+        method or resolved.method,
         base=None if resolved.base is None else opened[resolved.base],
         stats=None if resolved.stats is None else [None if s is None else models.place(s) for s in resolved.stats],
         params=resolved.parameters_for,
@@ -131,7 +138,7 @@ def _prepare(
 
 
 def _prepare_assembled(
-    resolved: Resolved, models: _Models, common: dict[str, Any]
+    resolved: Resolved, models: _Models, method: str | Method, common: dict[str, Any]
 ) -> tuple[Resolved, Plan]:
     """A recipe whose result is put together from parts of models."""
     read_dtype, backend = common.pop("read_dtype"), open_backend(common.get("backend") or "numpy")
@@ -161,7 +168,7 @@ def _prepare_assembled(
     plans = []
     for segment in segments:
         stitched, base = segment.sources()
-        plans.append(prepare(stitched, resolved.method, base=base, donor=donor, params=segment.parameters_for, **common))
+        plans.append(prepare(stitched, method, base=base, donor=donor, params=segment.parameters_for, **common))
     plan = plans[0]
     plan.rest = [p.work for p in plans[1:]]
     plan.specs = dict(sorted(chain.from_iterable(p.specs.items() for p in plans)))
