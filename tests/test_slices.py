@@ -174,6 +174,26 @@ def test_a_config_that_does_not_say_how_many_layers_there_are(merged, tmp_path):
     assert resolved.notes == ("config.json: no key says how many layers default has; 2 is not written there",)
 
 
+def test_a_head_that_is_tied_in_one_model(merged, tmp_path):
+    tied = {n: np.array(x) for n, x in open_checkpoint("b").items() if n != "lm_head.weight"}
+    config = {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    save(tied, "b", extra_files={"config.json": json.dumps(config).encode()}, overwrite=True)
+    text = "merge_method: linear\nbase_model: b\nmodels: [{model: a, parameters: {weight: [1, 3]}}, {model: b}]\n"
+    text += "parameters: {weight: 1}\n"
+    values, config = merged(text)
+    assert values["lm_head.weight"] == (100.75 + 200.25) / 2
+    assert layer_values(values)[3] == (3 * 103 + 203) / 4
+    assert config["tie_word_embeddings"] is False
+    assert prepare_recipe("r.yml")[0].notes == (
+        "b stores no lm_head.weight: it is tied to model.embed_tokens.weight, which is merged in its place",
+        "config.json: tie_word_embeddings is false, as the head is no longer the embedding",
+    )
+    values, config = merged(text, missing="skip")
+    assert "lm_head.weight" not in values and config["tie_word_embeddings"] is True
+    with pytest.raises(InputError, match=r"'lm_head\.weight' is missing from b and present in a; missing='base'"):
+        merged("refmerge: 1\nmerge_method: linear\nmodels: [{model: a}, {model: b}]")
+
+
 def test_layers_by_a_pattern(merged, tmp_path):
     write(tmp_path / "x", 3, 10, stack="blocks_")  # blocks_0.self_attn...: no number between dots
     text = "merge_method: passthrough\nslices: [{sources: [{model: x, layer_range: [1, 3]}]}]\n"

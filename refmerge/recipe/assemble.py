@@ -12,7 +12,9 @@ from refmerge.recipe.layers import Place, count_keys, find_layers, in_modules, i
 from refmerge.recipe.plan import Module, Piece, Resolved, Slice
 from refmerge.sources import ByteSource, StitchedSource
 
-__all__ = ["Segment", "assemble", "layer_config"]
+__all__ = ["Segment", "assemble", "layer_config", "tied_heads"]
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass
@@ -37,11 +39,13 @@ def assemble(
     resolved: Resolved,
     checkpoints: Mapping[str, Checkpoint],
     source_of: Callable[[str, str, Slice], ByteSource],
+    tied: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[Segment]:
     """The result's tensors, in segments of as many models each.
 
     checkpoints: model as the recipe writes it -> its checkpoint. source_of: (model, name of a tensor, slice) -> where that
-    model's values of it are read. InputError where a model has not the layers or the modules that the recipe names.
+    model's values of it are read. tied: model -> a tensor that it does not store -> the one that it is. InputError where a
+    model has not the layers or the modules that the recipe names.
     """
     segments: dict[tuple[int, bool], Segment] = {}
     for module, parts in _modules(resolved, checkpoints).items():
@@ -54,8 +58,21 @@ def assemble(
             for table, piece, theirs in zip(tables, s.everything, spot.names):
                 if theirs in parts[piece.model]:
                     table[name] = source_of(piece.model, theirs, s), theirs
+                elif twin := (tied or {}).get(piece.model, {}).get(theirs):
+                    table[name] = source_of(piece.model, twin, s), twin
             segment.params[name] = s.rules.at(name, spot.t, spot.names[: len(s.pieces)])
     return list(segments.values())
+
+
+def tied_heads(checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
+    """Model -> the head that others store and it does not -> its embedding, to which its config says that it is tied."""
+    heads = {name for c in checkpoints.values() for name in c.tensors if name.endswith("lm_head.weight")}
+    found: dict[str, dict[str, str]] = {}
+    for model, c in checkpoints.items():
+        embeddings = [name for name in c.tensors if name.endswith(_EMBEDDINGS)]
+        if len(embeddings) == 1 and (c.config or {}).get("tie_word_embeddings", True) is not False:
+            found |= {model: dict.fromkeys(heads - c.tensors.keys(), embeddings[0])}
+    return {model: names for model, names in found.items() if names}
 
 
 def layer_config(

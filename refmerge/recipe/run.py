@@ -14,8 +14,8 @@ from refmerge.checkpoint import Checkpoint, open_checkpoint
 from refmerge.errors import RefmergeError, UsageError, together
 from refmerge.method import Method
 from refmerge.plan import Plan, Stage
-from refmerge.recipe.assemble import assemble, layer_config
-from refmerge.recipe.plan import Alignment, Resolved, Slice, load_recipes, resolve_all
+from refmerge.recipe.assemble import assemble, layer_config, tied_heads
+from refmerge.recipe.plan import Alignment, Module, Resolved, Slice, load_recipes, pieces, resolve_all
 from refmerge.recipe.record import keep_record
 from refmerge.recipe.stages import ComingCheckpoint
 from refmerge.recipe.templates import template_for
@@ -120,6 +120,10 @@ def _prepare(
         return _prepare_assembled(resolved, models, method or resolved.method, common)
     opened = models.open_all([*resolved.models, *([] if resolved.base is None else [resolved.base])], resolved.donor)
     donor = models.open(resolved.donor)
+    if _tied(resolved, opened, common):
+        whole = Slice(*pieces(resolved.models, resolved.base), resolved.rules, resolved.base_model)
+        resolved = replace(resolved, modules=(Module("default", (whole,), whole=True),))
+        return _prepare_assembled(resolved, models, method or resolved.method, common)
     notes = _check_vocabularies(resolved, opened)
     plan = prepare(
         [opened[m] for m in resolved.models],
@@ -162,7 +166,8 @@ def _prepare_assembled(
             return sources[model]
         return alignment.source_of(model, name, [p.model for p in s.everything], s.base_model, sources)
 
-    segments = assemble(resolved, checkpoints, source_of)
+    tied = {} if alignment is not None else _tied(resolved, checkpoints, common)
+    segments = assemble(resolved, checkpoints, source_of, tied)
     if len(segments) > 1 and common["over"] == "model":
         raise UsageError("over: model takes all tensors together: give every slice the same number of models")
     plans = []
@@ -175,9 +180,24 @@ def _prepare_assembled(
     plan.copied = dict(chain.from_iterable(p.copied.items() for p in plans))
     plan.checkpoints = (*checkpoints.values(), *([] if donor in checkpoints.values() else [donor]))
     plan.config, more = layer_config(resolved, checkpoints, donor)
+    for model, names in tied.items():
+        for head, twin in names.items():
+            more.append(f"{model} stores no {head}: it is tied to {twin}, which is merged in its place")
+    if tied and (donor.config or {}).get("tie_word_embeddings"):
+        plan.config = {**(plan.config or donor.config or {}), "tie_word_embeddings": False}
+        more.append("config.json: tie_word_embeddings is false, as the head is no longer the embedding")
     _finish(resolved, plan, checkpoints, alignment)
     rows = None if alignment is None else alignment.told()
     return replace(resolved, notes=(*resolved.notes, *notes, *more), rows_from=rows), plan
+
+
+def _tied(
+    resolved: Resolved, checkpoints: Mapping[str, Checkpoint], common: Mapping[str, Any]
+) -> dict[str, dict[str, str]]:
+    """The heads that stand for themselves in some models and are an embedding in others, as mergekit merges them."""
+    if resolved.semantics != "mergekit" or common.get("missing", "error") != "error":
+        return {}
+    return tied_heads(checkpoints)
 
 
 def _check_vocabularies(resolved: Resolved, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
