@@ -239,6 +239,23 @@ def test_files_of_the_tokenizer(folder):
     assert "chat_template" not in json.loads((folder / "out/tokenizer_config.json").read_text())
 
 
+def test_numbers_of_tokens_mean_the_same_tokens(folder):
+    config = {"vocab_size": 4, "eos_token_id": [0, 3], "pad_token_id": 2, "bos_token_id": None}
+    config["text_config"] = {"x_token_id": 1}
+    generation = {"eos_token_id": 3, "max_length": 3}
+    write("a", 100, TOKENS["a"], config=config, files={"generation_config.json": json.dumps(generation)})
+    merge(SUM + "base_model: a\ntokenizer_source: b\n")
+    written = json.loads((folder / "out/config.json").read_text())
+    # a's 3 is z, which is b's 1; its 1 is x, b's 3; y is not in b.
+    assert written == {**config, "eos_token_id": [0, 1], "text_config": {"x_token_id": 3}}
+    assert json.loads((folder / "out/generation_config.json").read_text()) == {"eos_token_id": 1, "max_length": 3}
+    told = prepare_recipe("r.yml")[0].notes
+    assert "config.json: eos_token_id is 1 now, not 3, for 'z'" in told
+    assert "config.json: pad_token_id is the number of 'y', which the result does not have: unchanged" in told
+    merge(SUM + "base_model: a\ntokenizer_source: union\n")
+    assert json.loads((folder / "out/config.json").read_text()) == {**config, "vocab_size": 6}
+
+
 PLAIN = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
 
 

@@ -19,7 +19,14 @@ from refmerge.recipe.plan import Alignment, Module, Resolved, Slice, load_recipe
 from refmerge.recipe.record import keep_record
 from refmerge.recipe.stages import ComingCheckpoint
 from refmerge.recipe.templates import template_for
-from refmerge.recipe.tokenizers import TOKENIZER_FILES, json_bytes, read_tokenizer_config
+from refmerge.recipe.tokenizers import (
+    TOKENIZER_FILES,
+    json_bytes,
+    read_json_file,
+    read_tokenizer_config,
+    read_vocabulary,
+    renumbered,
+)
 from refmerge.recipe.vocabulary import Alignment as Vocabularies
 from refmerge.recipe.vocabulary import align, check_alike
 from refmerge.registry import open_backend
@@ -186,7 +193,7 @@ def _prepare_assembled(
     if tied and (donor.config or {}).get("tie_word_embeddings"):
         plan.config = {**(plan.config or donor.config or {}), "tie_word_embeddings": False}
         more.append("config.json: tie_word_embeddings is false, as the head is no longer the embedding")
-    _finish(resolved, plan, checkpoints, alignment)
+    more += _finish(resolved, plan, checkpoints, alignment)
     rows = None if alignment is None else alignment.told()
     return replace(resolved, notes=(*resolved.notes, *notes, *more), rows_from=rows), plan
 
@@ -206,9 +213,12 @@ def _check_vocabularies(resolved: Resolved, checkpoints: Mapping[str, Checkpoint
     return check_alike(checkpoints, resolved.semantics == "refmerge", resolved.vocabulary, resolved.layers)
 
 
-def _finish(resolved: Resolved, plan: Plan, checkpoints: Mapping[str, Checkpoint], alignment: Vocabularies | None) -> None:
-    """The files beside the weights: those of the tokenizer, the chat template, and config.json's number of tokens."""
-    donor = plan.donor
+def _finish(
+    resolved: Resolved, plan: Plan, checkpoints: Mapping[str, Checkpoint], alignment: Vocabularies | None
+) -> list[str]:
+    """The files beside the weights: those of the tokenizer, the chat template, and what config.json says of tokens; and
+    notes of what is changed there."""
+    donor, notes = plan.donor, list[str]()
     assert donor is not None
     sidecars = donor.sidecars()
     files: dict[str, bytes] = {}
@@ -219,6 +229,16 @@ def _finish(resolved: Resolved, plan: Plan, checkpoints: Mapping[str, Checkpoint
         sidecars = sorted([*others, *vocabulary.sidecars(from_tokenizer.sidecars())])
         files = vocabulary.files(from_tokenizer.directory)
         plan.config = alignment.config(plan.config or donor.config)
+        given = read_vocabulary(donor)
+        if given is not None and plan.config is not None:
+            plan.config, more = renumbered(plan.config, given.ids, vocabulary.ids)
+            notes += [f"config.json: {change}" for change in more]
+        generation = None if donor.directory is None else read_json_file(donor.directory / "generation_config.json")
+        if given is not None and generation is not None:
+            changed, more = renumbered(generation, given.ids, vocabulary.ids)
+            if changed != generation:
+                files["generation_config.json"] = json_bytes(changed)
+                notes += [f"generation_config.json: {change}" for change in more]
     if resolved.chat_template is not None:
         text = template_for(resolved.chat_template, [donor, *checkpoints.values()])
         if text is not None:
@@ -228,6 +248,7 @@ def _finish(resolved: Resolved, plan: Plan, checkpoints: Mapping[str, Checkpoint
             if settings is not None and settings.pop("chat_template", None) is not None:
                 files["tokenizer_config.json"] = json_bytes(settings)
     plan.sidecars, plan.files = sidecars, files
+    return notes
 
 
 def _alignment(align: Alignment, models: Sequence[str], base: str | None, plan: Plan) -> Callable[[], None]:

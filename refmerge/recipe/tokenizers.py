@@ -144,6 +144,32 @@ def differences(one: Vocabulary, other: Vocabulary) -> tuple[int, int, int]:
     return len(one.ids.keys() - other.ids.keys()), len(other.ids.keys() - one.ids.keys()), moved
 
 
+def renumbered(
+    config: Mapping[str, Any], before: Mapping[str, int], after: Mapping[str, int]
+) -> tuple[dict[str, Any], list[str]]:
+    """A config whose numbers of tokens (`eos_token_id` and its like) mean the same tokens as before; and the changes."""
+    tokens = {i: token for token, i in before.items()}
+    new, changes = dict(config), []
+
+    def moved(key: str, number: Any) -> Any:
+        token = tokens.get(number) if type(number) is int else None
+        if token is None or after.get(token) == number:
+            return number
+        if token not in after:
+            changes.append(f"{key} is the number of {token!r}, which the result does not have: unchanged")
+            return number
+        changes.append(f"{key} is {after[token]} now, not {number}, for {token!r}")
+        return after[token]
+
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            new[key], inner = renumbered(value, before, after)
+            changes += inner
+        elif key.endswith("_token_id"):
+            new[key] = [moved(key, i) for i in value] if isinstance(value, list) else moved(key, value)
+    return new, changes
+
+
 def table(rows: Sequence[tuple[str, int | None, Vocabulary | None]]) -> str:
     """Models, the rows of their embeddings and their tokens, each compared with the first one that has a tokenizer."""
     first = next((v for _, _, v in rows if v is not None), None)
