@@ -77,6 +77,14 @@ def test_the_report(folder):
     assert report["tensors"].keys() == set(open_checkpoint("out").tensors)
 
 
+def test_what_was_asked_for_beside_the_recipe(folder):
+    (folder / "r.yml").write_text("refmerge: 1\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nseed: 4\n")
+    run_recipe("r.yml", "out", seed=7, dtype="float64", missing="skip")
+    report = json.loads((folder / "out/refmerge_report.json").read_text())
+    assert (report["seed"], report["options"]) == (7, {"dtype": "float64", "missing": "skip"})
+    assert "seed: 7\n" in (folder / "out/refmerge_config.yaml").read_text()
+
+
 @pytest.mark.parametrize(("hashes", "there"), [(None, True), (True, True), (False, False)])
 def test_hashes(folder, hashes, there):
     run_recipe("r.yml", "out", hashes=hashes)

@@ -32,6 +32,7 @@ __all__ = ["keep_record"]
 
 SMALL = 1 << 28  # bytes of inputs and outputs, so few that their hashes are made without being asked for
 _CHUNK = 1 << 22
+_OPTIONS = ("dtype", "nonfinite", "integers", "missing", "arithmetic")  # those on which the result depends
 _LARGEST = 1 << 20  # bytes of a model card that is looked at
 _LICENCES = re.compile(r"[A-Za-z0-9.+-]{1,40}")
 
@@ -41,26 +42,24 @@ def keep_record(
     resolved: Resolved,
     plan: Plan,
     models: Mapping[str, Checkpoint],
+    options: Mapping[str, Any],
     hashes: bool | None,
 ) -> None:
     """Let a plan write its record: README.md, the recipe, refmerge_config.yaml, refmerge_report.json, and the recipe in the
     header of each file of weights.
 
-    recipes: of the file, the last one is the plan's. models: as the recipe names them. hashes: whether files are hashed;
-    None where that takes no time to speak of.
+    recipes: of the file, the last one is the plan's. models: as the recipe names them. options: what was asked for
+    beside the recipe. hashes: whether files are hashed; None where that takes no time to speak of.
     """
     data = [r.document.data for r in recipes]
     source = Path(recipes[-1].document.source).parent
-    filled = [_filled(r) for r in recipes]
+    filled = [_filled(r, plan if r is recipes[-1] else None) for r in recipes]
     told = json.dumps(data[0] if len(data) == 1 else data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     plan.metadata = {**plan.metadata, "refmerge_recipe": told}
     text = recipes[-1].text
     if resolved.semantics == "mergekit":
         plan.files = {**plan.files, "mergekit_config.yml": text.encode()}
-    plan.files = {
-        **plan.files,
-        "README.md": _card(resolved, models, text).encode(),
-    }
+    plan.files = {**plan.files, "README.md": _card(resolved, plan, models, text).encode()}
     size = sum(c.nbytes for c in models.values()) + sum(
         math.prod(shape) * itemsize(dtype) for dtype, shape in plan.specs.values()
     )
@@ -74,6 +73,8 @@ def keep_record(
             },
             "method": resolved.method,
             "backend": plan.backend.name,
+            "seed": plan.work.seed,
+            "options": {k: v for k, v in options.items() if k in _OPTIONS and v is not None},
             "inputs": {m: [_file(path, wanted) for path in c.files] for m, c in models.items()},
             "outputs": [_file(path, wanted) for path in written],
             "recipe": {k: v for k, v in describe(resolved).items() if k != "vocabulary" and v not in (None, [], {})},
@@ -91,10 +92,13 @@ def keep_record(
     plan.report = report
 
 
-def _filled(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with what it leaves to defaults: it makes the same."""
+def _filled(recipe: Recipe, plan: Plan | None) -> dict[str, Any]:
+    """The recipe with what it leaves to defaults, and the seed of its plan: it makes the same."""
     data = dict(recipe.document.data)
-    method = get(f"mergekit:{data['merge_method']}" if recipe.semantics == "mergekit" else data["merge_method"])
+    if plan is not None:
+        method = plan.work.method
+    else:
+        method = get(f"mergekit:{data['merge_method']}" if recipe.semantics == "mergekit" else data["merge_method"])
     defaults = {
         recipe_key(name): list(p.default) if isinstance(p.default, tuple) else p.default
         for name, p in method.params.items()
@@ -106,6 +110,8 @@ def _filled(recipe: Recipe) -> dict[str, Any]:
         data.setdefault("out_dtype", data["dtype"])
     if recipe.semantics == "refmerge":
         data.setdefault("seed", 0)
+        if plan is not None:
+            data["seed"] = plan.work.seed
     return data
 
 
@@ -187,14 +193,13 @@ def _yaml(data: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- card
 
 
-def _card(resolved: Resolved, models: Mapping[str, Checkpoint], text: str) -> str:
+def _card(resolved: Resolved, plan: Plan, models: Mapping[str, Checkpoint], text: str) -> str:
     named = [hub for c in models.values() if (hub := _hub_name(c))]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "refmerge"]}
     if named:
         front["base_model"] = named
     if licence := _licence(models.values()):
         front["license"] = licence
-    method = get(resolved.method)
     whose = "mergekit's" if resolved.semantics == "mergekit" else "its own"
     fence = _fence(text, 3)
     listed = "\n".join(f"- {_code(m)}{', the base' if m == resolved.base else ''}" for m in models)
@@ -202,7 +207,7 @@ def _card(resolved: Resolved, models: Mapping[str, Checkpoint], text: str) -> st
 {_yaml(front)}---
 # Merged model
 
-Merged by `{resolved.method}` ({method.paper}) with refmerge {_version("refmerge")}.
+Merged by `{resolved.method}` ({plan.work.method.paper}) with refmerge {_version("refmerge")}.
 
 ## Models
 

@@ -65,6 +65,7 @@ def prepare_recipe(
             resolved,
             plan,
             {m: models.open(m) for m in dict.fromkeys(named)},
+            {"dtype": dtype, **options},
             hashes,
         )
         if one is not recipes[-1]:
