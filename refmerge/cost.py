@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from refmerge.adapted import Adapted
 from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, itemsize
 from refmerge.checkpoint.dtypes import FLOATS, encode
@@ -73,9 +74,15 @@ def estimate(plan: Plan) -> Estimate | None:
                     best[tensors] = min(best[tensors], trial.seconds(tensors * plan.threads))
         # The difference of two sizes leaves out what does not grow: the start of processes, say.
         slope = max((best[many] - best[FEW]) / ((many - FEW) * plan.threads * trial.size), 0.0)
-        seconds = START + slope * entries
+        seconds = START + slope * entries + _changes(plan)
         return Estimate(seconds, slope * 1e9, first / seconds)
     return None
+
+
+def _changes(plan: Plan) -> float:
+    """The time that adapters take, which the trials' files do not have."""
+    once = sum(c.seconds() for c in plan.checkpoints if isinstance(c, Adapted))
+    return once * plan.figures(estimate=True)["passes"] / plan.threads
 
 
 def _typical(tensors: Any) -> Tensor:
