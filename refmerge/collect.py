@@ -228,12 +228,12 @@ class _Gradients:
         self.twins: dict[str, str] = forward.twins(params) if hasattr(forward, "twins") else {}
         self.params = {}
         for name, x in params.items():
-            x = x.detach() if is_torch_array(x) else torch.from_numpy(np.array(host(x)))
             if name not in self.twins:
-                self.params[name] = x.clone().requires_grad_(True) if x.is_floating_point() else x
+                self.params[name] = x.detach() if is_torch_array(x) else torch.from_numpy(np.array(host(x)))
         known = forward.trained(params) if hasattr(forward, "trained") else [
             n for n, x in self.params.items() if x.is_floating_point() and not n.endswith(BUFFERS)
         ]  # fmt: skip
+        self.params |= {n: self.params[n].clone().requires_grad_(True) for n in known}
         self.trained = [n for n in known if fnmatchcase(n, layers) or fnmatchcase(n.rpartition(".")[0], layers)]
         self.by_taps: set[str] | None = None  # tensors all of whose gradient goes through taps
 
