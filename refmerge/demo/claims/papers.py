@@ -352,7 +352,8 @@ CLAIMS: dict[str, list[Claim]] = {
             "The entropy does fall, by larger coefficients; but where tasks share outputs, sure is not right.",
         ),
         Claim(
-            "adamerging", "The same", "Each task with ten outputs of its own, 500 steps from 0.3.", data_driven.own_outputs,
+            "adamerging", "The same, where each task has outputs of its own", "Ten outputs for each task, 500 steps from 0.3.",
+            data_driven.own_outputs,
             [Check("layer-wise", "task-wise"), Check("task-wise", "task_arithmetic")],
             "It costs less than where outputs are shared, but sure is not right here either.",
             also=["average", "layer-wise, entropy falls by"],
