@@ -342,7 +342,7 @@ def route(model: Any, tokens: Any, mask: Any = None, *, batch: int | None = None
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
         raise UsageError(f"experts: tokens are whole numbers (samples, places), not {tokens.dtype} of {list(tokens.shape)}")
     embedding = f"{llama.prefix(model)}embed_tokens.weight"
-    shape = getattr(model, "tensors", model)[embedding].shape if embedding in model else ()
+    shape: tuple[int, ...] = getattr(model, "tensors", model)[embedding].shape if embedding in model else ()
     if len(shape) != 2:
         raise InputError(f"experts: tensor {embedding!r} is {f'of shape {list(shape)}' if shape else 'missing'}")
     words, width = shape

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from refmerge.adapted import open_model, reference
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint
 from refmerge.errors import UsageError
 from refmerge.method import Method
 from refmerge.plan import Plan
+from refmerge.recipe.moe import prepare_moe
 from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
 from refmerge.sources import DiskSource
 
@@ -38,10 +41,14 @@ def prepare_recipe(
     def place(path: str) -> Path:
         return folder / Path(path).expanduser()
 
+    @cache
+    def model(path: str) -> Path | Checkpoint:
+        return open_model(path, folder) if len(reference(path, folder)) > 1 else place(path)
+
     plan = prepare(
-        [place(m) for m in resolved.models],
+        [model(m) for m in resolved.models],
         method or resolved.method,
-        base=None if resolved.base is None else place(resolved.base),
+        base=None if resolved.base is None else model(resolved.base),
         stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
         seed=seed if seed is not None else resolved.seed or 0,
         over=resolved.over,
@@ -49,7 +56,7 @@ def prepare_recipe(
         out_dtype=resolved.out_dtype,
         read_dtype=resolved.read_dtype,
         params=resolved.parameters_for,
-        donor=place(resolved.donor),
+        donor=model(resolved.donor),
         **options,
     )
     if resolved.align is not None:
@@ -89,5 +96,5 @@ def run_recipe(
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
-    _, plan = prepare_recipe(recipe, **options)
+    plan = prepare_moe(recipe, **options) or prepare_recipe(recipe, **options)[1]
     return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
