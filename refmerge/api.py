@@ -41,6 +41,7 @@ def merge(
     max_memory: int | str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
     nonfinite: Literal["error", "propagate"] = "error",
     integers: Literal["equal", "base"] = "equal",
     missing: Literal["error", "base", "skip"] = "error",
@@ -58,6 +59,8 @@ def merge(
     out_dtype: "float64", "float32", "float16" or "bfloat16" for the result; None keeps the inputs' (promoted, if mixed).
     backend: "numpy", "torch", "torch:cuda:0", "cupy"; None is numpy for checkpoints and the arrays' own library otherwise.
     out: a directory, or a file that ends in .safetensors; None returns arrays.
+    resume: go on where an earlier run of the same merge into `out` stopped, if one did; and if this one is interrupted, leave
+        what is done beside `out` to be gone on with.
     threads: None uses the cores that the process may use. max_memory: "500MB" bounds the blocks' memory.
     nonfinite: what to do with NaN and infinities in the inputs. integers: "equal" demands that integer and boolean tensors
         agree and copies them, "base" takes the base's (without one, the first model's).
@@ -74,7 +77,7 @@ def merge(
         threads=threads, max_memory=max_memory, nonfinite=nonfinite, integers=integers, missing=missing,
         arithmetic=arithmetic, params=params,
     )  # fmt: skip
-    return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
+    return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
 
 def call(

@@ -40,22 +40,26 @@ class Lines(click.Group):
             kwargs["standalone_mode"] = False
             status = super().main(*args, **kwargs)
             sys.exit(status if isinstance(status, int) else 0)
-        except click.exceptions.Abort:
-            _fail("interrupted", INTERRUPTED)
-        except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
-        except Terminated:
-            _fail("terminated", TERMINATED)
+        except click.exceptions.Abort as e:
+            _fail(_with_notes("interrupted", e.__context__ or e), INTERRUPTED)
+        except KeyboardInterrupt as e:
+            _fail(_with_notes("interrupted", e), INTERRUPTED)
+        except Terminated as e:
+            _fail(_with_notes("terminated", e), TERMINATED)
         except click.ClickException as e:
             e.show()
             sys.exit(e.exit_code)
         except RefmergeError as e:
-            _fail(str(e), e.status)
-        except MemoryError:
-            _fail("out of memory: --max-memory and fewer --threads need less", 5)
+            _fail(_with_notes(str(e), e), e.status)
+        except MemoryError as e:
+            _fail(_with_notes("out of memory: --max-memory and fewer --threads need less", e), 5)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(0)
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, status: int) -> None:
@@ -111,10 +115,11 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @_options(*_RUN)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
+@click.option("--resume", is_flag=True, help="go on where this merge was interrupted, and keep what is done if it is again")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
-    recipe: str, out: str, max_shard_size: str, overwrite: bool, quiet: bool, json: bool, **options: Any
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, resume: bool, quiet: bool, json: bool, **options: Any
 ) -> None:  # fmt: skip
     """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors."""
     from refmerge.recipe.run import prepare_recipe
@@ -127,7 +132,7 @@ def merge(
         for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
     with _Progress(plan, silent=quiet or json):
-        plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
+        plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
     wall = time.perf_counter() - start
     figures = plan.figures()
     if json:

@@ -19,6 +19,7 @@ from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
+from refmerge.identity import of_merge
 from refmerge.method import Method, Over
 from refmerge.registry import is_ours
 from refmerge.sources import ArraySink, ArraySource, DiskSink, DiskSource, HostSink, Source, StagedSink
@@ -73,11 +74,14 @@ class Plan:
         *,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
+        resume: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> Any:
         """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
         outputs = self.work.method.outputs or ("",)
         if out is None:
+            if resume:
+                raise UsageError("resume goes on with what an earlier run left on the disk: give out")
             arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
             self._fill(arrays)
             results = {o: sink.result() for o, sink in arrays.items()}
@@ -86,6 +90,13 @@ class Plan:
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
         refuse_input(target, [c.path for c in self.checkpoints])
+        limit = parse_size(max_shard_size)
+        merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": dict(metadata or {})})
+        if resume and merge is None:
+            raise UsageError(
+                "resume is for models on disk that are merged into one model, as they are: "
+                "not for arrays, several outputs or align"
+            )
         with ExitStack() as writers:
             sinks = {}
             for o in outputs:
@@ -93,17 +104,31 @@ class Plan:
                 writer = CheckpointWriter(
                     target / f"{o}.safetensors" if o else target,
                     self._specs_of(o),
-                    max_shard_size=parse_size(max_shard_size),
+                    max_shard_size=limit,
                     overwrite=overwrite,
+                    merge=merge,
+                    resume=resume,
                     metadata=metadata,
                     sidecars=() if single or self.donor is None else self.donor.sidecars(),
                     extra_files=None if single else self._config(),
                 )
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
-            self._fill(sinks)
+                done = self._done(writer.finished)
+                writer.reuse(done)
+            self._fill(sinks, done)
             for c in self.checkpoints:
                 c.check_unchanged()
         return target if self.work.method.outputs else open_checkpoint(target)
+
+    def _done(self, finished: frozenset[str]) -> frozenset[str]:
+        """Which of the finished tensors need not be computed again: those of whose group every tensor is finished."""
+        work, groups = self.work, {}
+        for t in work.tensors:
+            whole = work.over == "model" or work.view(t) == "model"
+            label = "" if whole else work.over(t.name) if callable(work.over) else t.name
+            groups.setdefault(label, set()).update({t.name} if t.size else ())
+        done = frozenset().union(*(group for group in groups.values() if group <= finished))
+        return done | (finished & self.copied.keys())
 
     def _specs_of(self, output: str) -> Specs:
         """What is copied belongs to the model; one of several outputs holds what the method made."""
@@ -152,16 +177,19 @@ class Plan:
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
 
-    def _fill(self, sinks: Mapping[str, Any]) -> None:
+    def _fill(self, sinks: Mapping[str, Any], done: frozenset[str] = frozenset()) -> None:
         if self.before is not None:
             self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
         work = replace(self.work, fused=self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values()))
+        if done:
+            work = replace(work, tensors=[t for t in work.tensors if t.name not in done])
+            work.recorded = self.work.recorded
         self.ran = run(
             work, sinks, elements=self._block_elements(processes), threads=self.threads, processes=processes
         )
         for name, source in self.copied.items():
-            if "" in sinks:
+            if "" in sinks and name not in done:
                 sinks[""].copy(name, source)
 
     def figures(self, estimate: bool = False) -> dict[str, Any]:

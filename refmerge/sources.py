@@ -197,11 +197,11 @@ class ByteSource:
     label: str
 
     def __init__(self, backend: Any, cast: str | None = None) -> None:
-        self._backend, self._cast = backend, cast
+        self._backend, self.cast = backend, cast
 
     def dtype(self, name: str) -> str:
         stored = self.stored(name)
-        return self._cast if self._cast and stored in FLOATS else stored
+        return self.cast if self.cast and stored in FLOATS else stored
 
     def load(
         self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
@@ -210,7 +210,7 @@ class ByteSource:
         stored, count = self.stored(name), stop - start
         raw = scratch.raw(slot, count * itemsize(stored))
         self.read(name, start, stop, raw)
-        to = self._cast if self._cast and stored in FLOATS else stored
+        to = self.cast if self.cast and stored in FLOATS else stored
         if to == "F64" and work != "float64":
             to = "F32"  # rounded once, here: a backend only ever widens
         if stored not in FLOATS:  # masks and counts among the statistics

@@ -16,7 +16,7 @@ import numpy as np
 
 from refmerge.checkpoint import layout
 from refmerge.checkpoint.dtypes import DTYPES, itemsize
-from refmerge.checkpoint.files import PositionedFile, open_regular, shown
+from refmerge.checkpoint.files import PositionedFile, open_regular, readable, shown
 from refmerge.checkpoint.header import Header, TensorInfo, identity, read_header
 from refmerge.errors import InputError, ResourceError
 
@@ -28,6 +28,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Reads and checks all headers and the index, and no weights. InputError names the file and what is wrong with it.
     """
+    with readable(path):
+        return _open(path)
+
+
+def _open(path: str | os.PathLike[str]) -> Checkpoint:
     found = layout.locate(path)
     headers = {file: read_header(file) for file in found.files}
     tensors: dict[str, TensorInfo] = {}
@@ -82,7 +87,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def sidecars(self) -> list[Path]:
         """The files of the folder that belong into a model merged from this one, sorted; never weights or an index."""
-        return [] if self.directory is None else layout.sidecars(self.directory)
+        if self.directory is None:
+            return []
+        with readable(self.directory):
+            return layout.sidecars(self.directory)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Read elements [start, stop) of a tensor, in C order, as stored.
@@ -151,6 +159,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
             if now != known:
                 raise InputError(f"{shown(file)}: was changed since it was opened")
 
+    def fingerprint(self) -> list[list[Any]]:
+        """Path, size and time of each file, as they were when it was opened: what tells these files from others later."""
+        return [[os.path.realpath(file), *known[2:]] for file, known in self._identities.items()]
+
     def close(self) -> None:
         """Close all files. Reading again opens them again, if they are still the same."""
         with self._lock:
@@ -173,7 +185,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
         with self._lock:
             if path not in self._open:
                 file = open_regular(path)
-                if identity(file.stat()) != self._identities[path]:
+                with readable(path):
+                    now = identity(file.stat())
+                if now != self._identities[path]:
                     file.close()
                     raise InputError(f"{shown(path)}: was changed since it was opened")
                 self._open[path] = file

@@ -79,8 +79,9 @@ def run_recipe(
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
     _, plan = prepare_recipe(recipe, **options)
-    return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
+    return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
