@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
+from refmerge.checkpoint import Checkpoint, check_target, open_checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, UsageError
@@ -73,7 +73,7 @@ def merge(
     UsageError, InputError and ResourceError say what is wrong, in which tensor, and what would allow it.
     """
     plan = prepare(
-        models, method, base=base, stats=stats, seed=seed, over=over, dtype=dtype, out_dtype=out_dtype, backend=backend,
+        models, method, out=out, overwrite=overwrite, base=base, stats=stats, seed=seed, over=over, dtype=dtype, out_dtype=out_dtype, backend=backend,
         threads=threads, max_memory=max_memory, nonfinite=nonfinite, integers=integers, missing=missing,
         arithmetic=arithmetic, params=params,
     )  # fmt: skip
@@ -134,13 +134,17 @@ def prepare(
     arithmetic: str = "round_once",
     read_dtype: str | None = None,
     donor: str | Path | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
     params: Mapping[str, Any] | Callable[[str, Collection[str]], Mapping[str, Any]] = {},  # noqa: B006 (never changed)
 ) -> Plan:
-    """Check everything that can be checked without reading a weight, and return the plan of the merge.
+    """Check everything that can be checked without reading a weight, and return the plan of the merge. Last, and only if
+    nothing else is wrong, integer tensors are read and compared.
 
     As `merge`, and: `params` may be a function (tensor name, all names) -> parameters, and `read_dtype` a safetensors
     dtype to which every input value is rounded as it is read (another tool's `dtype:`). `donor` is the input whose config
-    and tokenizer files the result gets: the base, else the first model.
+    and tokenizer files the result gets: the base, else the first model. `out` is where the result is to be, if that is to
+    be checked already.
     """
     m = get(method) if isinstance(method, str) else method
     if not isinstance(m, Method):
@@ -162,12 +166,15 @@ def prepare(
     if not callable(params):
         m.bind(params, len(models))  # complain about parameters before any file is opened
     _check_count(m, len(models), stats)
+    if out is not None and not m.outputs:
+        check_target(out, overwrite)
 
     everything = [*models, *([] if base is None else [base])]
     sources, used, example = _sources(everything, len(models), backend, read_dtype)
     base_source = sources[-1] if base is not None else None
     names, copied = _names(sources, base_source, missing)
-    copied |= _integers([n for n in names if n not in copied], sources, base_source, integers)
+    whole = _integers([n for n in names if n not in copied], sources, base_source, integers)
+    copied |= whole
     floats = [n for n in names if n not in copied]
     for n in floats:
         _same_shape(n, sources)
@@ -193,6 +200,12 @@ def prepare(
         kept[n] = out_name or promote([stored[n], OUTPUTS[least]] if least else [stored[n]])
         tensors.append(Tensor(n, sources[0].shape(n), work_dtype, bound, kept[n]))
 
+    for t in tensors:
+        if (reason := getattr(used, "without", {}).get(t.work)) is not None:
+            raise UsageError(
+                f"backend {used.name} has no {t.work} ({reason}), in which tensor {t.name!r} is to be computed: "
+                "--backend numpy has it"
+            )
     specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
 
@@ -209,7 +222,9 @@ def prepare(
     if beside is not None:
         work.kernels, workers = beside.kernels, 1
     check_memory(work, limit, workers)
+    _check_copies(whole if integers == "equal" else {}, copied, sources)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
+    also_read = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if donor is not None:
         given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
@@ -222,7 +237,7 @@ def prepare(
         max_memory=limit,
         block_bytes=getattr(used or beside, "block_bytes", ARRAYS_BLOCK_BYTES),
         example=example,
-        checkpoints=tuple(opened),
+        checkpoints=(*opened, *also_read),
         donor=given_by,
         out_dtype=out_name,
     )
@@ -265,8 +280,8 @@ def _opened(model: Any) -> Checkpoint:
 def _integers(
     names: Sequence[str], sources: Sequence[Source], base: Source | None, policy: str
 ) -> dict[str, Source]:  # fmt: skip
-    """The tensors that are not floating-point everywhere, with the source they are copied from. InputError if they differ
-    and the policy is not "base"."""
+    """The tensors that are not floating-point everywhere, with the source they are copied from. InputError if the dtypes are
+    of two kinds and the policy is not "base"."""
     keeper, copied = base or sources[0], {}
     for name in names:
         kinds = [s.dtype(name) in FLOATS for s in sources]
@@ -276,14 +291,21 @@ def _integers(
         if policy == "equal" and any(kinds):
             listed = ", ".join(f"{s.dtype(name)} in {s.label}" for s in sources)
             problem = f"tensor {name!r} is integer in one model and floating in another ({listed})"
-        elif policy == "equal" and not all(keeper.same(s, name) for s in sources if s is not keeper):
-            problem = f"integer tensor {name!r} differs between the models and is not averaged"
-        else:
-            copied[name] = keeper
-            continue
-        whose = "the base" if base is not None else "the first model"
-        raise InputError(f"{problem}; integers='base' (--integers base) takes {whose}'s")
+            raise InputError(f"{problem}; {_TAKES_ONE}")
+        copied[name] = keeper
     return copied
+
+
+_TAKES_ONE = "integers='base' (--integers base) takes the base's, or without one the first model's"
+
+
+def _check_copies(equal: Mapping[str, Source], copied: Mapping[str, Source], sources: Sequence[Source]) -> None:
+    """InputError where integer tensors are to be equal and differ, or a tensor that some models lack is tied to another."""
+    for name, keeper in equal.items():
+        if not all(keeper.same(s, name) for s in sources if s is not keeper):
+            raise InputError(f"integer tensor {name!r} differs between the models and is not averaged; {_TAKES_ONE}")
+    everywhere = set.intersection(*(s.names() for s in sources)) if sources else set()
+    _refuse_tied(sorted(copied.keys() - everywhere), everywhere, sources)
 
 
 def _same_shape(name: str, sources: Sequence[Source]) -> None:
@@ -408,7 +430,6 @@ def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tupl
     if not partial or missing == "skip":
         return sorted(everywhere), {}
     if missing == "base":
-        _refuse_tied(partial, everywhere, sources)
         donors = [*([base] if base else []), *sources]
         return sorted(anywhere), {n: next(s for s in donors if n in s.names()) for n in partial}
     first = partial[0]

@@ -33,7 +33,7 @@ class Lines(click.Group):
         def terminate(*_: Any) -> None:
             raise Terminated
 
-        warnings.showwarning = lambda message, *_: click.echo(f"refmerge: warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_: say(f"refmerge: warning: {message}", err=True)
         with contextlib.suppress(ValueError):  # not the main thread: whoever embeds the command line handles signals
             signal.signal(signal.SIGTERM, terminate)
         try:
@@ -63,8 +63,13 @@ def _with_notes(message: str, error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    click.echo(f"refmerge: {message}", err=True)
+    say(f"refmerge: {message}", err=True)
     sys.exit(status)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print for people. Names come out of files that nobody has vetted: what could steer a terminal is escaped."""
+    click.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), err=err)
 
 
 @click.group(cls=Lines, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -127,10 +132,10 @@ def merge(
     if not out:
         raise click.UsageError("OUT is empty")
     start = time.perf_counter()
-    resolved, plan = prepare_recipe(recipe, **options)
+    resolved, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
     if not quiet:
         for note in resolved.notes:
-            click.echo(f"note: {note}", err=True)
+            say(f"note: {note}", err=True)
     with _Progress(plan, silent=quiet or json):
         plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
     wall = time.perf_counter() - start
@@ -139,7 +144,7 @@ def merge(
         click.echo(jsonlib.dumps({"out": out, "seconds": wall, **figures}))
     elif not quiet:
         rate = (figures["bytes_read"] + figures["bytes_written"]) / wall
-        click.echo(
+        say(
             f"{_tensors(figures['tensors'])} by {figures['method']} to {out} in {wall:.1f} s: "
             f"{size(figures['bytes_read'])} read, {size(figures['bytes_written'])} written, {size(rate)}/s"
         )
@@ -182,28 +187,28 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         return
     tool = resolved.method.rpartition(":")[0]
     whose = {"": "the paper", "official": "the authors' code"}.get(tool, tool)
-    click.echo(f"method      {resolved.method} (as {whose} has it)")
+    say(f"method      {resolved.method} (as {whose} has it)")
     for i, m in enumerate(resolved.models):
-        click.echo(f"{'models' if i == 0 else '':12}{m}")
+        say(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
-        click.echo(f"base        {resolved.base}")
+        say(f"base        {resolved.base}")
     if resolved.align is not None:
-        click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
-    click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
-    click.echo(
+        say(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
+    say(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
+    say(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
     )
-    click.echo(f"writes      {size(figures['bytes_written'])}")
+    say(f"writes      {size(figures['bytes_written'])}")
     compiled = ", compiled programs" if figures["compiled"] else ""
-    click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
+    say(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
     if expected is not None:
         disk = size(round(expected.needs_per_second))
-        click.echo(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
+        say(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
     for note in resolved.notes:
-        click.echo(f"note        {note}")
+        say(f"note        {note}")
     for t in listed:
         values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
-        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {values}")
+        say(f"{t['name']} {t['dtype']}{t['shape']} {values}")
 
 
 @main.command()
@@ -235,19 +240,19 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
             return
         parameters = sum(i.size for i in infos)
         in_files = f"{len(files)} file{'s' * (len(files) != 1)}"
-        click.echo(f"{path}: {_tensors(len(infos))}, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
+        say(f"{path}: {_tensors(len(infos))}, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
         if c.config:
             known = [
                 k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config
             ]
-            click.echo("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
+            say("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
         for name, d in dtypes.items():
-            click.echo(f"{name}: {_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}")
-        width = max((len(_plain(i.name)) for i in shown), default=0)
+            say(f"{name}: {_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}")
+        width = max((len(i.name) for i in shown), default=0)
         for i in shown if tensor or len(shown) <= 40 else []:
-            click.echo(f"  {_plain(i.name):{width}}  {i.dtype} {list(i.shape)}")
+            say(f"  {i.name:{width}}  {i.dtype} {list(i.shape)}")
         if not tensor and len(shown) > 40:
-            click.echo("  --tensor '*' lists them all")
+            say("  --tensor '*' lists them all")
 
 
 @main.command()
@@ -293,7 +298,7 @@ def compare(
             total = one.nbytes + other.nbytes + (origin.nbytes if origin is not None else 0)
             with _Reading(total, silent=json) as reading:
                 found = comparing.weights(one, other, origin, reading)
-            click.echo(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
+            say(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
             return
         of = comparing.task(net, data, **comparing.options_of(net, one.config, heads))
         line = comparing.along([one, other], of, points, layers)
@@ -461,10 +466,6 @@ def size(n: float) -> str:
 
 def _tensors(count: int) -> str:
     return f"{count} tensor{'s' * (count != 1)}"
-
-
-def _plain(name: str) -> str:
-    return name if name.isprintable() else repr(name)
 
 
 class _Reading:

@@ -164,10 +164,12 @@ def sidecars(folder: Path) -> list[Path]:
     found = []
     for name in _list(folder):
         path = folder / name
-        if name.startswith(".") or name in _PROVENANCE or not path.is_file():
+        if name.startswith(".") or name in _PROVENANCE or path.is_dir():
             continue
         if name.endswith((".safetensors", ".safetensors.index.json", ".bin.index.json", *_PICKLES_AND_OTHERS)):
             continue
+        if not path.is_file():  # a link to nothing, or no file that could be copied: the result would lack it
+            raise InputError(f"{shown(contained(path, folder))}: not a regular file")
         if name in _KNOWN_SIDECARS or path.stat().st_size <= _SMALL:
             found.append(contained(path, folder))
     return found

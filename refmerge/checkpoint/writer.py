@@ -33,13 +33,13 @@ from refmerge.checkpoint.files import (
     shown,
     sync_directory,
 )
-from refmerge.checkpoint.header import MAX_DIM, MAX_RANK, build_header
+from refmerge.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, build_header
 from refmerge.checkpoint.journal import Journal, take_up
 from refmerge.checkpoint.layout import INDEX, WEIGHTS
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
 
-__all__ = ["CheckpointWriter", "parse_size", "refuse_input", "same_or_inside", "save"]
+__all__ = ["CheckpointWriter", "check_target", "parse_size", "refuse_input", "same_or_inside", "save"]
 
 _COPY_CHUNK = 1 << 22
 _WRITEBACK = 1 << 23  # bytes of a file that are sent to the disk together
@@ -87,8 +87,7 @@ class CheckpointWriter:
             raise UsageError(
                 f"{shown(self.target)}: a single .safetensors file has no room for other files; give a folder"
             )
-        with _disk(self.target):
-            self._check_target()
+        check_target(self.target, overwrite)
         self._check_names()
         self._merge, self._resume = merge, resume and merge is not None
         self._journal: Journal | None = None
@@ -223,28 +222,6 @@ class CheckpointWriter:
         if self._resume and self._journal is not None and os.path.lexists(self.partial) and error is not None:
             error.add_note(f"{len(self._journal.finished)} tensors are kept, and --resume goes on from them")
 
-    def _check_target(self) -> None:
-        if not self.target.name:
-            raise UsageError(f"{shown(self.target)}: cannot be the target")
-        try:
-            mode = os.lstat(self.target).st_mode
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) == errno.EIO:
-                raise  # the disk's fault, and not the name's
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"{shown(self.target)}: cannot be the target: {reason}") from None
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise UsageError(f"{shown(self.target)}: is a link or a special file, which is never replaced")
-        if stat.S_ISDIR(mode) == self._single:
-            kinds = ("a folder", "a file") if self._single else ("a file", "a folder")
-            raise UsageError(f"{shown(self.target)}: is {kinds[0]}, and the output would be {kinds[1]}")
-        if not self._overwrite:
-            raise UsageError(f"{shown(self.target)}: exists; overwrite=True (--overwrite) replaces it in the end")
-        if not self._single:
-            _check_replaceable(self.target)
-
     def _check_names(self) -> None:
         names = [path.name for path in self._sidecars]
         for name in (*names, *self._extra_files):
@@ -302,7 +279,7 @@ class CheckpointWriter:
             if len(self._shards) > 1:
                 _write_file(self.partial / INDEX, self._index())
             sync_directory(self.partial)
-        self._check_target()
+        check_target(self.target, self._overwrite)
         self._swap()
         if self._journal is not None:
             self._journal.remove()
@@ -466,6 +443,34 @@ def same_or_inside(target: str | os.PathLike[str], path: str | os.PathLike[str])
     )
 
 
+def check_target(target: str | os.PathLike[str], overwrite: bool) -> None:
+    """UsageError for a path at which no checkpoint can be written: one that exists, unless a model may be overwritten there,
+    and any link or special file. ResourceError where that cannot be seen."""
+    target = Path(os.path.abspath(target))
+    if not target.name:
+        raise UsageError(f"{shown(target)}: cannot be the target")
+    with _disk(target):
+        try:
+            mode = os.lstat(target).st_mode
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.EIO:
+                raise  # the disk's fault, and not the name's
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{shown(target)}: cannot be the target: {reason}") from None
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UsageError(f"{shown(target)}: is a link or a special file, which is never replaced")
+        single = target.name.endswith(".safetensors")
+        if stat.S_ISDIR(mode) == single:
+            kinds = ("a folder", "a file") if single else ("a file", "a folder")
+            raise UsageError(f"{shown(target)}: is {kinds[0]}, and the output would be {kinds[1]}")
+        if not overwrite:
+            raise UsageError(f"{shown(target)}: exists; overwrite=True (--overwrite) replaces it in the end")
+        if not single:
+            _check_replaceable(target)
+
+
 def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
     """UsageError for an output that is one of the inputs or lies in one; ResourceError where that cannot be seen."""
     for path in inputs:
@@ -490,7 +495,7 @@ def _checked(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, in
     for name, (dtype, shape) in sorted(tensors.items()):
         if dtype not in DTYPES:
             raise UsageError(f"tensor {shown(name)}: unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
-        if "\0" in name or name == "__metadata__":
+        if "\0" in name or name == "__metadata__" or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME:
             raise UsageError(f"tensor {shown(name)}: this cannot be a tensor's name")
         if len(shape) > MAX_RANK or not all(0 <= operator.index(dim) <= MAX_DIM for dim in shape):
             raise UsageError(f"tensor {shown(name)}: shape {tuple(shape)} cannot be stored")

@@ -83,5 +83,5 @@ def run_recipe(
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
-    _, plan = prepare_recipe(recipe, **options)
+    _, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
     return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
