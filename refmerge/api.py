@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.checkpoint import Checkpoint, check_target, open_checkpoint, parse_size, promote
+from refmerge.checkpoint import Checkpoint, check_target, hub, open_checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
+from refmerge.checkpoint.scaled import as_values
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, UsageError
 from refmerge.method import Method, Over
@@ -59,8 +60,8 @@ def merge(
     out_dtype: "float64", "float32", "float16" or "bfloat16" for the result; None keeps the inputs' (promoted, if mixed).
     backend: "numpy", "torch", "torch:cuda:0", "cupy"; None is numpy for checkpoints and the arrays' own library otherwise.
     out: a directory, or a file that ends in .safetensors; None returns arrays.
-    resume: go on where an earlier run of the same merge into `out` stopped, if one did; and if this one is interrupted, leave
-        what is done beside `out` to be gone on with.
+    resume: go on where an earlier run of the same merge into `out` stopped, if one did; and if this one is interrupted,
+        leave what is done beside `out` to be gone on with.
     threads: None uses the cores that the process may use. max_memory: "500MB" bounds the blocks' memory.
     nonfinite: what to do with NaN and infinities in the inputs. integers: "equal" demands that integer and boolean tensors
         agree and copies them, "base" takes the base's (without one, the first model's).
@@ -73,9 +74,9 @@ def merge(
     UsageError, InputError and ResourceError say what is wrong, in which tensor, and what would allow it.
     """
     plan = prepare(
-        models, method, out=out, overwrite=overwrite, base=base, stats=stats, seed=seed, over=over, dtype=dtype, out_dtype=out_dtype, backend=backend,
+        models, method, base=base, stats=stats, seed=seed, over=over, dtype=dtype, out_dtype=out_dtype, backend=backend,
         threads=threads, max_memory=max_memory, nonfinite=nonfinite, integers=integers, missing=missing,
-        arithmetic=arithmetic, params=params,
+        arithmetic=arithmetic, out=out, overwrite=overwrite, params=params,
     )  # fmt: skip
     return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
@@ -179,6 +180,9 @@ def prepare(
     for n in floats:
         _same_shape(n, sources)
 
+    scaled = [s.label for s in sources if isinstance(s, DiskSource) and s.checkpoint.rewritten]
+    if arithmetic == "native" and scaled:
+        raise UsageError(f"arithmetic = 'native' rounds in the inputs' dtype, and {scaled[0]} is in 8 bits with scales")
     out_name = None if out_dtype is None else OUTPUTS.get(out_dtype, out_dtype)
     if out_name is not None and out_name not in FLOATS:
         raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(OUTPUTS)}")
@@ -227,7 +231,7 @@ def prepare(
     also_read = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -274,7 +278,7 @@ def _sources(
 
 
 def _opened(model: Any) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    return as_values(model if isinstance(model, Checkpoint) else open_checkpoint(hub.find(model)))
 
 
 def _integers(

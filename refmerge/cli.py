@@ -100,6 +100,10 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             "--missing", type=click.Choice(["error", "base", "skip"]), default="error", show_default=True,
             help="tensors that not all models have: copy the base's, or leave them out",
         ),
+        "download": click.option(
+            "--download", is_flag=True,
+            help="fetch models of the Hugging Face Hub (org/name@revision) that are not in its cache",
+        ),
         "json": click.option("--json", "json", is_flag=True, help="for programs"),
     }  # fmt: skip
 
@@ -111,7 +115,7 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return wrap
 
 
-_RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integers", "missing")
+_RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integers", "missing", "download")
 
 
 @main.command()
@@ -219,9 +223,9 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from fnmatch import fnmatchcase
 
-    from refmerge.checkpoint import open_checkpoint
+    from refmerge.checkpoint import hub, open_checkpoint
 
-    with open_checkpoint(path) as c:
+    with open_checkpoint(hub.find(path)) as c:
         infos = list(c.tensors.values())
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:
@@ -281,7 +285,8 @@ def compare(
     read in blocks. With --data nothing of that, but the barrier: how far the loss rises above the line between its ends.
     """
     from refmerge import compare as comparing
-    from refmerge.checkpoint import open_checkpoint
+    from refmerge.checkpoint import hub, open_checkpoint
+    from refmerge.checkpoint.scaled import as_values
 
     if (data is None) != (net is None):
         raise click.UsageError("--data and --net want each other")
@@ -292,9 +297,9 @@ def compare(
     if data is not None and base is not None:
         raise click.UsageError("--base is for weights, without --data")
     with contextlib.ExitStack() as stack:
-        one, other = (stack.enter_context(open_checkpoint(path)) for path in (a, b))
+        one, other = (stack.enter_context(as_values(open_checkpoint(hub.find(path)))) for path in (a, b))
         if data is None or net is None:
-            origin = None if base is None else stack.enter_context(open_checkpoint(base))
+            origin = None if base is None else stack.enter_context(as_values(open_checkpoint(hub.find(base))))
             total = one.nbytes + other.nbytes + (origin.nbytes if origin is not None else 0)
             with _Reading(total, silent=json) as reading:
                 found = comparing.weights(one, other, origin, reading)

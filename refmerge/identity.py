@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refmerge import backends
+import refmerge.backends
+from refmerge.checkpoint import Checkpoint
 from refmerge.sources import DiskSource, Source
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def of_merge(plan: Plan, options: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def _is_file(source: Source) -> bool:
-    return isinstance(source, DiskSource) or not source.names()
+    """Whether all that its values depend on is known by its fingerprint: a kind of checkpoint must have its own."""
+    if isinstance(source, DiskSource):
+        return type(source.checkpoint) is Checkpoint or "fingerprint" in vars(type(source.checkpoint))
+    return not source.names()
 
 
 @cache
@@ -57,7 +61,9 @@ def _program() -> list[str]:
     """The text of this package, and NumPy's version."""
     here = Path(__file__).parent
     texts = hashlib.sha256()
-    for path in sorted(path for folder in (here, Path(backends.__file__).parent) for path in folder.rglob("*.py")):
+    for path in sorted(
+        path for folder in (here, Path(str(refmerge.backends.__file__)).parent) for path in folder.rglob("*.py")
+    ):
         texts.update(path.read_bytes())
     return [texts.hexdigest(), np.__version__]
 

@@ -122,7 +122,8 @@ class Plan:
 
     def _done(self, finished: frozenset[str]) -> frozenset[str]:
         """Which of the finished tensors need not be computed again: those of whose group every tensor is finished."""
-        work, groups = self.work, {}
+        work = self.work
+        groups: dict[str, set[str]] = {}
         for t in work.tensors:
             whole = work.over == "model" or work.view(t) == "model"
             label = "" if whole else work.over(t.name) if callable(work.over) else t.name
@@ -146,10 +147,13 @@ class Plan:
 
     def _config(self) -> dict[str, bytes] | None:
         """The donor's config with the dtype of the result, where another one was asked for."""
-        config = self.donor.config if self.donor is not None else None
+        donor = self.donor
+        config = donor.config if donor is not None else None
         word = _CONFIG_WORDS.get(self.out_dtype or "")
         changed = {k: word for k in ("dtype", "torch_dtype") if config and word and k in config and config[k] != word}
-        return {"config.json": (json.dumps({**config, **changed}, indent=2) + "\n").encode()} if config and changed else None
+        if config is None or donor is None or not (changed or donor.rewritten):
+            return None
+        return {"config.json": (json.dumps({**config, **changed}, indent=2) + "\n").encode()}
 
     @property
     def _on_files(self) -> bool:

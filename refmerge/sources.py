@@ -281,6 +281,10 @@ class DiskSource(ByteSource):
     def stored(self, name: str) -> str:
         return self.checkpoint.tensors[name].dtype
 
+    def dtype(self, name: str) -> str:
+        kept = self.checkpoint.kept_as(name)
+        return self.cast if self.cast and kept in FLOATS else kept
+
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         self.checkpoint.read(name, start, stop, out)
 

@@ -706,7 +706,6 @@ def test_schema(text, message):
         (RECIPE + "tokenizer_source: union", "tokenizer_source"),
         (RECIPE + 'chat_template: "{{ messages }}"', "chat_template"),
         (RECIPE + "base_model: org/a+org/lora", "path+lora"),
-        ("merge_method: linear\nmodels: [{model: org/a@main}]", "path@revision"),
         ("merge_method: linear\nmodels: [{model: {model: {path: a}}}]", "a model given as a mapping"),
         ("refmerge: 1\nmerge_method: linear\nslices: []", "slices"),
     ],
@@ -724,7 +723,7 @@ merge_method: 3
 models:
   - model: a
     paramters: {}
-  - model: b@main
+  - model: b+c
 dtype: int7
 tokenizer_source: union
 """
@@ -732,7 +731,7 @@ tokenizer_source: union
         "<recipe>: 5 problems",
         "  line 1, column 1: 'merge_method' must be text, not 3",
         "  line 4, column 5: unknown key 'paramters'; did you mean 'parameters'? (known here: model, parameters)",
-        "  line 5, column 5: 'b@main': path@revision is not supported yet",
+        "  line 5, column 5: 'b+c': path+lora is not supported yet",
         "  line 6, column 1: 'dtype' is one of bfloat16, float16, float32, float64, not 'int7'",
         "  line 7, column 1: tokenizer_source is not supported yet: vocabularies are not realigned, and the tokenizer "
         "files are copied from base_model or else from the first model; leave the key out if that is what you want",

@@ -26,7 +26,7 @@ from refmerge.recipe.run import prepare_recipe, run_recipe
 
 sys.path.append(str(Path(__file__).parents[1]))  # `pytest` alone does not look for the folder `tests` there
 
-from tests.reliability import containment, corpus, fuzz, recipes  # noqa: E402
+from tests.reliability import containment, corpus, fuzz, recipes
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 
@@ -188,7 +188,9 @@ def test_everything_is_checked_before_the_first_weight(models, monkeypatch, name
     if name == "no room":
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     if name == "no right to write":
-        monkeypatch.setattr(os, "mkdir", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")))
+        monkeypatch.setattr(
+            os, "mkdir", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
+        )
     before = listing(models)
     with pytest.raises(RefmergeError):
         refmerge.merge(
@@ -205,7 +207,9 @@ def test_the_same_bytes_for_any_threads_shards_and_blocks(tmp_path):
     draw = np.random.default_rng(1)
     shapes = {"x.w": (200, 700), "x.b": (700,), "y.w": (300, 500), "y.b": (1,), "z": ()}
     for name in ("base", "one", "two"):
-        arrays = {n: np.asarray(draw.standard_normal(shape), np.float32).astype(ml_dtypes.bfloat16) for n, shape in shapes.items()}
+        arrays = {
+            n: np.asarray(draw.standard_normal(shape), np.float32).astype(ml_dtypes.bfloat16) for n, shape in shapes.items()
+        }
         save(arrays, tmp_path / name, max_shard_size=150_000 if name == "one" else "5GB")
     for method, params in (("linear", {}), ("ties", {"density": 0.3}), ("dare_ties", {"density": 0.3})):
         seen = set()
@@ -304,8 +308,8 @@ def test_what_is_printed_cannot_steer_a_terminal(models, capfd, command):
 # --- Systems without some calls ----------------------------------------------------------------------------------------
 
 LACKING = {
-    "Windows": ["preadv", "pwrite", "posix_fallocate", "posix_fadvise", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC",
-                "fork", "sched_getaffinity", "fchmod"],
+    "Windows": ["preadv", "pwrite", "posix_fallocate", "posix_fadvise", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK",
+                "O_CLOEXEC", "fork", "sched_getaffinity", "fchmod"],
     "macOS": ["posix_fallocate", "posix_fadvise", "sched_getaffinity"],
 }  # fmt: skip
 
@@ -385,7 +389,7 @@ def test_a_device_without_float64_says_so(monkeypatch):
     with pytest.raises(UsageError, match=r"torch:cpu has no float64 \(Cannot convert"):
         refmerge.merge([model, model], "linear", backend="torch:cpu", dtype="float64")
     wide = {"w": np.ones(3)}
-    with pytest.raises(UsageError, match="tensor 'w'.*--backend numpy"):
+    with pytest.raises(UsageError, match=r"tensor 'w'.*--backend numpy"):
         refmerge.merge([wide, wide], "linear", backend="torch:cpu")
 
 

@@ -18,7 +18,7 @@ from refmerge.errors import InputError, ResourceError, UsageError
 
 sys.path.append(str(Path(__file__).parents[1]))  # `pytest` alone does not look for the folder `tests` there
 
-from tests.reliability import crashes  # noqa: E402
+from tests.reliability import crashes
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 

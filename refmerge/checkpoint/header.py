@@ -170,6 +170,8 @@ def _tensor(name: str, fields: Any, path: Path, start: int) -> TensorInfo:
         fail(f"{len(shape)} dimensions; at most {MAX_RANK} are accepted")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(x) is int and x >= 0 for x in offsets):
         fail("data_offsets must be two integers")
+    if math.prod(dim for dim in shape if dim) * itemsize(dtype) >= 1 << 63:
+        fail("dimensions whose product no array has, be it that another one is 0")
     nbytes = math.prod(shape) * itemsize(dtype)
     if offsets[1] - offsets[0] != nbytes:
         fail(f"data_offsets {offsets} do not span the {nbytes} bytes of its shape and dtype")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -48,9 +47,7 @@ def locate(path: str | os.PathLike[str]) -> Layout:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(given))
-            hint = "; only local paths are read, so download a model of the Hub first" if hub else ""
-            raise InputError(f"{shown(given)}: no such file or directory{hint}") from None
+            raise InputError(f"{shown(given)}: no such file or directory") from None
         raise InputError(f"{shown(given)}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISDIR(mode):
         return _locate_in(path)

@@ -68,6 +68,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     Safe to read from several threads; close it, or use it as a context manager, to close its files.
     """
 
+    rewritten = False  # whether `config` is not what the folder's file says
+
     def __init__(
         self,
         found: layout.Layout,
@@ -122,6 +124,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
         tensor = self.tensors[name]
         size = itemsize(tensor.dtype)
         self._file(tensor.file).will_read(tensor.offset + start * size, (min(stop, tensor.size) - start) * size)
+
+    def kept_as(self, name: str) -> str:
+        """The type in which a merge keeps this tensor, where nothing else is asked for: the one that it is stored in."""
+        return self.tensors[name].dtype
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The whole tensor in its own dtype and shape."""

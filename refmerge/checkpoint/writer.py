@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import operator
 import os
 import secrets
@@ -169,8 +170,8 @@ class CheckpointWriter:
                 self._journal.note(names)
 
     def commit(self) -> None:
-        """Put the complete checkpoint in its place; on any failure the target is as it was, and nothing is left beside it but
-        what can be resumed, if that was asked for.
+        """Put the complete checkpoint in its place; on any failure the target is as it was, and nothing is left beside it
+        but what can be resumed, if that was asked for.
 
         ValueError if bytes are missing; UsageError if the target has come into being meanwhile.
         """
@@ -498,6 +499,8 @@ def _checked(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, in
         if "\0" in name or name == "__metadata__" or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME:
             raise UsageError(f"tensor {shown(name)}: this cannot be a tensor's name")
         if len(shape) > MAX_RANK or not all(0 <= operator.index(dim) <= MAX_DIM for dim in shape):
+            raise UsageError(f"tensor {shown(name)}: shape {tuple(shape)} cannot be stored")
+        if math.prod(dim for dim in shape if dim) * itemsize(dtype) >= 1 << 63:
             raise UsageError(f"tensor {shown(name)}: shape {tuple(shape)} cannot be stored")
         sizes[name] = itemsize(dtype)
         for dim in shape:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from refmerge.api import prepare
-from refmerge.checkpoint import Checkpoint
+from refmerge.checkpoint import Checkpoint, hub
 from refmerge.errors import UsageError
 from refmerge.plan import Plan
 from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
@@ -18,18 +18,24 @@ __all__ = ["prepare_recipe", "run_recipe"]
 
 
 def prepare_recipe(
-    recipe: str | os.PathLike[str], *, dtype: str | None = None, seed: int | None = None, **options: Any
+    recipe: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    seed: int | None = None,
+    download: bool = False,
+    **options: Any,
 ) -> tuple[Resolved, Plan]:
     """Check a recipe and the checkpoints it names, without reading a weight.
 
-    options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. A native recipe's paths are
+    options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. download: fetch models of the Hub
+    that are not in its cache. A native recipe's paths are
     relative to its folder, another tool's to the working directory, as that tool has it.
     """
     resolved = resolve(load_recipe(recipe))
     folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
 
     def place(path: str) -> Path:
-        return folder / Path(path).expanduser()
+        return hub.find(path, folder, download=download)
 
     plan = prepare(
         [place(m) for m in resolved.models],

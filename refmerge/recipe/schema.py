@@ -35,8 +35,6 @@ def _model_path(value: Any) -> Any:
         raise ValueError("a model given as a mapping is not supported yet: give its path")
     if isinstance(value, str) and "+" in value:
         raise ValueError(f"{quote(value)}: path+lora is not supported yet")
-    if isinstance(value, str) and "@" in value:
-        raise ValueError(f"{quote(value)}: path@revision is not supported yet")
     return value
 
 

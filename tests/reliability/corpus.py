@@ -43,9 +43,7 @@ MALFORMED = {
     "lone surrogate": packed(b'{"\\ud800":' + T + b"}"),
     "same name, same offsets": packed(b'{"a":' + T + b',"a":' + T + b"}"),
     "same name by an escape": packed(b'{"a":' + T + b',"\\u0061":' + T + b"}"),
-    "same name, other offsets": packed(
-        b'{"a":' + T + b',"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}', b"\1" * 8
-    ),
+    "same name, other offsets": packed(b'{"a":' + T + b',"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}', b"\1" * 8),
     "field twice": packed(b'{"a":{"dtype":"U8","dtype":"U8","shape":[4],"data_offsets":[0,4]}}'),
     "__metadata__ twice": packed(b'{"__metadata__":{},"__metadata__":{},"a":' + T + b"}"),
     "metadata key twice": packed(b'{"__metadata__":{"k":"1","k":"2"},"a":' + T + b"}"),
@@ -71,6 +69,7 @@ MALFORMED = {
     "shape overflow times 0": packed({"a": u8(0, 0, shape=[2**63, 2**63, 0])}, b""),
     "huge dim beside 0": packed({"a": u8(0, 0, shape=[10**18, 0])}, b""),
     "0 beside a dim of 2**63": packed({"a": u8(0, 0, shape=[0, 2**63])}, b""),
+    "dims too many for an array beside 0": packed({"a": u8(0, 0, shape=[2**48, 0, 2**48])}, b""),
     "dim over u64": packed({"a": u8(0, 0, shape=[0, 2**64])}, b""),
     "dim of 5000 digits": packed(b'{"a":{"dtype":"U8","shape":[0,' + b"9" * 5000 + b'],"data_offsets":[0,0]}}', b""),
     "float dim": packed({"a": u8(0, 4, shape=[4.0])}),
@@ -133,17 +132,17 @@ _PIECES = [bytes([c]) for c in b"{}[]\",:0129-.eU\\ \n\0\x1b\x7f\xff"] + [
 
 def _seeds() -> list[bytes]:
     """What is mutated: all files of the corpus that are small, and a valid one of several dtypes."""
-    tensors = {"__metadata__": {"format": "pt"}, "w": u8(0, 4, dtype="F32", shape=[1]), "m": u8(4, 6, dtype="BF16", shape=[1, 1])}
-    several = packed(tensors | {"b": u8(6, 8, dtype="BOOL"), "e": u8(8, 8)}, b"\0\0\x80\x3f\x80\x3f\1\0")
+    two = {"w": u8(0, 4, dtype="F32", shape=[1]), "m": u8(4, 6, dtype="BF16", shape=[1, 1])}
+    tensors = {"__metadata__": {"format": "pt"}} | two | {"b": u8(6, 8, dtype="BOOL"), "e": u8(8, 8)}
+    several = packed(tensors, b"\0\0\x80\x3f\x80\x3f\1\0")
     return [several] * 20 + [content for content in [*MALFORMED.values(), *VALID.values()] if len(content) < 4096]
 
 
 def mutant(number: int) -> bytes:
-    """One mutated file, the same for a number always: bytes of the header or its length flipped, inserted, taken out, doubled,
-    or one field of a valid header set to something else."""
+    """One mutated file, the same for a number always: bytes of the header or its length flipped, inserted, taken out,
+    doubled, or one field of a valid header set to something else."""
     draw = random.Random(number)
-    seeds = _SEEDS
-    content = bytearray(draw.choice(seeds))
+    content = bytearray(draw.choice(_SEEDS))
     if draw.random() < 0.4:
         return _wrong_field(draw)
     for _ in range(draw.choice([1, 1, 1, 2, 3, 4])):
@@ -168,7 +167,11 @@ def mutant(number: int) -> bytes:
 
 
 _SEEDS = _seeds()
-_VALUES = (0, 1, -1, 2, 3, 4, 8, 2**31, 2**32, 2**48, 2**53 + 1, 2**62, 2**63, 2**64 - 1, 2**64, 1.5, True, None, "", "4", [], {}, [[]])
+_VALUES = (
+    0, 1, -1, 2, 3, 4, 8, 2**31,
+    2**32, 2**48, 2**53 + 1, 2**62, 2**63, 2**64 - 1, 2**64, 1.5, True, None,
+    "", "4", [], {}, [[]],
+)  # fmt: skip
 
 
 def _wrong_field(draw: random.Random) -> bytes:

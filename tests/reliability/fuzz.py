@@ -34,7 +34,7 @@ class Wrong(AssertionError):
 
 
 def look(path: Path, content: bytes) -> str:
-    """"refused" or "read"; Wrong otherwise."""
+    """ "refused" or "read"; Wrong otherwise."""
     path.write_bytes(content)
     try:
         with open_checkpoint(path) as checkpoint:

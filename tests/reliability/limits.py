@@ -1,6 +1,6 @@
 """What opening a file costs at the most: files at the limits and beyond them.
 
-    python -m tests.reliability.limits FILE     one file, in a process of its own; prints seconds, peak and outcome as JSON
+python -m tests.reliability.limits FILE     one file, in a process of its own; prints seconds, peak and outcome as JSON
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def files() -> dict[str, bytes]:
 
 
 def measure() -> dict[str, dict[str, float | str]]:
-    """Each file: bytes of its header, seconds of the processor, bytes of memory above what the program takes, and outcome."""
+    """Each file: bytes of its header, seconds of the processor, bytes of memory above what the program takes, outcome."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"

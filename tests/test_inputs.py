@@ -1,0 +1,279 @@
+"""What people's checkpoints look like: 8-bit weights with scales, and models of the Hub in its cache.
+
+Expected values are computed here from the formats' definitions, entry by entry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import refmerge
+from refmerge.api import prepare
+from refmerge.checkpoint import hub, open_checkpoint, save
+from refmerge.checkpoint.scaled import as_values
+from refmerge.errors import InputError, UsageError
+from refmerge.recipe.run import run_recipe
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs links")
+E4M3, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
+
+
+def eight(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(shape) * 30).astype(E4M3)
+
+
+def spread(scale: np.ndarray, shape: tuple[int, ...], down: int, across: int) -> np.ndarray:
+    """The scale of each entry, by its place."""
+    out = np.empty(shape, np.float32)
+    for at in np.ndindex(shape):
+        out[at] = scale[(*at[:-2], at[-2] // down, at[-1] // across)]
+    return out
+
+
+def write(folder: Path, arrays: dict[str, np.ndarray], config: dict | None = None) -> Path:
+    save(arrays, folder, extra_files={"config.json": json.dumps(config or {}).encode()})
+    return folder
+
+
+# --- 8-bit floats with scales --------------------------------------------------------------------------------------------
+
+BLOCKS = {
+    "blocks of 128": ((300, 260), (3, 3), (128, 128), None),
+    "blocks as config.json says": ((30, 26), (4, 3), (8, 10), [8, 10]),
+    "blocks that divide the shape": ((30, 26), (3, 2), (10, 13), None),
+    "a matrix for each expert": ((2, 16, 12), (2, 2, 3), (8, 4), [8, 4]),
+    "one row": ((1, 300), (1, 3), (1, 128), None),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_block_scales(tmp_path, case):
+    shape, scales, (down, across), said = BLOCKS[case]
+    weight, scale = eight(shape), np.random.default_rng(1).random(scales).astype(np.float32)
+    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": said}}
+    path = write(tmp_path / "m", {"w.weight": weight, "w.weight_scale_inv": scale, "norm": np.ones(3, BF16)}, config)
+    expected = weight.astype(np.float32) * spread(scale, shape, down, across)
+    with as_values(open_checkpoint(path)) as values:
+        assert list(values) == ["norm", "w.weight"] and "quantization_config" not in values.config
+        assert np.array_equal(values["w.weight"], expected) and values["w.weight"].dtype == np.float32
+        size = expected.size
+        for start, stop in [
+            (0, 1),
+            (3, 3),
+            (size - 1, size),
+            (5, size - 7),
+            (shape[-1] - 1, 2 * shape[-1] + 1 if size > 400 else size),
+        ]:
+            out = np.empty(4 * (stop - start), np.uint8)
+            values.read("w.weight", start, stop, out)
+            assert np.array_equal(out.view(np.float32), expected.reshape(-1)[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("weight_scale", ()), ("weight_scale", (1,)), ("weight_scale", (6,)), ("weight_scale", (6, 1)), ("scale_weight", ())],
+)
+@pytest.mark.parametrize("kind", [np.float32, BF16])
+def test_scales_of_tensors_and_rows(tmp_path, name, shape, kind):
+    weight, scale = eight((6, 5)), np.asarray(np.random.default_rng(1).random(shape), np.float32).astype(kind)
+    path = write(tmp_path / "m", {"a.weight": weight, f"a.{name}": scale, "b.weight": weight})
+    factor = scale.astype(np.float32)
+    expected = weight.astype(np.float32) * (factor.reshape(-1, 1) if scale.size == 6 else factor.reshape(()))
+    with as_values(open_checkpoint(path)) as values:
+        assert np.array_equal(values["a.weight"], expected)
+        assert values["b.weight"].dtype == E4M3 and sorted(values) == ["a.weight", "b.weight"]
+
+
+def test_a_merge_of_what_is_scaled_is_as_of_its_values(tmp_path):
+    """Rounded once, at the end, to the dtype of the config; and the config speaks of 8 bits no more."""
+    config = {"torch_dtype": "bfloat16", "hidden_size": 4, "quantization_config": {"quant_method": "fp8"}}
+    scaled, plain = [], []
+    for k in range(2):
+        weight, scale = eight((200, 150), k), np.random.default_rng(k).random((2, 2)).astype(np.float32)
+        arrays = {"w.weight": weight, "w.weight_scale_inv": scale, "norm": np.full(3, k, BF16)}
+        scaled.append(write(tmp_path / f"s{k}", arrays, config))
+        values = weight.astype(np.float32) * spread(scale, weight.shape, 128, 128)
+        plain.append(write(tmp_path / f"p{k}", {"w.weight": values, "norm": np.full(3, k, BF16)}))
+    expected = refmerge.merge(plain, "linear", out_dtype="bfloat16")
+    for threads in (1, 2):
+        merged = refmerge.merge(scaled, "linear", out=tmp_path / f"out{threads}", threads=threads)
+        assert sorted(merged) == ["norm", "w.weight"]
+        for name, array in merged.items():
+            assert array.dtype == BF16 and array.tobytes() == expected[name].tobytes()
+        assert merged.config == {"torch_dtype": "bfloat16", "hidden_size": 4}
+    mixed = refmerge.merge([scaled[0], plain[0]], "linear")
+    assert mixed["w.weight"].dtype == np.float32  # what holds the values of both
+    with pytest.raises(UsageError, match="8 bits with scales"):
+        refmerge.merge(scaled, "linear", arithmetic="native")
+
+
+def test_a_scaled_merge_is_resumable(tmp_path):
+    arrays = {"w.weight": eight((4, 4)), "w.weight_scale": np.float32(2)}
+    paths = [write(tmp_path / str(k), arrays) for k in range(2)]
+    with refmerge.merge(paths, "linear", out=tmp_path / "out", resume=True) as merged:
+        assert np.array_equal(merged["w.weight"].astype(np.float32), (2 * eight((4, 4)).astype(np.float32)).astype(BF16))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"w_scale_inv": np.ones((3, 3), np.float32)}, "fits no blocks"),
+        ({"w_scale_inv": np.ones((7,), np.float32)}, "fits no blocks"),
+        ({"w_scale": np.ones((0,), np.float32)}, "fits no blocks"),
+        ({"w_scale": np.ones((), np.int32)}, "dtype I32"),
+        ({"w_scale": np.ones((), E4M3)}, "dtype F8_E4M3"),
+        ({"w_scale": np.float32(1), "w_scale_inv": np.float32(1)}, "several scales"),
+        ({"w.qweight": np.ones(3, np.int32)}, "GPTQ or AWQ"),
+        ({"w.absmax": np.ones(3, np.uint8)}, "bitsandbytes"),
+        ({"e_blocks": np.ones(3, np.uint8), "e_scales": np.ones(3, np.uint8)}, "MXFP4"),
+        ({"w.weight_packed": np.ones(3, np.int32)}, "compressed-tensors"),
+    ],
+    ids=str,
+)
+def test_scales_that_do_not_fit_and_what_is_packed(tmp_path, arrays, said):
+    path = write(tmp_path / "m", {"w": eight((10, 8)), **arrays})
+    with pytest.raises(InputError, match=said):
+        refmerge.merge([path, path], "linear")
+    open_checkpoint(path).close()  # to be inspected
+
+
+def test_scales_of_activations_are_left_out_with_a_word(tmp_path):
+    arrays = {"w.weight": eight((4, 4)), "w.weight_scale": np.float32(2), "w.input_scale": np.float32(3)}
+    path = write(tmp_path / "m", arrays)
+    with pytest.warns(UserWarning, match=r"1 scales of activations \('w.input_scale'"):
+        assert sorted(prepare([path], "linear").specs) == ["w.weight"]
+
+
+# --- The Hub -------------------------------------------------------------------------------------------------------------
+
+COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A cache as huggingface_hub lays it out, with two revisions of a model and the config alone of another."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "hf" / "hub" / "models--org--name"
+    for commit, value in ((COMMIT, 1.0), (OTHER, 3.0)):
+        save({"w": np.full(4, value, np.float32)}, tmp_path / "made", extra_files={"config.json": b"{}"}, overwrite=True)
+        snapshot = root / "snapshots" / commit
+        (root / "blobs").mkdir(parents=True, exist_ok=True)
+        snapshot.mkdir(parents=True)
+        for path in (tmp_path / "made").iterdir():
+            path.rename(root / "blobs" / f"{commit}{path.name}")
+            (snapshot / path.name).symlink_to(f"../../blobs/{commit}{path.name}")
+    (root / "refs" / "pr").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    (root / "refs" / "pr" / "1").write_text(OTHER)
+    bare = tmp_path / "hf" / "hub" / "models--org--bare"
+    (bare / "refs").mkdir(parents=True)
+    (bare / "refs" / "main").write_text(COMMIT)
+    (bare / "snapshots" / COMMIT).mkdir(parents=True)
+    (bare / "snapshots" / COMMIT / "config.json").write_text("{}")
+    return tmp_path
+
+
+@posix
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("org/name", 1), ("org/name@main", 1), ("org/name@pr/1", 3), (f"org/name@{OTHER}", 3), (f"org/name@{OTHER[:8]}", 3)],
+)
+@pytest.mark.parametrize("offline", ["", "1"])
+def test_models_of_the_cache(cached, monkeypatch, text, value, offline):
+    """By branch, by commit, and by a commit's beginning; the same without a network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    merged = refmerge.merge([text, "org/name"], "linear")
+    assert merged["w"].tolist() == [(value + 1) / 2] * 4
+
+
+@posix
+@pytest.mark.parametrize("native", [True, False])
+def test_recipes_of_the_cache(cached, native):
+    (cached / "sub").mkdir()
+    text = "merge_method: linear\nmodels:\n- model: org/name@pr/1\n- model: org/name\n"
+    text += "refmerge: 1\n" if native else "parameters: {weight: 1}\n"
+    (cached / "sub" / "recipe.yml").write_text(text)
+    with run_recipe(cached / "sub" / "recipe.yml", cached / "out") as merged:
+        assert merged["w"].tolist() == [2.0] * 4
+
+
+@posix
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("org/other", InputError, "no such model in the Hub's cache .*--download"),
+        ("org/bare", InputError, "--download"),
+        ("org/name@v2", InputError, "--download"),
+        ("org/name@..", UsageError, "no revision"),
+        ("org/name@", UsageError, "no revision"),
+        ("hf@main", UsageError, "'hf' is a path"),
+        ("../name", InputError, "no such file"),
+        ("a/b/c", InputError, "no such file"),
+        ("name", InputError, "no such file"),
+        ("org/x.safetensors", InputError, "no such file"),
+    ],
+)
+def test_models_that_are_nowhere(cached, text, error, said):
+    with pytest.raises(error, match=said):
+        refmerge.merge([text, text], "linear")
+
+
+@posix
+def test_what_exists_is_a_path(cached):
+    save({"w": np.full(4, 7, np.float32)}, cached / "org" / "name")
+    save({"w": np.full(4, 9, np.float32)}, cached / "org" / "name@main")
+    merged = refmerge.merge(["org/name", "org/name@main"], "linear")
+    assert merged["w"].tolist() == [8.0] * 4
+
+
+@posix
+def test_the_cache_is_where_huggingface_hub_has_it(monkeypatch):
+    """By its own constants, where it is installed."""
+    import subprocess
+
+    pytest.importorskip("huggingface_hub")
+    code = "import huggingface_hub.constants as c; print(c.HF_HUB_CACHE)"
+    for given in ({}, {"HF_HOME": "/x"}, {"HF_HUB_CACHE": "/y", "HF_HOME": "/x"}, {"XDG_CACHE_HOME": "/z"}):
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        assert str(hub.cache()) == told
+
+
+@posix
+def test_downloads_only_if_asked_and_never_offline(cached, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        if name == "org/gone":
+            raise OSError("404 \x1b[31m not found\nmore")
+        return str(cached / "hf" / "hub" / "models--org--name" / "snapshots" / OTHER)
+
+    with pytest.raises(UsageError, match=r"refmerge\[hub\]"):
+        hub.find("org/other", download=True)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert hub.find("org/name", download=True).name == COMMIT and not asked  # it is there
+    assert hub.find("org/other@v1", download=True).name == OTHER and asked == [("org/other", "v1")]
+    with pytest.raises(InputError, match=r"cannot be fetched: '404 \\x1b") as caught:
+        hub.find("org/gone", download=True)
+    assert "\x1b" not in str(caught.value)
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+                hub.find("org/other", download=True)
