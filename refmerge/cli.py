@@ -216,6 +216,26 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
 
 
 @main.command()
+@click.argument("merged", type=click.Path())
+@click.option("--recipe", type=click.Path(), help="how it was made; default: the recipe that lies beside its weights")
+@click.option("--exact", is_flag=True, help="rounding and choices among ties are differences too")
+@click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, help="how many tensors to list")
+@_options(*_RUN, "json")
+def verify(merged: str, recipe: str | None, exact: bool, top: int, json: bool, **options: Any) -> None:
+    """Compute what a recipe makes and compare it with the checkpoint MERGED, tensor by tensor, in blocks.
+
+    Says of each tensor whether it is equal to the bit, within rounding, equal up to which of several tied entries were kept,
+    or by how much it differs and where; and whose semantics do explain it. Exit status 1 where something differs.
+    """
+    from refmerge.verify import verify
+
+    found = verify(merged, recipe, **{k: v for k, v in options.items() if v is not None})
+    say(jsonlib.dumps(found.told(), indent=2) if json else found.text(top))
+    if not (found.exact if exact else found.ok):
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("path", type=click.Path())
 @click.option("--tensor", metavar="GLOB", help="list the tensors whose names match")
 @_options("json")
@@ -317,6 +337,47 @@ def compare(
             except OSError as e:
                 raise click.UsageError(f"{plot} cannot be written: {e.strerror}") from e
         click.echo(line.text() if not json else jsonlib.dumps(line.told(), indent=2))
+
+
+@main.command()
+@click.argument("target")
+@click.option("--method", "methods", metavar="NAME", multiple=True, help="only these; default: all that have vectors")
+@click.option("--entry", help="whose semantics a function or a command claims, mergekit:ties; default: the paper's")
+@click.option("--command", is_flag=True, help="TARGET is a command line that answers requests, in any language")
+@click.option("--python", type=click.Path(), help="the interpreter in which the tool is installed")
+@click.option("--fuzz", type=click.IntRange(min=1), metavar="N", help="N random inputs for each entry of the tool, too")
+@click.option("--html", type=click.Path(), metavar="OUT.HTML", help="write the table and the flags as one page")
+@click.option("--junit", type=click.Path(), metavar="OUT.XML", help="write the cases for a build server")
+@_options("json")
+def conform(
+    target: str, methods: tuple[str, ...], entry: str | None, command: bool, python: str | None, fuzz: int | None,
+    html: str | None, junit: str | None, json: bool,
+) -> None:  # fmt: skip
+    """Run the test vectors against TARGET, another implementation, and say method by method whether it is right, or why not.
+
+    TARGET is a tool with an adapter (fusion_bench, mergekit, peft, sd_mecha), a Python function as module:function, or with
+    --command any command. A difference that a flag explains is a choice that the tool has made; exit status 1 where there
+    are others.
+    """
+    from refmerge.conform import conform, fuzzed
+
+    if fuzz is not None and (command or ":" in target):
+        raise click.UsageError("--fuzz is for tools that have an adapter")
+    found = conform(target, methods, entry=entry, python=python, command=command)
+    differences = [] if fuzz is None else fuzzed(target, methods, fuzz, python)
+    for path, made in ((html, found.html), (junit, found.junit)):
+        if path is not None:
+            try:
+                with open(path, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(made())
+            except OSError as e:
+                raise click.UsageError(f"{path} cannot be written: {e.strerror}") from e
+    if json:
+        click.echo(jsonlib.dumps({**found.told(), "fuzz": [vars(d) for d in differences]}, indent=2))
+    else:
+        click.echo("\n".join([found.text(), *(d.text() for d in differences)]))
+    if not found.ok or differences:
+        sys.exit(1)
 
 
 @main.command()

@@ -83,7 +83,7 @@ class Plan:
             if resume:
                 raise UsageError("resume goes on with what an earlier run left on the disk: give out")
             arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
-            self._fill(arrays)
+            self.fill(arrays)
             results = {o: sink.result() for o, sink in arrays.items()}
             return results if self.work.method.outputs else results[""]
         target = Path(out)
@@ -115,7 +115,7 @@ class Plan:
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)
                 writer.reuse(done)
-            self._fill(sinks, done)
+            self.fill(sinks, done)
             for c in self.checkpoints:
                 c.check_unchanged()
         return target if self.work.method.outputs else open_checkpoint(target)
@@ -181,7 +181,8 @@ class Plan:
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
 
-    def _fill(self, sinks: Mapping[str, Any], done: frozenset[str] = frozenset()) -> None:
+    def fill(self, sinks: Mapping[str, Any], done: frozenset[str] = frozenset()) -> None:
+        """Merge into these sinks, one for each output of the method; "" where it has one. done: tensors to leave out."""
         if self.before is not None:
             self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())

@@ -22,12 +22,15 @@ from refmerge.procedure import Procedure
 
 
 def _modules(root: str) -> dict[tuple[str, str], str]:
-    """(folder, name) -> module, of the files two levels below a package, whose own steps begin with an underscore."""
+    """(folder, name) -> module, of the files two levels below a package, but for steps, whose names begin with an
+    underscore, and for a tool's adapter."""
     found = {}
     for folder in pkgutil.iter_modules(importlib.import_module(root).__path__):
+        if not folder.ispkg:
+            continue
         package = importlib.import_module(f"{root}.{folder.name}")
         for module in pkgutil.iter_modules(package.__path__):
-            if not module.name.startswith("_"):
+            if not module.name.startswith("_") and module.name != "adapter":
                 found[folder.name, module.name] = f"{package.__name__}.{module.name}"
     return found
 

@@ -8,6 +8,7 @@ narrow it down until few enough candidates are left to hold.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +22,31 @@ if TYPE_CHECKING:
 
 CANDIDATES = 1 << 22  # so many values are held; where more are left, histograms divide them further
 SORTED = 1 << 12  # so few keys are sorted; of more, a histogram first tells which
+PART = 1 << 18  # keys that are looked at together
 
 
 def flat(x: Any) -> Any:
     return array_namespace(x).reshape(x, (-1,))
 
 
-def kth_largest_key(keys: np.ndarray, k: int) -> int:
-    """The k-th largest (k from 1) of unsigned integers. NumPy's partition alone is six times slower on processors that
-    are slow at storing the chosen lanes of a vector."""
-    while keys.size > SORTED:
-        low, high = int(keys.min()), int(keys.max())
+def kth_largest_key(parts: Sequence[np.ndarray], k: int) -> int:
+    """The k-th largest (k from 1) of unsigned integers, which come in parts; all that is made of them is as small as a part,
+    or as PART of its elements. NumPy's partition alone is six times slower on processors that are slow at storing the chosen
+    lanes of a vector."""
+    parts = [part[start : start + PART] for part in parts for start in range(0, part.size, PART)]
+    while sum(part.size for part in parts) > SORTED:
+        low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
         if low == high:
             return low
-        shift = keys.dtype.type(max(0, (high - low).bit_length() - 16))
-        bins = (keys - keys.dtype.type(low)) >> shift
-        counts = np.bincount(bins.astype(np.intp))
+        dtype = parts[0].dtype.type
+        bits = max(0, (high - low).bit_length() - 16)
+        counts = np.zeros(((high - low) >> bits) + 1, np.intp)
+        for part in parts:
+            counts += np.bincount(((part - dtype(low)) >> dtype(bits)).astype(np.intp), minlength=counts.size)
         chosen, above = _bin_of_rank(counts, k)
-        keys, k = keys[bins == chosen], k - above
+        parts = [part[(part - dtype(low)) >> dtype(bits) == chosen] for part in parts]
+        parts, k = [part for part in parts if part.size], k - above
+    keys = np.concatenate(parts)
     return int(np.partition(keys, keys.size - k)[keys.size - k])
 
 
@@ -51,7 +59,7 @@ def _bin_of_rank(counts: np.ndarray, rank: int) -> tuple[int, int]:
 
 
 def kth_largest(x: np.ndarray, k: int) -> float:
-    return value_of(kth_largest_key(keys_of(x), k), 8 * x.itemsize)
+    return value_of(kth_largest_key([keys_of(x)], k), 8 * x.itemsize)
 
 
 def count_equal(x: np.ndarray, value: float) -> int:
@@ -161,17 +169,16 @@ class Selection:
         samples, self._samples = self._samples, []
         if self.want.phase != "histogram" or not samples:
             return
-        keys = np.concatenate(samples)
-        m = keys.size
+        m, width = sum(keys.size for keys in samples), samples[0].itemsize
         # Where the answer's rank falls in the sample, give or take eight deviations: neighbours in a tensor are alike.
         centre = self.k / self.size * m
         margin = 8 * math.sqrt(centre * (1 - self.k / self.size)) + 8
         if 2 * margin / m * self.size > CANDIDATES * 3 // 4:
             return
         first, last = math.floor(centre - margin), math.ceil(centre + margin)
-        finite = keys_of(np.array([-np.inf, np.inf], dtype=f"f{keys.itemsize}")).tolist()
-        low = kth_largest_key(keys, last) if last <= m else finite[0]
-        high = kth_largest_key(keys, first) if first >= 1 else finite[1]
+        finite = keys_of(np.array([-np.inf, np.inf], dtype=f"f{width}")).tolist()
+        low = kth_largest_key(samples, last) if last <= m else finite[0]
+        high = kth_largest_key(samples, first) if first >= 1 else finite[1]
         if high <= finite[1]:  # a sampled NaN is above everything
             self.want = Want("bracket", low, high)
 
@@ -231,9 +238,8 @@ class Selection:
         self._share()
 
     def _end_hold(self) -> None:
-        keys = np.concatenate(list(self._held.values()))
-        key = kth_largest_key(keys, self._rank)
-        self._found(key, above=int(np.count_nonzero(keys > key)))
+        key = kth_largest_key(list(self._held.values()), self._rank)
+        self._found(key, above=sum(int(np.count_nonzero(keys > key)) for keys in self._held.values()))
         self._tied = {i: int(np.count_nonzero(held == key)) for i, held in self._held.items()}
         self._held = {}
         self._share()

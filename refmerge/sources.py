@@ -400,10 +400,18 @@ class HostSink:
         return {n: x.view(DTYPES[self._specs[n][0]]).reshape(self._specs[n][1]) for n, x in self.arrays.items()}
 
 
+class Writer(Protocol):
+    """What takes the bytes of a checkpoint's tensors; see CheckpointWriter."""
+
+    def put(self, name: str, start: int, raw: np.ndarray) -> None: ...
+    def record(self, name: str, start: int, count: int) -> None: ...
+    def write(self, name: str, start: int, raw: np.ndarray) -> None: ...
+
+
 class DiskSink:
     """Results written where they belong in a checkpoint, in whatever order the blocks come."""
 
-    def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
+    def __init__(self, writer: Writer, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
         self._writer, self._specs, self._backend = writer, specs, backend
 
     def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:

@@ -24,7 +24,10 @@ import numpy as np
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Case", "Failure", "Report", "assert_same", "check", "checkpoints", "flags", "names", "vectors"]
+__all__ = [
+    "Case", "Failure", "Report", "assert_close", "assert_same", "check", "checkpoints", "flags", "keywords", "names",
+    "outcome", "ulps_between", "vectors",
+]  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
 Merge = Callable[..., Mapping[str, Any]]
@@ -233,7 +236,7 @@ def check(
     if not cases:
         known = sorted({case.entry for case in vectors(method)})
         raise LookupError(f"no vectors of {method!r} for the entry {entry!r}; entries: {', '.join(known)}")
-    takes = _keywords(fn)
+    takes = keywords(fn)
     for case in cases:
         extra = dict(case.options) | ({"stats": case.stats} if case.stats is not None else {})
         if missing := [name for name in extra if not takes(name)]:
@@ -270,13 +273,13 @@ def outcome(
             if ulps is not None:
                 assert_same(got[name], expected, ulps=ulps, signed_zero=False)
             else:
-                _close(_host(got[name]), expected, case.tolerance if tolerance is None else tolerance)
+                assert_close(_host(got[name]), expected, case.tolerance if tolerance is None else tolerance)
         except AssertionError as exception:
             return f"{name}: {exception}"
     return ""
 
 
-def _keywords(fn: Callable[..., Any]) -> Callable[[str], bool]:
+def keywords(fn: Callable[..., Any]) -> Callable[[str], bool]:
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):
@@ -286,7 +289,7 @@ def _keywords(fn: Callable[..., Any]) -> Callable[[str], bool]:
     return lambda name: name in parameters
 
 
-def _close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     """Equal up to `tolerance` times the largest finite value of the tensor; NaN equals NaN, infinity itself."""
     _same_kind(got, expected)
     x, y = got.astype(np.float64), expected.astype(np.float64)
@@ -343,7 +346,7 @@ def assert_same(a: Any, b: Any, ulps: int = 0, *, signed_zero: bool = True) -> N
     if not (_is_float(x.dtype)):
         wrong, detail = x != y, "integers are compared exactly"
     else:
-        apart = _ulps(x, y)
+        apart = ulps_between(x, y)
         wrong = apart > np.uint64(ulps)
         if signed_zero and not ulps:
             wrong |= (x == 0) & (y == 0) & (np.signbit(x) != np.signbit(y))
@@ -352,7 +355,7 @@ def assert_same(a: Any, b: Any, ulps: int = 0, *, signed_zero: bool = True) -> N
         raise AssertionError(_where(x, y, wrong, detail))
 
 
-def _ulps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def ulps_between(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """How many steps from x to y on the floating-point line; 0 between two NaN, the most from NaN to a number."""
     width = x.dtype.itemsize * 8
     sign = np.uint64(1 << (width - 1))

@@ -19,8 +19,9 @@ from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, encode, itemsize, name_of
 from refmerge.errors import UsageError
 from refmerge.fused import Lazy, compiler, graph, leaf, store, stretch_sums, support
-from refmerge.laws import Trial
-from refmerge.numeric import STRETCH, keys_of, leaf_sums
+from refmerge.laws import Trial, statistics
+from refmerge.method import method
+from refmerge.numeric import STRETCH, array_namespace, keys_of, leaf_sums
 from refmerge.rng import digits_numpy
 from refmerge.testing import assert_same
 
@@ -35,11 +36,15 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def compiled(monkeypatch, cache):
-    """Every program is compiled at once, into a cache of this module's own."""
+    """Every program is compiled at once, into a cache of this module's own, and none fails."""
     if compiler.command() is None:
         pytest.skip("no C compiler")
     monkeypatch.setattr(compiler, "folder", lambda: cache)
     monkeypatch.setattr(compiler, "waits", True)
+    monkeypatch.setattr(compiler, "_jobs", {})
+    monkeypatch.setattr(graph.program, "_kernels", {})
+    yield
+    assert not [job.source for job in compiler._jobs.values() if job.failed]
 
 
 @pytest.fixture
@@ -257,6 +262,37 @@ def test_at_ranks(compiled, shape):
 
 # --- Methods ----------------------------------------------------------------------------------------------------------
 
+# What somebody's own text may do with its arrays, beyond what ours do.
+TEXTS = {
+    "power": lambda a, b, xp: (a - b) ** 2,
+    "truth values times a Python number": lambda a, b, xp: a + xp.astype((a > b) * 0.3, xp.float32),
+    "a choice between two Python numbers": lambda a, b, xp: a * xp.astype(xp.where(a > b, 0.3, 0.1), xp.float32),
+    "truth values with bits": lambda a, b, xp: xp.where((a > b) ^ (b > 0) | ~(a > 0), a, b),
+    "in place": lambda a, b, xp: _in_place(a, b),
+    "a sum by NumPy": lambda a, b, xp: a - xp.max(a * 0) + b,
+    "a matrix": lambda a, b, xp: xp.flip(a)[::-1] + b,
+    "a rounded number": lambda a, b, xp: xp.round(a) + xp.clip(b, -1.0, 1.0),
+}
+
+
+def _in_place(a, b):
+    x = a + 0
+    x *= b
+    return x
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_others(compiled, text, tmp_path):
+    @method(text.replace(" ", "_"), paper="none")
+    def somebodys(models, base):
+        return TEXTS[text](models[0], base, array_namespace(models[0]))
+
+    inputs = [{"a": np.where(np.isnan(x := nasty(k, 2 * STRETCH + 300)), np.float32(1), x)} for k in range(2)]
+    paths = [save(tmp_path / f"{k}.safetensors", x) for k, x in enumerate(inputs)]
+    expected = merged(somebodys, paths[1:], paths[0], tmp_path / "text.safetensors", {}, fused=False)
+    assert not isinstance(expected, str), expected
+    equal(merged(somebodys, paths[1:], paths[0], tmp_path / "o.safetensors", {}, fused=True), expected)
+
 
 def save(path, tensors):
     with CheckpointWriter(path, {k: (name_of(x.dtype), x.shape) for k, x in tensors.items()}) as writer:
@@ -265,12 +301,12 @@ def save(path, tensors):
     return path
 
 
-def merged(method, paths, base, out, params, *, fused, elements=None, **options):
+def merged(merge, paths, base, out, params, *, fused, elements=None, **options):
     """The tensors of a merge of files, or the error by which it is refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            plan = prepare(paths, method, base=base, nonfinite="propagate", threads=1, params=params, **options)
+            plan = prepare(paths, merge, base=base, nonfinite="propagate", threads=1, params=params, **options)
             plan.fused, plan.elements = fused, elements
             return {k: np.array(x) for k, x in plan.run(out, overwrite=True).items()}
     except UsageError as refused:
@@ -287,9 +323,9 @@ def equal(got, expected):
 @pytest.mark.parametrize("name", STREAMING)
 def test_methods_compiled(compiled, name, tmp_path):
     """bfloat16 with whole stretches and a rest, special values among them; the parameters of the page's example."""
-    method = registry.get(name)
-    example = pages.example_for(method)
-    params = {k: v for k, v in example.params.items() if k in method.params}
+    merge = registry.get(name)
+    example = pages.example_for(merge)
+    params = {k: v for k, v in example.params.items() if k in merge.params}
     count = len(example.models)
     with np.errstate(all="ignore"):
         inputs = [
@@ -297,12 +333,16 @@ def test_methods_compiled(compiled, name, tmp_path):
             for k in range(count + 1)
         ]
     paths = [save(tmp_path / f"{k}.safetensors", x) for k, x in enumerate(inputs)]
-    base = paths.pop() if method.needs_base else None
+    base = paths.pop() if merge.needs_base else None
     paths = paths[:count]
     options = {"seed": example.params.get("seed", 0)}
-    expected = merged(method, paths, base, tmp_path / "text.safetensors", params, fused=False, **options)
+    if merge.stats:
+        whose = [inputs[count], *inputs[:count]] if merge.needs.startswith("base") else inputs[:count]
+        options["stats"] = [statistics(merge, x, np.random.default_rng(k)) for k, x in enumerate(whose)]
+    expected = merged(merge, paths, base, tmp_path / "text.safetensors", params, fused=False, **options)
+    assert not isinstance(expected, str) or "no singular values" in expected, expected
     for elements in (None, STRETCH):
-        got = merged(method, paths, base, tmp_path / "o.safetensors", params, fused=True, elements=elements, **options)
+        got = merged(merge, paths, base, tmp_path / "o.safetensors", params, fused=True, elements=elements, **options)
         equal(got, expected)
 
 
@@ -310,13 +350,14 @@ def test_methods_compiled(compiled, name, tmp_path):
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_methods_interpreted(interpreted, name, tmp_path_factory, data):
-    method = registry.get(name)
-    trial = Trial(method, data.draw, 0)
+    merge = registry.get(name)
+    trial = Trial(merge, data.draw, 0)
     models, base = trial.inputs(nonfinite=True)
     params = trial.params(len(models))
     folder = tmp_path_factory.mktemp("fused")
     paths = [save(folder / f"{k}.safetensors", x) for k, x in enumerate(models)]
     over = None if base is None else save(folder / "base.safetensors", base)
-    expected = merged(method, paths, over, folder / "text.safetensors", params, fused=False)
+    stats = trial.stats(models)
+    expected = merged(merge, paths, over, folder / "text.safetensors", params, fused=False, **stats)
     elements = trial.choose(None, 3, 1024)
-    equal(merged(method, paths, over, folder / "o.safetensors", params, fused=True, elements=elements), expected)
+    equal(merged(merge, paths, over, folder / "o.safetensors", params, fused=True, elements=elements, **stats), expected)

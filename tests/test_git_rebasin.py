@@ -484,11 +484,28 @@ ACTS = [{"layers.0": np.ones((4, 6))}] * 2
         ([A, B], {"start": [{}, {}]}, UsageError, "start has permutations for each model but the first"),
         ([A, B], {"start": [{"layers.0": [0, 0, 1, 2, 3, 4]}]}, UsageError, "does not hold each of 0"),
         ([A, B], {"by": "many", "turns": [[0]]}, UsageError, "turns names .0.: each of 0, 1 once"),
+        ([A, B], {"turns": [[0, 1]]}, UsageError, "turns go with by='many'"),
+        ([A, B], {"loss": lambda w, step: 0.0}, UsageError, "gradient and loss go with by='straight_through'"),
     ],
 )
 def test_refusals(models, options, error, said):
     with pytest.raises(error, match=said):
         git_rebasin(models, SPEC, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"by": "activations", "activations": [*ACTS, ACTS[0]]},
+        {"by": "straight_through", "loss": lambda w, step: 0.0, "steps": 1},
+    ],
+)
+def test_visits_say_whose_they_are(options):
+    told = []
+    found = git_rebasin([A, B, A], SPEC, progress=told.append, **options)
+    assert tuple(told) == found.visits
+    assert {v.model for v in told} == {1, 2}
 
 
 def test_a_spec_is_a_spec():

@@ -42,6 +42,14 @@ def group(name):
     return {key.partition("/")[2]: OFFICIAL[key] for key in OFFICIAL.files if key.startswith(f"{name}/")}
 
 
+def test_a_constant_unit_is_correlated_with_nothing():
+    """0.1 squared and averaged three times is less than the square of their average, by one rounding."""
+    x = np.column_stack([np.full(3, 0.1), [1.0, 2.0, 3.0]])
+    with np.errstate(all="raise"):
+        found = batch_correlation([x], [x])
+    assert np.abs(found[0]).max() < 1e-9 and found[1, 1] > 0.99
+
+
 def test_official():
     a, b, out = group("model0"), group("model1"), group("out")
     batches = np.split(group("stat")["inputs"].astype(float), np.cumsum(group("stat")["batch_sizes"])[:-1])

@@ -158,6 +158,27 @@ def test_torch_weights():
     ours = layerwise_sharpness({"w": np.ones(4, np.float32)}, lambda m: float(m["w"].sum()))
     theirs = layerwise_sharpness({"w": torch.ones(4)}, lambda m: float(m["w"].sum()))
     assert theirs == ours
+    model = {"a": torch.ones(4, dtype=torch.bfloat16), "b": torch.ones(2, 3), "n": torch.tensor([3])}
+    seen = []
+    found = layerwise_sharpness(model, lambda m: seen.append(m) or float(m["a"].sum() + m["b"].sum()), rho=0.1, draws=3)
+    assert len(seen) == 13 and all(isinstance(x, torch.Tensor) for m in seen for x in m.values())
+    assert {(name, x.dtype) for m in seen for name, x in m.items()} == {(name, x.dtype) for name, x in model.items()}
+    assert all(m["n"] is model["n"] for m in seen)
+    narrow = {"a": np.ones(4, ml_dtypes.bfloat16), "b": np.ones((2, 3), np.float32), "n": np.array([3])}
+    noisy = []
+    layerwise_sharpness(narrow, lambda m: noisy.append(m) or 0.0, rho=0.1, draws=3)
+    for m, x in zip(seen, noisy):
+        assert all(np.array_equal(m[name].float().numpy(), x[name].astype(np.float32)) for name in model)
+    assert found.layers["n"] == 0.0 != found.layers["a"]
+
+
+def test_each_tensor_is_read_once_for_a_draw(tmp_path, monkeypatch):
+    save({"a": np.ones(4, np.float32), "n": np.array([3])}, tmp_path / "m.safetensors")
+    model, read = refmerge.open_checkpoint(tmp_path / "m.safetensors"), []
+    get = type(model).__getitem__
+    monkeypatch.setattr(type(model), "__getitem__", lambda self, name: read.append(name) or get(self, name))
+    layerwise_sharpness(model, lambda m: 0.0, draws=3)
+    assert sorted(read) == ["a"] * 6 + ["n"] * 6  # as a layer, and in the whole
 
 
 # --- Sparse stragglers ------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -141,6 +143,20 @@ def test_native_arithmetic_gives_a_tools_own_bits(case):
 
 def test_there_are_results_in_sixteen_bits():
     assert len(SIXTEEN_BITS) >= 7
+
+
+# --- Another language -------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_in_another_language():
+    """The files say all that there is to know: a hundred lines of JavaScript read them and merge, without refmerge."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    reader = Path(__file__).parent / "readers" / "vectors.mjs"
+    found = json.loads(subprocess.run([node, reader, str(VECTORS)], capture_output=True, text=True, check=True).stdout)
+    assert found["failures"] == []
+    assert found["files"] == len(DOCUMENTS) and found["tests"] == len(CASES) and found["merged"] >= 25
 
 
 # --- refmerge.testing -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, cast
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint, hub
 from refmerge.errors import UsageError
+from refmerge.method import Method
 from refmerge.plan import Plan
 from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
 from refmerge.sources import DiskSource
@@ -20,6 +21,7 @@ __all__ = ["prepare_recipe", "run_recipe"]
 def prepare_recipe(
     recipe: str | os.PathLike[str],
     *,
+    method: Method | None = None,
     dtype: str | None = None,
     seed: int | None = None,
     download: bool = False,
@@ -27,11 +29,11 @@ def prepare_recipe(
 ) -> tuple[Resolved, Plan]:
     """Check a recipe and the checkpoints it names, without reading a weight.
 
-    options: as those of `refmerge.api.prepare`; dtype and seed go before the recipe's own. download: fetch models of the Hub
-    that are not in its cache. A native recipe's paths are
+    method: stands in for the one that the recipe names. options: as those of `refmerge.api.prepare`; dtype and seed go
+    before the recipe's own. download: fetch models of the Hub that are not in its cache. A native recipe's paths are
     relative to its folder, another tool's to the working directory, as that tool has it.
     """
-    resolved = resolve(load_recipe(recipe))
+    resolved = resolve(load_recipe(recipe), method)
     folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
 
     def place(path: str) -> Path:
@@ -39,7 +41,7 @@ def prepare_recipe(
 
     plan = prepare(
         [place(m) for m in resolved.models],
-        resolved.method,
+        method or resolved.method,
         base=None if resolved.base is None else place(resolved.base),
         stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
         seed=seed if seed is not None else resolved.seed or 0,

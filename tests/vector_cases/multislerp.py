@@ -131,8 +131,8 @@ def hand() -> Hand:
         (
             "mergekit:multislerp",
             {"weight": [1.0, 1.0], "normalize_weights": True, "eps": 1.0 / 4},
-            [2 * 13 / math.sqrt(13**2 + 15**2), 2 * 15 / math.sqrt(13**2 + 15**2)],
-            "1 / (1 + 1/4) = 4/5 and 3 / (3 + 1/4) = 12/13: direction (52, 60), that is (13, 15)",
+            [x * math.cos(1 / 4) / math.sqrt(13**2 + 15**2) for x in (2 * 13, 2 * 15)],
+            "1 / (1 + 1/4) = 4/5 and 3 / (3 + 1/4) = 12/13: direction (52, 60), that is (13, 15); the step takes cos(1/4)",
         ),
         flags="MultislerpEps",
         dtype="F64",

@@ -1,3 +1,5 @@
+import math
+
 from refmerge.compat.mergekit.slerp import arc, cosine
 from refmerge.method import method
 
@@ -7,6 +9,7 @@ from refmerge.method import method
     paper="tanganke/fusion_bench@54c9e8c fusion_bench/method/slerp/slerp_utils.py:slerp",
     widens=True,
     models=(2, 2),
+    domain={"epsilon": (0.0, math.inf)},
 )
 def slerp(models, group, *, t: float = 0.5, DOT_THRESHOLD: float = 0.9995, epsilon: float = 1e-8):
     """From the first model (t = 0) to the second (t = 1), as mergekit does it, with a threshold and a least norm to choose.

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 
 from refmerge.compat.mergekit._sphere import dots, in_sixteen_bits, length, norms
@@ -9,7 +11,8 @@ from refmerge.numeric import at_precision, divided, stacked_sum, total
 def multislerp(models, group, base=None, *, weight: PerModel[float], normalize_weights: bool = True, eps: float = 1e-8):
     """Weighted mean direction at the mean length, of models or of task vectors; one model alone stays as it is.
 
-    mergekit then steps along a mean of tangent vectors. It is zero but for rounding, and left out except in 16 bits.
+    mergekit then steps along a mean of tangent vectors. It is zero but for rounding, and left out except in 16 bits; but the
+    step is as long as eps at the least, so that the direction is multiplied by cos(eps).
     """
     if len(models) == 1:
         return models[0]
@@ -29,12 +32,12 @@ def at(value, x):
 
 
 def at_once(x, w, eps, G):
-    """The direction of sum_n w_n x_n / (nu_n + eps) at the length sum_n w_n nu_n. Where the directions cancel the sum of
-    w_n x_n, for which mergekit has an error unless there are two models."""
+    """The direction of sum_n w_n x_n / (nu_n + eps) at the length cos(eps) sum_n w_n nu_n. Where the directions cancel the
+    sum of w_n x_n, for which mergekit has an error unless there are two models."""
     nu = np.sqrt(np.diag(G))
     c = w / (nu + eps)
     m = length(c, G)
-    k = w if m < eps else c / m * total(w * nu)
+    k = w if m < eps else math.cos(eps) * c / m * total(w * nu)
     return total(float(k_n) * x_n for k_n, x_n in zip(k, x))
 
 

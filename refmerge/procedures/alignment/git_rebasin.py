@@ -100,6 +100,8 @@ def git_rebasin(
     """
     models = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
     check(models, spec, by, start, activations, criterion, gradient, loss)
+    if turns is not None and by != "many":
+        raise UsageError("git_rebasin: turns go with by='many'")
     first, *others = models
     how = {"order": order, "seed": seed, "sweeps": sweeps, "tolerance": tolerance, "leave": leave, "progress": progress}
     starts = [spec.identity(first) | dict(p) for p in start or [{}] * len(others)]
@@ -108,10 +110,12 @@ def git_rebasin(
     if by == "many":
         found = merge_many(models, spec, turns=turns, **how)
     elif by == "activations":
-        found = [activation_matching(activations[0], acts, spec, criterion=criterion) for acts in activations[1:]]
+        told = {"criterion": criterion, "progress": progress}
+        found = [activation_matching(activations[0], x, spec, model=k, **told) for k, x in enumerate(activations[1:], 1)]
     elif by == "straight_through":
-        given = {"gradient": gradient, "loss": loss, "steps": steps, "learning_rate": learning_rate, "momentum": momentum}
-        found = [straight_through(first, b, spec, start=p, **given, **how) for b, p in zip(others, starts)]
+        how |= {"gradient": gradient, "loss": loss, "steps": steps, "learning_rate": learning_rate, "momentum": momentum}
+        numbered = enumerate(zip(others, starts), 1)
+        found = [straight_through(first, b, spec, start=p, model=k, **how) for k, (b, p) in numbered]
     else:
         found = [weight_matching(first, b, spec, start=p, model=k, **how) for k, (b, p) in enumerate(zip(others, starts), 1)]
     if by != "many":
@@ -171,6 +175,8 @@ def check(models: Any, spec: Any, by: str, start: Any, activations: Any, criteri
         raise UsageError(f"git_rebasin: criterion = {criterion!r} is none of 'inner', 'e_ab', 'covariance', 'correlation'")
     if by == "straight_through" and (gradient is None) == (loss is None):
         raise UsageError("git_rebasin: straight_through takes gradient or, for finite differences, loss: one of them")
+    if by != "straight_through" and (gradient is not None or loss is not None):
+        raise UsageError("git_rebasin: gradient and loss go with by='straight_through'")
 
 
 # ---------------------------------------------------------------------------------------------------------- weight matching
@@ -349,13 +355,15 @@ def _sum(C: np.ndarray, p: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------------ activation matching
 
 
-def activation_matching(a: Mapping[str, Any], b: Mapping[str, Any], spec: Spec, *, criterion: str = "inner") -> Matching:
+def activation_matching(
+    a: Mapping[str, Any], b: Mapping[str, Any], spec: Spec, *, criterion: str = "inner", **how: Any
+) -> Matching:
     """One assignment for each permutation, by activations of both models on the same samples.
 
     a, b: mappings permutation -> activations, samples x units, or a list of such batches; what else they hold is not
     looked at, so that the `taps` of refmerge.nets will do. A permutation without activations stays as it is. Of one that is
     owned the activations have an axis for each owner before these two; a unit with several places has as many rows for each
-    sample.
+    sample. how: model and progress, as for weight_matching.
     """
     axes: dict[str, Any] = {}
     likeness, places = dict[str, np.ndarray](), dict[str, np.ndarray]()
@@ -370,7 +378,7 @@ def activation_matching(a: Mapping[str, Any], b: Mapping[str, Any], spec: Spec, 
             likeness[innermost], places[innermost] = getattr(found, criterion), np.eye(len(found.mean_b))
     if not axes:
         raise UsageError(f"git_rebasin: there are activations of none of {', '.join(spec.permutations)}")
-    return weight_matching(likeness, places, Spec(axes))
+    return weight_matching(likeness, places, Spec(axes), **how)
 
 
 def entries(name: str, spec: Spec, there: Collection[str]) -> list[grammar.Entry]:

@@ -138,7 +138,8 @@ def batch_correlation(first: Iterable[Any], second: Iterable[Any], *, eps: float
         a, b = by_unit({"a": a}, "a"), by_unit({"b": b}, "b")
         moments.append((a.mean(axis=0), b.mean(axis=0), (a * a).mean(axis=0), (b * b).mean(axis=0), a.T @ b / len(a)))
     ma, mb, qa, qb, outer = (sum(x) / len(moments) for x in zip(*moments))
-    return (outer - np.outer(ma, mb)) / (np.outer(np.sqrt(qa - ma * ma), np.sqrt(qb - mb * mb)) + eps)
+    sa, sb = (np.sqrt(np.maximum(q - m * m, 0.0)) for q, m in ((qa, ma), (qb, mb)))  # of constants rounding may go below 0
+    return (outer - np.outer(ma, mb)) / (np.outer(sa, sb) + eps)
 
 
 # ----------------------------------------------------------------------------------------------------------------- layers

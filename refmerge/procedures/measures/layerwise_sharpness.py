@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from refmerge.checkpoint.dtypes import FLOATS, name_of
+from refmerge.checkpoint.dtypes import FLOATS
 from refmerge.errors import UsageError
-from refmerge.numeric import exact_sum, host, scores
+from refmerge.numeric import exact_sum, like, scores
 from refmerge.procedure import procedure
 from refmerge.procedures.measures._common import Layers, layers_of, number, opened, whole_number, with_tensors
 from refmerge.rng import key_for
+from refmerge.sources import dtype_name
 
 __all__ = ["Sharpness", "layerwise_sharpness"]
 
@@ -65,16 +66,16 @@ def layerwise_sharpness(
 
 def noise(
     theta: Mapping[str, Any], tensors: list[str], rho: float, adaptive: bool, draws: int, seed: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """w + delta in w's dtype, delta normal with deviation rho, or rho |w|, for each draw. Tensors of integers stay."""
+) -> Iterator[dict[str, Any]]:
+    """w + delta in w's library and dtype, delta normal with deviation rho, or rho |w|, for each draw; of floats alone."""
     for draw in range(draws):
         found = {}
         for tensor in tensors:
-            x = np.asarray(theta[tensor]) if not hasattr(theta[tensor], "detach") else host(theta[tensor])
-            if name_of(x.dtype) not in FLOATS:
+            x = theta[tensor]
+            if dtype_name(x, tensor) not in FLOATS:
                 continue
             w = scores(x)
             key = np.array(key_for(seed, tensor, draw), dtype=np.uint64)
             normal = np.random.Generator(np.random.Philox(key=key)).standard_normal(w.shape)
-            found[tensor] = (w + rho * (np.abs(w) if adaptive else 1.0) * normal).astype(x.dtype)
+            found[tensor] = like(w + rho * (np.abs(w) if adaptive else 1.0) * normal, x)
         yield found

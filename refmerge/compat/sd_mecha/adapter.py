@@ -1,0 +1,42 @@
+"""sd-mecha's functions on tensors: answers `refmerge conform` in its Python. Its dropout draws as nothing else does, and
+cannot be given a draw."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+from _serve import serve  # noqa: E402
+
+del sys.path[0]  # where folders have the names of tools
+
+
+def method(name):
+    from sd_mecha.extensions.merge_methods import resolve
+
+    return resolve(name).__wrapped__
+
+
+def of_deltas(name, models, base, **params):
+    return method(name)(*(m - base for m in models), **params)
+
+
+def ties(models, base, stats, alpha=1.0, **params):
+    deltas = {name: of_deltas("ties_sum", [m[name] for m in models], base[name], **params) for name in base}
+    return {name: base[name] + alpha * delta for name, delta in deltas.items()}
+
+
+def model_stock(models, base, stats, **params):
+    return {name: base[name] + of_deltas("model_stock", [m[name] for m in models], base[name], **params) for name in base}
+
+
+def slerp(models, base, stats, alpha=0.5):
+    a, b = models
+    return {name: method("slerp")(a[name], b[name], torch.tensor(alpha, dtype=a[name].dtype)) for name in a}
+
+
+if __name__ == "__main__":
+    entries = {"sd_mecha:ties": ties, "sd_mecha:model_stock": model_stock, "sd_mecha:slerp": slerp}
+    serve("sd-mecha", version("sd-mecha"), entries)

@@ -1,0 +1,199 @@
+"""Somebody's implementation, a command in another language and installed tools are given their verdicts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from refmerge import registry, testing
+from refmerge.cli import main
+from refmerge.conform import NotSupported, ToolError, conform, fuzz, tools
+from refmerge.errors import UsageError
+
+# A command that averages as the paper does, with the standard library alone, and says that it cannot do anything else.
+COMMAND = """
+import base64, json, struct, sys
+KIND = {"F32": "f", "F64": "d"}
+print(json.dumps({"tool": "toy", "version": "1", "entries": ["linear"]}), flush=True)
+for line in sys.stdin:
+    q = json.loads(line)
+    answer = {"id": q["id"]}
+    try:
+        if q["entry"] != "linear":
+            raise KeyError(q["entry"])
+        n = len(q["models"])
+        w = q["params"].get("weight", 1.0)
+        w = [float(x) for x in w] if isinstance(w, list) else [float(w)] * n
+        if q["params"].get("normalize", True):
+            w = [x / sum(w) for x in w]
+        out = {}
+        for name, x in q["models"][0].items():
+            kind = KIND[x["dtype"]]
+            count = len(base64.b64decode(x["data"])) // struct.calcsize(kind)
+            rows = [struct.unpack(f"<{count}{kind}", base64.b64decode(m[name]["data"])) for m in q["models"]]
+            mean = [sum(a * b for a, b in zip(w, column)) for column in zip(*rows)]
+            out[name] = {**x, "data": base64.b64encode(struct.pack(f"<{count}{kind}", *mean)).decode()}
+        answer["tensors"] = out
+    except KeyError as e:
+        answer["unsupported"] = f"no {e}"
+    except Exception as e:
+        answer["error"] = str(e)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(COMMAND)
+    return f"{sys.executable} {path}"
+
+
+def test_a_command_in_no_ones_language(toy):
+    found = conform(toy, ["linear", "slerp"], command=True)
+    assert (found.tool, found.version) == ("toy", "1")
+    rows = {row.method: row for row in found.papers}
+    assert rows["slerp"].verdict is None and set(rows["slerp"].skipped.values()) == {"no 'slerp'"}
+    linear = rows["linear"]
+    assert len(linear.equal) + len(linear.close) >= 10
+    assert "linear-normalizes" in linear.equal
+    # what it does wrong, by the vectors: float64 sums overflow no float32, NaN spreads from a weight of zero, ...
+    for id, (what, flags) in linear.off.items():
+        case = next(c for c in testing.vectors("linear") if c.id == id)
+        assert what and flags == case.flags
+
+
+def half_wrong(models, base, *, density=0.2, lambda_=1.0):
+    """TIES that forgets to trim."""
+    tau = [{k: m[k].astype(np.float64) - base[k] for k in base} for m in models]
+    out = {}
+    for k in base:
+        sign = np.sign(sum(t[k] for t in tau))
+        kept = [np.where(np.sign(t[k]) == sign, t[k], 0) for t in tau]
+        count = np.maximum(sum((x != 0).astype(int) for x in kept), 1)
+        out[k] = (base[k] + lambda_ * sum(kept) / count).astype(base[k].dtype)
+    return out
+
+
+def test_a_function():
+    found = conform(half_wrong, ["ties"])
+    (row,) = found.papers
+    assert row.verdict == "unknown difference" and not found.ok and row.unknown
+    assert any(why == "the function takes no over" for why in row.skipped.values())
+    right = conform(lambda models, base, **params: registry_merge("wise_ft", models, base, params), ["wise_ft"])
+    assert right.ok and right.papers[0].verdict == "equal"
+
+
+def registry_merge(name, models, base, params):
+    import refmerge
+
+    options = {"nonfinite": "propagate"} | ({} if "integers" in params else {"integers": "base"})
+    return refmerge.merge(models, name, base=base, **options, **params)
+
+
+def test_by_name_as_the_command_does(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text("import refmerge\ndef ties(models, base, **params):\n    return models[0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    got = CliRunner().invoke(main, ["conform", "theirs:ties", "--method", "ties", "--json"])
+    assert got.exit_code == 1 and json.loads(got.output)["papers"][0]["verdict"] == "unknown difference"
+    got = CliRunner().invoke(main, ["conform", "theirs:ties", "--method", "ties"])
+    assert "unexplained: " in got.output and "theirs:ties" in got.output
+
+
+@pytest.mark.parametrize(
+    "target, options, said",
+    [
+        ("merjkit", {}, "no adapter for 'merjkit' .there are some for fusion_bench, mergekit, peft, sd_mecha"),
+        ("math:no", {"methods": ["ties"]}, "math:no: module 'math' has no attribute 'no'"),
+        ("math:sin", {}, "math:sin is one function: name the one method"),
+        ("mergekit", {"methods": ["tyes"]}, "no vectors for tyes"),
+        ("math:sin", {"methods": ["ties"], "entry": "x:ties"}, "no vectors of ties for the entry 'x:ties'"),
+        ("/no/such/command", {"command": True}, "/no/such/command cannot be run"),
+        (f"{sys.executable} -c 1", {"command": True}, "ended without an answer"),
+        (f"{sys.executable} -c print(3)", {"command": True}, "'3' is no answer: a line of JSON, an object"),
+        ("mergekit", {"python": "/no/python"}, "/no/python .* cannot be run"),
+    ],
+)
+def test_refusals(target, options, said):
+    with pytest.raises(UsageError, match=said):
+        conform(target, options.pop("methods", None), **options)
+
+
+def test_a_command_that_dies(tmp_path):
+    path = tmp_path / "dies.py"
+    path.write_text('import sys; print("{}", flush=True); sys.stdin.readline(); sys.exit("so long")')
+    with pytest.raises(UsageError, match="ended without an answer: so long"):
+        conform(f"{sys.executable} {path}", ["linear"], command=True)
+
+
+def test_every_tool_has_entries_that_it_is_asked_for():
+    assert tools() == ["fusion_bench", "mergekit", "peft", "sd_mecha"]
+    assert not [name for name in registry.names() if name.endswith(":adapter")]
+
+
+def test_pages_and_reports(toy, tmp_path):
+    run = CliRunner().invoke
+    page, suite = tmp_path / "t.html", tmp_path / "t.xml"
+    run(main, ["conform", toy, "--command", "--method", "linear", "--html", str(page), "--junit", str(suite)])
+    text = page.read_text()
+    assert text.startswith("<!doctype html>") and "<td>linear</td>" in text and "http" not in text and "<script" not in text
+    root = ElementTree.parse(suite).getroot()
+    (cases,) = root
+    assert cases.get("name") == "linear as linear" and len(cases) == int(cases.get("tests"))
+    got = run(main, ["conform", toy, "--command", "--method", "linear", "--html", str(tmp_path / "no" / "t.html")])
+    assert got.exit_code == 2 and "cannot be written" in got.output
+
+
+# --- Random inputs ----------------------------------------------------------------------------------------------------
+
+
+class Fake:
+    """The other side, without a process."""
+
+    def __init__(self, answer):
+        self.ask = lambda id, entry, models, base, stats, params: answer(models, base, params)
+
+
+def test_fuzz_finds_and_shrinks():
+    def lerp(models, base, params):
+        return {k: x + np.asarray(params["t"] * (models[0][k] - x), x.dtype) if x.size else x for k, x in base.items()}
+
+    found = fuzz(Fake(lerp), "mergekit:slerp", 200)
+    assert found is not None and "differ" in found.what
+    assert "mergekit:slerp" in found.reproducer and found.reproducer.count("np.array(") <= 12
+
+
+def test_fuzz_is_silent_where_there_is_nothing():
+    def passthrough(models, base, params):
+        return {k: np.asarray(x * x.dtype.type(params["scale"][0]), x.dtype) for k, x in models[0].items()}
+
+    assert fuzz(Fake(passthrough), "mergekit:passthrough", 100) is None
+
+
+def test_fuzz_tells_who_refuses():
+    def never(models, base, params):
+        raise ToolError("never")
+
+    found = fuzz(Fake(never), "mergekit:passthrough", 20)
+    assert found is not None and found.what == "the tool refuses it: never"
+    with pytest.raises(NotSupported):
+        fuzz(Fake(never), "mergekit:dare_ties", 20)
+
+
+# --- Installed tools --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tool, module", [("mergekit", "mergekit"), ("peft", "peft"), ("sd_mecha", "sd_mecha"), ("fusion_bench", "fusion_bench")]
+)
+def test_what_is_said_of_a_tool_holds(tool, module):
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{tool} is not installed")
+    found = conform(tool)
+    assert found.version and found.own and found.ok, found.text()
