@@ -399,3 +399,13 @@ def test_a_full_disk_is_an_error_of_the_disk(models, monkeypatch):
     with pytest.raises(ResourceError, match="No space left"):
         refmerge.merge([models / "one", models / "two"], "linear", out=models / "out")
     assert "out" not in listing(models) and open_checkpoint(models / "one")
+
+
+def test_the_page_is_what_was_measured():
+    """`python -m tests.reliability --write` makes it from the results that are kept."""
+    import json
+
+    from tests.reliability import __main__ as command
+
+    made = command.page(json.loads(command.STORE.read_text("utf-8")))
+    assert made == command.PAGE.read_text("utf-8") and "<" not in made
