@@ -111,6 +111,7 @@ class Plan:
                     metadata=metadata,
                     sidecars=() if single or self.donor is None else self.donor.sidecars(),
                     extra_files=None if single else self._config(),
+                    **({} if single or self.donor is None else {"weights": self.donor.weights}),
                 )
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)

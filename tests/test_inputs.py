@@ -277,3 +277,59 @@ def test_downloads_only_if_asked_and_never_offline(cached, monkeypatch):
             patch.setenv(variable, "1")
             with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
                 hub.find("org/other", download=True)
+
+
+# --- Images --------------------------------------------------------------------------------------------------------------
+
+
+def component(folder: Path, value: float, **options: object) -> Path:
+    arrays = {n: np.full((4, 3), value, np.float32) for n in ("down.weight", "up.weight")}
+    config = {"config.json": b'{"_class_name": "UNet2DConditionModel"}'}
+    save(arrays, folder, extra_files=config, weights="diffusion_pytorch_model.safetensors", **options)
+    return folder
+
+
+@pytest.mark.parametrize("size", ["5GB", 50])
+def test_components_of_diffusers_keep_their_names(tmp_path, size):
+    """A lone file or shards with an index, under the names that diffusers looks for."""
+    paths = [component(tmp_path / str(k) / "unet", k, max_shard_size=size) for k in (1, 3)]
+    with refmerge.merge(paths, "linear", out=tmp_path / "out", max_shard_size=size) as merged:
+        assert merged["up.weight"].tolist() == [[2.0] * 3] * 4
+    names = sorted(p.name for p in paths[0].iterdir())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    assert names[1] == f"diffusion_pytorch_model{'-00001-of-00002' if size == 50 else ''}.safetensors"
+
+
+def test_a_pipeline_names_its_components(tmp_path):
+    for name in ("unet", "vae"):
+        component(tmp_path / "sd" / name, 1)
+    (tmp_path / "sd" / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match="a diffusers pipeline of several components.* of 'unet', 'vae'"):
+        open_checkpoint(tmp_path / "sd")
+    both = component(tmp_path / "both", 1, max_shard_size=50)
+    (both / "x.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="2 indexes"):
+        open_checkpoint(both)
+    (both / "x.safetensors.index.json").unlink()
+    (both / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"both diffusion_pytorch_model\.safetensors and diffusion_"):
+        open_checkpoint(both)
+
+
+def test_block_weights_of_a_single_file(tmp_path):
+    """As image models are merged: one weight for each block, by filters on the names of one file's tensors."""
+    blocks = ["input_blocks.1.0", "input_blocks.11.0", "middle_block.0", "output_blocks.2.1"]
+    names = [f"model.diffusion_model.{b}.weight" for b in blocks] + ["first_stage_model.x", "model_ema.num_updates"]
+    for k in (1, 2):
+        arrays = {n: np.full((2, 2), k, np.float16) for n in names[:-1]} | {names[-1]: np.int32(7)}
+        save(arrays, tmp_path / f"{k}.safetensors")
+    (tmp_path / "recipe.yml").write_text(
+        "refmerge: 1\nmerge_method: task_arithmetic\nbase_model: 1.safetensors\nmodels:\n"
+        "  - model: 2.safetensors\n    parameters:\n      weight:\n"
+        "        - {filter: input_blocks.1., value: 0.25}\n        - {filter: input_blocks., value: 0.5}\n"
+        "        - {filter: middle_block., value: 0.75}\n        - {filter: first_stage_model., value: 0}\n"
+        "        - {value: 1}\n"
+    )
+    with run_recipe(tmp_path / "recipe.yml", tmp_path / "out.safetensors") as merged:
+        assert [float(merged[n].flat[0]) for n in names] == [1.25, 1.5, 1.75, 2.0, 1.0, 7.0]
+        assert merged[names[0]].dtype == np.float16

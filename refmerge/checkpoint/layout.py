@@ -14,6 +14,8 @@ from refmerge.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+INDEXES = ".safetensors.index.json"  # what the names of indexes end in
+_DIFFUSION = "diffusion_pytorch_model"  # the weights of a component of a diffusers pipeline
 
 _PICKLES_AND_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".tflite")
 _KNOWN_SIDECARS = frozenset({
@@ -39,6 +41,12 @@ class Layout:
     files: tuple[Path, ...]
     weight_map: dict[str, Path] | None = None
 
+    @property
+    def weights(self) -> str:
+        """What the only file of a folder with the same kind of model is called."""
+        component = all(file.name.startswith(_DIFFUSION) for file in self.files)
+        return f"{_DIFFUSION}.safetensors" if component and self.files else WEIGHTS
+
 
 def locate(path: str | os.PathLike[str]) -> Layout:
     """Find the files of the checkpoint at `path`; InputError where there is none, or more than one reading of it."""
@@ -59,19 +67,22 @@ def locate(path: str | os.PathLike[str]) -> Layout:
 
 
 def _locate_in(folder: Path) -> Layout:
-    index, single = folder / INDEX, folder / WEIGHTS
-    has_index, has_single = os.path.lexists(index), os.path.lexists(single)
-    if has_index and has_single:
+    names = _list(folder)
+    indexes = [name for name in names if name.endswith(INDEXES)]
+    index = INDEX if INDEX in indexes or not indexes else indexes[0]
+    single = index.removesuffix(".index.json")
+    if len(indexes) > 1 and INDEX not in indexes:
+        listed = ", ".join(map(shown, indexes[:5]))
+        raise InputError(f"{shown(folder)}: {len(indexes)} indexes ({listed}); give the path of the one that is meant")
+    if indexes and single in names:
         raise InputError(
-            f"{shown(folder)}: holds both {WEIGHTS} and {INDEX}, which may be different models; "
+            f"{shown(folder)}: holds both {single} and {index}, which may be different models; "
             "give the path of the one that is meant"
         )
-    if has_index:
-        return _indexed(folder, index)
-    names = _list(folder)
-    if not has_single:
-        single = _only_file(folder, names)
-    return Layout(folder, folder, (contained(single, folder),))
+    if indexes:
+        return _indexed(folder, folder / index)
+    path = folder / WEIGHTS if WEIGHTS in names else _only_file(folder, names)
+    return Layout(folder, folder, (contained(path, folder),))
 
 
 def _only_file(folder: Path, names: list[str]) -> Path:
@@ -83,6 +94,12 @@ def _only_file(folder: Path, names: list[str]) -> Path:
         listed = ", ".join(map(shown, found[:5]))
         raise InputError(
             f"{shown(folder)}: {len(found)} safetensors files ({listed}) and no {INDEX} to say what belongs"
+        )
+    if not found and "model_index.json" in names:
+        parts = [name for name in names if (folder / name / "config.json").is_file()]
+        raise InputError(
+            f"{shown(folder)}: a diffusers pipeline of several components; give the path of the one to merge, of "
+            f"{', '.join(map(shown, parts[:9])) or 'those in its folders'}"
         )
     if not found:
         others = [name for name in names if name.endswith(_PICKLES_AND_OTHERS)]

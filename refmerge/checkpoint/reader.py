@@ -63,7 +63,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """An opened checkpoint: a mapping from tensor name, in sorted order, to an array read anew on each access.
 
     path: as given. directory: the folder of a sharded or Hub-layout checkpoint, None for a lone file. tensors: name ->
-    TensorInfo, sorted. metadata: the `__metadata__` entries on which all shards that have them agree. config: the
+    TensorInfo, sorted. weights: how a folder's only file is called in models of this kind. metadata: the `__metadata__` entries on which all shards that have them agree. config: the
     folder's config.json, None where there is none. nbytes: of all tensors.
     Safe to read from several threads; close it, or use it as a context manager, to close its files.
     """
@@ -78,7 +78,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         config: dict[str, Any] | None,
     ) -> None:
         self.path = found.path
-        self.directory = found.directory
+        self.directory, self.weights = found.directory, found.weights
         self.tensors = tensors
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.config = config

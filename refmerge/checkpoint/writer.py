@@ -36,7 +36,7 @@ from refmerge.checkpoint.files import (
 )
 from refmerge.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, build_header
 from refmerge.checkpoint.journal import Journal, take_up
-from refmerge.checkpoint.layout import INDEX, WEIGHTS
+from refmerge.checkpoint.layout import INDEXES, WEIGHTS
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
 
@@ -54,7 +54,8 @@ class CheckpointWriter:
     shards of at most `max_shard_size` bytes of tensors (more only where one tensor is larger) and their index.
     tensors: name -> (safetensors dtype, shape). metadata: strings for each file's header beside {"format": "pt"}.
     sidecars: files copied into the folder. extra_files: name -> content, which wins over a sidecar of the same name and
-    is looked at only by commit(), so that a report may be put there last. weights: the name of a folder's only file.
+    is looked at only by commit(), so that a report may be put there last. weights: the name of a folder's only file,
+    after which those of several are called, too.
     overwrite: an existing target stays until the new one is complete, is then moved away, and removed last.
     merge: what decides every byte, part -> digest; a journal is then kept. resume: go on with the output of the same merge
     that an earlier run left, if there is one, and leave this one to be gone on with if it is interrupted. finished: the
@@ -90,6 +91,7 @@ class CheckpointWriter:
             )
         check_target(self.target, overwrite)
         self._check_names()
+        self._weights = weights
         self._merge, self._resume = merge, resume and merge is not None
         self._journal: Journal | None = None
         self._noted, self._note_lock = time.monotonic(), threading.Lock()
@@ -228,7 +230,7 @@ class CheckpointWriter:
         for name in (*names, *self._extra_files):
             if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
                 raise UsageError(f"{shown(name)} is not the name of a file in a folder")
-            if name.endswith((".safetensors", INDEX)) or names.count(name) > 1:
+            if name.endswith((".safetensors", INDEXES)) or names.count(name) > 1:
                 raise UsageError(f"{shown(name)}: another file of this name may be in {shown(self.target)}")
 
     def _prepare(self) -> None:
@@ -278,7 +280,7 @@ class CheckpointWriter:
             for name, content in self._extra_files.items():
                 _write_file(self.partial / name, content)
             if len(self._shards) > 1:
-                _write_file(self.partial / INDEX, self._index())
+                _write_file(self.partial / f"{self._weights}.index.json", self._index())
             sync_directory(self.partial)
         check_target(self.target, self._overwrite)
         self._swap()
@@ -522,7 +524,8 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def _file_names(count: int, single: str) -> list[str]:
-    return [single] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    stem = single.removesuffix(".safetensors")
+    return [single] if count == 1 else [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -531,7 +534,7 @@ def _check_replaceable(folder: Path) -> None:
         entries = list(scan)
     if any(entry.is_dir(follow_symlinks=False) for entry in entries):
         raise UsageError(f"{shown(folder)}: has folders in it, which overwriting would remove; remove it yourself")
-    if entries and not any(entry.name.endswith((".safetensors", INDEX)) for entry in entries):
+    if entries and not any(entry.name.endswith((".safetensors", INDEXES)) for entry in entries):
         raise UsageError(f"{shown(folder)}: holds no model, so it is not overwritten; remove it yourself")
 
 
