@@ -47,6 +47,7 @@ def merge(
     integers: Literal["equal", "base"] = "equal",
     missing: Literal["error", "base", "skip"] = "error",
     arithmetic: Literal["round_once", "native"] = "round_once",
+    allow_pickle: bool = False,
     **params: Any,
 ) -> Any:
     """Merge models into one.
@@ -68,6 +69,7 @@ def merge(
     missing: what to do with tensors that not all models have: "base" copies the base's (without one, the first model's
         that has it), "skip" leaves them out.
     arithmetic: "native" rounds after each operation in the inputs' dtype, as tools do that merge in 16 bits.
+    allow_pickle: read models that are pickled (.bin, .pt), too, by torch's weights_only reader.
 
     Returns a mapping name -> array of the inputs' library, or the open Checkpoint at `out`. A method with several outputs
     gives a mapping of these for each of its outputs; on disk, `out/<output>.safetensors`.
@@ -76,7 +78,7 @@ def merge(
     plan = prepare(
         models, method, base=base, stats=stats, seed=seed, over=over, dtype=dtype, out_dtype=out_dtype, backend=backend,
         threads=threads, max_memory=max_memory, nonfinite=nonfinite, integers=integers, missing=missing,
-        arithmetic=arithmetic, out=out, overwrite=overwrite, params=params,
+        arithmetic=arithmetic, allow_pickle=allow_pickle, out=out, overwrite=overwrite, params=params,
     )  # fmt: skip
     return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
@@ -133,6 +135,7 @@ def prepare(
     integers: str = "equal",
     missing: str = "error",
     arithmetic: str = "round_once",
+    allow_pickle: bool = False,
     read_dtype: str | None = None,
     donor: str | Path | None = None,
     out: str | Path | None = None,
@@ -171,7 +174,7 @@ def prepare(
         check_target(out, overwrite)
 
     everything = [*models, *([] if base is None else [base])]
-    sources, used, example = _sources(everything, len(models), backend, read_dtype)
+    sources, used, example = _sources(everything, len(models), backend, read_dtype, allow_pickle)
     base_source = sources[-1] if base is not None else None
     names, copied = _names(sources, base_source, missing)
     whole = _integers([n for n in names if n not in copied], sources, base_source, integers)
@@ -231,7 +234,7 @@ def prepare(
     also_read = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor)
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor, allow_pickle)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -257,7 +260,7 @@ def _one_of(what: str, value: Any, *allowed: Any) -> None:
 
 
 def _sources(
-    everything: Sequence[Any], models: int, backend: str | None, read_dtype: str | None
+    everything: Sequence[Any], models: int, backend: str | None, read_dtype: str | None, allow_pickle: bool
 ) -> tuple[list[Source], Any, Any]:
     """(models and base as sources, the backend that computes their blocks or None, an example of arrays in memory)."""
     on_disk = [isinstance(x, str | Path | Checkpoint) for x in everything]
@@ -265,7 +268,7 @@ def _sources(
         raise UsageError("models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind")
     if all(on_disk):
         used = open_backend(backend or "numpy")
-        return [DiskSource(_opened(x), used, read_dtype) for x in everything], used, None
+        return [DiskSource(_opened(x, allow_pickle), used, read_dtype) for x in everything], used, None
     for model in everything:
         if not isinstance(model, Mapping):
             raise UsageError(f"a model is a path or a mapping name -> array, not {type(model).__name__}")
@@ -277,8 +280,9 @@ def _sources(
     return [HostSource(x, label, used) for x, label in zip(everything, labels)], used, example
 
 
-def _opened(model: Any) -> Checkpoint:
-    return as_values(model if isinstance(model, Checkpoint) else open_checkpoint(hub.find(model)))
+def _opened(model: Any, allow_pickle: bool = False) -> Checkpoint:
+    opened = model if isinstance(model, Checkpoint) else open_checkpoint(hub.find(model), allow_pickle=allow_pickle)
+    return as_values(opened)
 
 
 def _integers(

@@ -104,6 +104,9 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             "--download", is_flag=True,
             help="fetch models of the Hugging Face Hub (org/name@revision) that are not in its cache",
         ),
+        "allow_pickle": click.option(
+            "--allow-pickle", is_flag=True, help="read pickled models (.bin, .pt), too, by torch's weights_only reader"
+        ),
         "json": click.option("--json", "json", is_flag=True, help="for programs"),
     }  # fmt: skip
 
@@ -115,7 +118,7 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return wrap
 
 
-_RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integers", "missing", "download")
+_RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integers", "missing", "download", "allow_pickle")
 
 
 @main.command()
@@ -238,14 +241,14 @@ def verify(merged: str, recipe: str | None, exact: bool, top: int, json: bool, *
 @main.command()
 @click.argument("path", type=click.Path())
 @click.option("--tensor", metavar="GLOB", help="list the tensors whose names match")
-@_options("json")
-def inspect(path: str, tensor: str | None, json: bool) -> None:
+@_options("allow_pickle", "json")
+def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from fnmatch import fnmatchcase
 
     from refmerge.checkpoint import hub, open_checkpoint
 
-    with open_checkpoint(hub.find(path)) as c:
+    with open_checkpoint(hub.find(path), allow_pickle=allow_pickle) as c:
         infos = list(c.tensors.values())
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:

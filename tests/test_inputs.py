@@ -304,7 +304,7 @@ def test_a_pipeline_names_its_components(tmp_path):
     for name in ("unet", "vae"):
         component(tmp_path / "sd" / name, 1)
     (tmp_path / "sd" / "model_index.json").write_text("{}")
-    with pytest.raises(InputError, match="a diffusers pipeline of several components.* of 'unet', 'vae'"):
+    with pytest.raises(InputError, match=r"a diffusers pipeline of several components.* of 'unet', 'vae'"):
         open_checkpoint(tmp_path / "sd")
     both = component(tmp_path / "both", 1, max_shard_size=50)
     (both / "x.safetensors.index.json").write_text("{}")
@@ -333,3 +333,99 @@ def test_block_weights_of_a_single_file(tmp_path):
     with run_recipe(tmp_path / "recipe.yml", tmp_path / "out.safetensors") as merged:
         assert [float(merged[n].flat[0]) for n in names] == [1.25, 1.5, 1.75, 2.0, 1.0, 7.0]
         assert merged[names[0]].dtype == np.float16
+
+
+# --- Pickles and GGUF ----------------------------------------------------------------------------------------------------
+
+
+def pickled(folder: Path, value: float, torch) -> dict:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return {
+        "w": torch.full((3, 4), value, dtype=torch.bfloat16),
+        "t": torch.arange(6, dtype=torch.float32).reshape(2, 3).T * value,  # of other strides
+        "n": torch.tensor(5),
+    }
+
+
+@pytest.mark.parametrize("layout", ["pytorch_model.bin", "x.ckpt", "shards", "old format"])
+def test_pickled_models_where_that_is_allowed(tmp_path, torch, layout):
+    for k in (1, 3):
+        folder = tmp_path / str(k)
+        weights = pickled(folder, k, torch)
+        if layout == "shards":
+            torch.save({"w": weights["w"]}, folder / "pytorch_model-00001.bin")
+            torch.save({n: weights[n] for n in "tn"}, folder / "pytorch_model-00002.bin")
+            index = {"weight_map": {n: f"pytorch_model-0000{1 if n == 'w' else 2}.bin" for n in weights}}
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        elif layout == "old format":
+            torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        else:
+            torch.save({"state_dict": weights, "epoch": 3} if layout == "x.ckpt" else weights, folder / layout)
+    paths = [tmp_path / "1", tmp_path / "3"]
+    with pytest.raises(InputError, match="--allow-pickle"):
+        refmerge.merge(paths, "linear")
+    merged = refmerge.merge(paths, "linear", out=tmp_path / "out", allow_pickle=True, resume=True)
+    assert merged["w"].dtype == BF16 and merged["w"].astype(float).tolist() == [[2.0] * 4] * 3
+    assert merged["t"].tolist() == [[0, 6], [2, 8], [4, 10]] and merged["n"] == 5
+
+
+def test_what_is_no_weights_is_refused(tmp_path, torch):
+    from tests.test_reliability import Canary
+
+    for name, content in (("canary", None), ("list", [1]), ("number", {"a": 3}), ("complex", {"a": torch.ones(2) * 1j})):
+        path = tmp_path / f"{name}.pt"
+        torch.save(Canary(tmp_path / "loaded") if content is None else content, path)
+        with pytest.raises(InputError, match=f"{name}.pt"):
+            open_checkpoint(path, allow_pickle=True)
+    assert not (tmp_path / "loaded").exists()
+    folder = tmp_path / "m"
+    folder.mkdir()
+    torch.save({"a": torch.ones(2)}, tmp_path / "out.bin")
+    for shard in ("../out.bin", str(tmp_path / "out.bin"), "gone.bin", "x.safetensors"):
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(InputError):
+            open_checkpoint(folder, allow_pickle=True)
+
+
+def test_gguf_files_are_read(tmp_path):
+    """Values of quantised tensors by hand from the format: blocks of 32, half-precision scale, signed bytes."""
+    gguf = pytest.importorskip("gguf")
+    draw, paths, values = np.random.default_rng(0), [], []
+    for k in range(2):
+        paths.append(tmp_path / f"{k}.gguf")
+        writer = gguf.GGUFWriter(paths[-1], "llama")
+        plain = draw.standard_normal((6, 5)).astype(np.float32)
+        scale, codes = draw.random((4, 2)).astype(np.float16), draw.integers(-127, 128, (4, 2, 32)).astype(np.int8)
+        packed = np.concatenate([scale[..., None].view(np.uint8), codes.view(np.uint8)], axis=-1).reshape(4, 68)
+        writer.add_tensor("token_embd.weight", plain)
+        writer.add_tensor("blk.0.attn_q.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        values.append((plain, (scale.astype(np.float32)[..., None] * codes).reshape(4, 64)))
+    with open_checkpoint(paths[0]) as checkpoint:
+        assert sorted(checkpoint) == ["blk.0.attn_q.weight", "token_embd.weight"]
+        assert np.array_equal(checkpoint["token_embd.weight"], values[0][0])
+        assert np.array_equal(checkpoint["blk.0.attn_q.weight"], values[0][1])
+        out = np.empty(4 * 100, np.uint8)
+        checkpoint.read("blk.0.attn_q.weight", 50, 150, out)
+        assert np.array_equal(out.view(np.float32), values[0][1].reshape(-1)[50:150])
+    merged = refmerge.merge(paths, "linear", out=tmp_path / "out.safetensors")
+    half = np.float32(0.5)
+    expected = (half * values[0][1] + half * values[1][1]).astype(BF16)
+    assert merged["blk.0.attn_q.weight"].tobytes() == expected.tobytes()
+    for damage in (b"", b"GGUF", paths[0].read_bytes()[:60], b"\0" * 100):
+        (tmp_path / "bad.gguf").write_bytes(damage)
+        with pytest.raises(InputError, match=r"bad\.gguf"):
+            open_checkpoint(tmp_path / "bad.gguf")
+
+
+def test_extras_that_are_missing_are_named(tmp_path, monkeypatch):
+    for name in ("gguf", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("x.gguf", "x.pt"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UsageError, match=r"refmerge\[(gguf|torch)\]"):
+            open_checkpoint(tmp_path / name, allow_pickle=True)

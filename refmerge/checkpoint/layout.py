@@ -63,7 +63,8 @@ def locate(path: str | os.PathLike[str]) -> Layout:
         return Layout(path, None, (path,))
     if path.name.endswith(".json"):
         return _indexed(path, path)
-    raise InputError(f"{shown(path)}: only .safetensors files, their index .json and folders of them are read")
+    allow = "; --allow-pickle reads pickled weights" if path.name.endswith((".bin", ".pt", ".pth", ".ckpt")) else ""
+    raise InputError(f"{shown(path)}: only .safetensors files, their index .json and folders of them are read{allow}")
 
 
 def _locate_in(folder: Path) -> Layout:
@@ -104,7 +105,9 @@ def _only_file(folder: Path, names: list[str]) -> Path:
     if not found:
         others = [name for name in names if name.endswith(_PICKLES_AND_OTHERS)]
         what = f"only {', '.join(map(shown, others[:5]))}" if others else "no weights"
-        raise InputError(f"{shown(folder)}: holds {what}; only safetensors is read")
+        pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in others)
+        allow = "; --allow-pickle reads pickled weights, by torch's restricted reader" if pickled else ""
+        raise InputError(f"{shown(folder)}: holds {what}; only safetensors is read{allow}")
     return folder / found[0]
 
 

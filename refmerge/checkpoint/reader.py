@@ -23,12 +23,22 @@ from refmerge.errors import InputError, ResourceError
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a .safetensors file, an index .json, or a folder in the Hub's layout.
+def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a .safetensors file, an index .json, or a folder in the Hub's layout; a .gguf file where the gguf package is.
 
     Reads and checks all headers and the index, and no weights. InputError names the file and what is wrong with it.
+    allow_pickle: open pickled weights (.bin, .pt, .pth, .ckpt), too, through torch's weights_only reader.
     """
     with readable(path):
+        if os.fspath(path).endswith(".gguf") and os.path.isfile(path):
+            from refmerge.checkpoint.gguf_files import open_gguf
+
+            return open_gguf(Path(path))
+        if allow_pickle and os.path.exists(path):
+            from refmerge.checkpoint.pickles import is_pickled, open_pickled
+
+            if is_pickled(Path(path)):
+                return open_pickled(Path(path))
         return _open(path)
 
 
@@ -63,8 +73,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """An opened checkpoint: a mapping from tensor name, in sorted order, to an array read anew on each access.
 
     path: as given. directory: the folder of a sharded or Hub-layout checkpoint, None for a lone file. tensors: name ->
-    TensorInfo, sorted. weights: how a folder's only file is called in models of this kind. metadata: the `__metadata__` entries on which all shards that have them agree. config: the
-    folder's config.json, None where there is none. nbytes: of all tensors.
+    TensorInfo, sorted. weights: how a folder's only file is called in models of this kind. metadata: the `__metadata__`
+    entries on which all shards that have them agree. config: the folder's config.json, None where there is none. nbytes: of
+    all tensors.
     Safe to read from several threads; close it, or use it as a context manager, to close its files.
     """
 

@@ -17,6 +17,19 @@ from refmerge.checkpoint import save
 from tests.reliability.crashes import Broken, digest
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+# Says when it has begun: before that, it is the interpreter that is interrupted.
+_READY = """
+from refmerge import cli
+from refmerge.checkpoint import writer
+from refmerge.recipe import run
+writer.NOTE_SECONDS = 0.05
+prepare = run.prepare_recipe
+def ready(*arguments, **options):
+    print("ready", flush=True)
+    return prepare(*arguments, **options)
+run.prepare_recipe = ready
+cli.main()
+"""
 
 
 def run(folder: Path, count: int) -> dict[str, float]:
@@ -30,8 +43,7 @@ def run(folder: Path, count: int) -> dict[str, float]:
         "  - {model: 1.safetensors, parameters: {weight: 0.5, density: 0.5}}\n"
         "  - {model: 2.safetensors, parameters: {weight: 0.5, density: 0.5}}\n"
     )
-    code = "from refmerge.checkpoint import writer\nwriter.NOTE_SECONDS = 0.05\nfrom refmerge import cli\ncli.main()\n"
-    command = [sys.executable, "-c", code, "merge", "recipe.yml"]
+    command = [sys.executable, "-c", _READY, "merge", "recipe.yml"]
     environment = os.environ | {"REFMERGE_COMPILE": "0"}
     start = time.monotonic()
     subprocess.run([*command, "whole"], cwd=folder, env=environment, check=True, capture_output=True)
@@ -41,11 +53,12 @@ def run(folder: Path, count: int) -> dict[str, float]:
     for _ in range(count):
         number = choose.choice(list(STATUS))
         process = subprocess.Popen(
-            [*command, "out", "--resume", "--quiet"], cwd=folder, env=environment, stderr=subprocess.PIPE,
+            [*command, "out", "--resume", "--quiet"], cwd=folder, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
-        while process.poll() is None and not any(p.name.startswith(".out.partial") for p in folder.iterdir()):
-            time.sleep(0.005)
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
         time.sleep(choose.random() * usual * 0.7)
         process.send_signal(number)
         sent = time.monotonic()
@@ -53,7 +66,7 @@ def run(folder: Path, count: int) -> dict[str, float]:
         if status == STATUS[number]:
             met += 1
             longest = max(longest, time.monotonic() - sent)
-        elif status not in (0, -number):  # over, or not yet listening
+        elif status and not (out.exists() and status == -number):  # the interpreter was already on its way out
             raise Broken(f"{signal.Signals(number).name}: status {status}: {process.stderr.read()!r}")
         if out.exists():
             finished += 1
