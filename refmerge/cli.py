@@ -211,7 +211,7 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     if expected is not None:
         disk = size(round(expected.needs_per_second))
         say(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
-    for note in resolved.notes:
+    for note in (*resolved.notes, *(c.note for c in p.checkpoints if c.note)):
         say(f"note        {note}")
     for t in listed:
         values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
@@ -272,7 +272,7 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
             known = [
                 k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config
             ]
-            say("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
+            say("config: " + (", ".join(f"{k} {c.config[k]}" for k in known) or "of no kind that is known"))
         for name, d in dtypes.items():
             say(f"{name}: {_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}")
         width = max((len(i.name) for i in shown), default=0)

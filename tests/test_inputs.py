@@ -63,6 +63,7 @@ def test_block_scales(tmp_path, case):
     expected = weight.astype(np.float32) * spread(scale, shape, down, across)
     with as_values(open_checkpoint(path)) as values:
         assert list(values) == ["norm", "w.weight"] and "quantization_config" not in values.config
+        assert "1 tensors in 8 bits with scales: read in float32, kept in bfloat16" in values.note
         assert np.array_equal(values["w.weight"], expected) and values["w.weight"].dtype == np.float32
         size = expected.size
         for start, stop in [

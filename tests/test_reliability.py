@@ -52,8 +52,8 @@ def listing(folder: Path) -> list[str]:
 def test_the_corpus_grown_by_mutation(tmp_path):
     """Each file is refused by one printable line that names it, or read as the safetensors package reads it."""
     assert len(corpus.MALFORMED) >= 68
-    found = [fuzz.look(tmp_path / "x.safetensors", content) for content in corpus.grown(1200)]
-    assert found.count("read") > 50 and found.count("refused") > 500
+    found = [fuzz.look(tmp_path / "x.safetensors", content) for content in corpus.grown(900)]
+    assert found.count("read") > 30 and found.count("refused") > 500
 
 
 @posix

@@ -80,6 +80,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """
 
     rewritten = False  # whether `config` is not what the folder's file says
+    note = ""  # what a plan should say of how it is read
 
     def __init__(
         self,

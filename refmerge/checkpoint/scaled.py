@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from refmerge.checkpoint.dtypes import FLOATS, WORDS, decode, itemsize
+from refmerge.checkpoint.dtypes import DTYPES, FLOATS, WORDS, decode, itemsize
 from refmerge.checkpoint.files import shown
 from refmerge.checkpoint.header import TensorInfo
 from refmerge.checkpoint.reader import Checkpoint
@@ -89,6 +89,8 @@ class Scaled(Checkpoint):
         kinds = {n: replace(t, dtype="F32", nbytes=4 * t.size) for n, t in of.tensors.items() if n in scales}
         self.tensors: dict[str, TensorInfo] = {n: kinds.get(n, t) for n, t in of.tensors.items() if n not in gone}
         self.nbytes = sum(t.nbytes for t in self.tensors.values())
+        word = DTYPES[self._kept].name
+        self.note = f"{shown(of.path)} has {len(scales)} tensors in 8 bits with scales: read in float32, kept in {word}"
         if static := sorted(gone - {*scales.values(), "scaled_fp8"}):
             warnings.warn(
                 f"{shown(of.path)}: {len(static)} scales of activations ({shown(static[0])}, ...) are left out: they belong "
