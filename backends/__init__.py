@@ -8,6 +8,8 @@ A backend of a device may have three more members, which whoever runs blocks loo
 host(nbytes) -> uint8 array: host memory that the device copies from and to by itself (pinned), for buffers.
 lane() -> context manager: what a worker thread holds while it runs blocks, such as a stream of its own.
 threads: how many worker threads keep the device busy, where the caller does not say.
+
+One that cannot compute in a work dtype says so in `without`, a mapping dtype -> reason.
 """
 
 from __future__ import annotations

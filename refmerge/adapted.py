@@ -16,7 +16,8 @@ import numpy as np
 
 from refmerge.adapters import Adapter, read_adapter
 from refmerge.changes import Changes
-from refmerge.checkpoint import Checkpoint, decode, encode, itemsize, open_checkpoint
+from refmerge.checkpoint import Checkpoint, decode, encode, hub, itemsize, open_checkpoint
+from refmerge.checkpoint.scaled import as_values
 from refmerge.errors import UsageError
 from refmerge.foreign import matched
 
@@ -35,6 +36,7 @@ class Adapted(Checkpoint):
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]) -> None:
         self.__dict__.update(base.__dict__)
         self._of, self.adapters = base, tuple(adapters)
+        self.rewritten, self.note = base.rewritten, base.note
         self._shapes = {n: (t.dtype, t.shape) for n, t in base.tensors.items()}
         self._changes = Changes(self._shapes, adapters)
 
@@ -59,6 +61,9 @@ class Adapted(Checkpoint):
         if name not in self._changes:
             return self._of.exact(name, start, stop)
         return self._changes.stretch(name, start, stop, lambda i, j: self._wide(name, i, j))
+
+    def kept_as(self, name: str) -> str:
+        return self._of.kept_as(name)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         exact = self.exact(name, start, stop)
@@ -123,10 +128,26 @@ def adapted(
     return Adapted(base, given)
 
 
-def open_model(path: str | Path, folder: Path = Path()) -> Checkpoint:
-    """The checkpoint at a path, or what `base+adapter` means; relative paths start from `folder`."""
-    base, *adapters = (folder / Path(part).expanduser() for part in reference(str(path), folder))
-    return adapted(base, *adapters) if adapters else open_checkpoint(base)
+def open_model(
+    path: str | Path,
+    folder: Path = Path(),
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    values: bool = True,
+) -> Checkpoint:
+    """The checkpoint at a path, or what `base+adapter` means; relative paths start from `folder`.
+
+    download: fetch what is a model of the Hub and not in its cache. allow_pickle: read torch's own files. values: where
+    weights of 8 bits have scales, what they mean.
+    """
+    base, *adapters = reference(str(path), folder)
+    found = hub.find(base if adapters else path, folder, download=download)
+    opened = open_checkpoint(found, allow_pickle=allow_pickle)
+    opened = as_values(opened) if values or adapters else opened
+    if not adapters:
+        return opened
+    return adapted(opened, *(hub.find(a, folder, download=download) for a in adapters))
 
 
 def reference(text: str, folder: Path = Path()) -> list[str]:

@@ -12,8 +12,9 @@ import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
 from refmerge.adapted import open_model
-from refmerge.checkpoint import Checkpoint, parse_size, promote
+from refmerge.checkpoint import Checkpoint, check_target, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
+from refmerge.checkpoint.scaled import as_values
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, RefmergeError, UsageError, together
 from refmerge.method import Method, Over
@@ -44,16 +45,19 @@ def merge(
     max_memory: int | str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
     nonfinite: Literal["error", "propagate"] = "error",
     integers: Literal["equal", "base"] = "equal",
     missing: Literal["error", "base", "skip"] = "error",
     arithmetic: Literal["round_once", "native"] = "round_once",
+    allow_pickle: bool = False,
     **params: Any,
 ) -> Any:
     """Merge models into one.
 
     models: in the caller's order, all of one kind: paths of checkpoints (or open ones), or mappings name -> array of one
-        array library. The path "model+adapter" is a model with a LoRA adapter in it. base: the model that task vectors are taken from, where the method needs one.
+        array library. The path "model+adapter" is a model with a LoRA adapter in it. base: the model that task vectors are
+        taken from, where the method needs one.
     method: a registry name, "ties" for the paper's method or "mergekit:ties" for another tool's, or a Method.
     stats: per model a mapping or a path of named statistics, for methods that read some.
     over: what `group` ranges over: "tensor", "model", or a function tensor name -> label; None is the method's choice.
@@ -61,12 +65,15 @@ def merge(
     out_dtype: "float64", "float32", "float16" or "bfloat16" for the result; None keeps the inputs' (promoted, if mixed).
     backend: "numpy", "torch", "torch:cuda:0", "cupy"; None is numpy for checkpoints and the arrays' own library otherwise.
     out: a directory, or a file that ends in .safetensors; None returns arrays.
+    resume: go on where an earlier run of the same merge into `out` stopped, if one did; and if this one is interrupted,
+        leave what is done beside `out` to be gone on with.
     threads: None uses the cores that the process may use. max_memory: "500MB" bounds the blocks' memory.
     nonfinite: what to do with NaN and infinities in the inputs. integers: "equal" demands that integer and boolean tensors
         agree and copies them, "base" takes the base's (without one, the first model's).
     missing: what to do with tensors that not all models have: "base" copies the base's (without one, the first model's
         that has it), "skip" leaves them out.
     arithmetic: "native" rounds after each operation in the inputs' dtype, as tools do that merge in 16 bits.
+    allow_pickle: read models that are pickled (.bin, .pt), too, by torch's weights_only reader.
 
     Returns a mapping name -> array of the inputs' library, or the open Checkpoint at `out`. A method with several outputs
     gives a mapping of these for each of its outputs; on disk, `out/<output>.safetensors`.
@@ -75,9 +82,9 @@ def merge(
     plan = prepare(
         models, method, base=base, stats=stats, seed=seed, over=over, dtype=dtype, out_dtype=out_dtype, backend=backend,
         threads=threads, max_memory=max_memory, nonfinite=nonfinite, integers=integers, missing=missing,
-        arithmetic=arithmetic, params=params,
+        arithmetic=arithmetic, allow_pickle=allow_pickle, out=out, overwrite=overwrite, params=params,
     )  # fmt: skip
-    return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
+    return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
 
 def call(
@@ -132,16 +139,20 @@ def prepare(
     integers: str = "equal",
     missing: str = "error",
     arithmetic: str = "round_once",
+    allow_pickle: bool = False,
     read_dtype: str | None = None,
     donor: str | Path | Checkpoint | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
     params: Mapping[str, Any] | Callable[[str, Collection[str]], Mapping[str, Any]] = {},  # noqa: B006 (never changed)
 ) -> Plan:
-    """Check everything that can be checked without reading a weight, and return the plan of the merge.
+    """Check everything that can be checked without reading a weight, and return the plan of the merge. Last, and only if
+    nothing else is wrong, integer tensors are read and compared.
 
     As `merge`, and: `params` may be a function (tensor name, all names) -> parameters, and `read_dtype` a safetensors
     dtype to which every input value is rounded as it is read (another tool's `dtype:`). `donor` is the input whose config
     and tokenizer files the result gets: the base, else the first model. Models may be StitchedSources, of that dtype already
-    and of this backend.
+    and of this backend. `out` is where the result is to be, if that is to be checked already.
     """
     m = get(method) if isinstance(method, str) else method
     if not isinstance(m, Method):
@@ -163,18 +174,24 @@ def prepare(
     if not callable(params):
         m.bind(params, len(models))  # complain about parameters before any file is opened
     _check_count(m, len(models), stats)
+    if out is not None and not m.outputs:
+        check_target(out, overwrite)
 
     everything = [*models, *([] if base is None else [base])]
-    sources, used, example = _sources(everything, len(models), backend, read_dtype)
+    sources, used, example = _sources(everything, len(models), backend, read_dtype, allow_pickle)
     base_source = sources[-1] if base is not None else None
     problems: list[RefmergeError] = []
     names, copied = _names(sources, base_source, missing, problems)
-    copied |= _integers([n for n in names if n not in copied], sources, base_source, integers, problems)
+    whole = _integers([n for n in names if n not in copied], sources, base_source, integers, problems)
+    copied |= whole
     floats = [n for n in names if n not in copied]
     for n in floats:
         with _noted(problems):
             _same_shape(n, sources)
 
+    scaled = [s.label for s in sources if isinstance(s, DiskSource) and s.checkpoint.rewritten]
+    if arithmetic == "native" and scaled:
+        raise UsageError(f"arithmetic = 'native' rounds in the inputs' dtype, and {scaled[0]} is in 8 bits with scales")
     out_name = None if out_dtype is None else OUTPUTS.get(out_dtype, out_dtype)
     if out_name is not None and out_name not in FLOATS:
         raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(OUTPUTS)}")
@@ -201,6 +218,12 @@ def prepare(
 
     if problems:
         raise together(problems)
+    for t in tensors:
+        if (reason := getattr(used, "without", {}).get(t.work)) is not None:
+            raise UsageError(
+                f"backend {used.name} has no {t.work} ({reason}), in which tensor {t.name!r} is to be computed: "
+                "--backend numpy has it"
+            )
     specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
 
@@ -217,13 +240,14 @@ def prepare(
     if beside is not None:
         work.kernels, workers = beside.kernels, 1
     check_memory(work, limit, workers)
+    _check_copies(whole if integers == "equal" else {}, copied, sources)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
     statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if isinstance(donor, Checkpoint):
         given_by = donor
     elif donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor)
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor, allow_pickle)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -258,7 +282,7 @@ def _one_of(what: str, value: Any, *allowed: Any) -> None:
 
 
 def _sources(
-    everything: Sequence[Any], models: int, backend: str | None, read_dtype: str | None
+    everything: Sequence[Any], models: int, backend: str | None, read_dtype: str | None, allow_pickle: bool
 ) -> tuple[list[Source], Any, Any]:
     """(models and base as sources, the backend that computes their blocks or None, an example of arrays in memory)."""
     if any(isinstance(x, StitchedSource) for x in everything):
@@ -268,7 +292,7 @@ def _sources(
         raise UsageError("models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind")
     if all(on_disk):
         used = open_backend(backend or "numpy")
-        return [DiskSource(_opened(x), used, read_dtype) for x in everything], used, None
+        return [DiskSource(_opened(x, allow_pickle), used, read_dtype) for x in everything], used, None
     for model in everything:
         if not isinstance(model, Mapping):
             raise UsageError(f"a model is a path or a mapping name -> array, not {type(model).__name__}")
@@ -280,15 +304,15 @@ def _sources(
     return [HostSource(x, label, used) for x, label in zip(everything, labels)], used, example
 
 
-def _opened(model: Any) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else open_model(model)
+def _opened(model: Any, allow_pickle: bool = False) -> Checkpoint:
+    return as_values(model) if isinstance(model, Checkpoint) else open_model(model, allow_pickle=allow_pickle)
 
 
 def _integers(
     names: Sequence[str], sources: Sequence[Source], base: Source | None, policy: str, problems: list[RefmergeError]
 ) -> dict[str, Source]:
-    """The tensors that are not floating-point everywhere, with the source they are copied from. A problem if they differ
-    and the policy is not "base"."""
+    """The tensors that are not floating-point everywhere, with the source they are copied from. A problem if the dtypes are
+    of two kinds and the policy is not "base"."""
     keeper, copied = base or sources[0], {}
     for name in names:
         kinds = [s.dtype(name) in FLOATS for s in sources]
@@ -302,13 +326,20 @@ def _integers(
         if policy == "equal" and any(kinds):
             listed = ", ".join(f"{s.dtype(name)} in {s.label}" for s in sources)
             problem = f"tensor {name!r} is integer in one model and floating in another ({listed})"
-        elif policy == "equal" and not all(keeper.same(s, name) for s in sources if s is not keeper):
-            problem = f"integer tensor {name!r} differs between the models and is not averaged"
-        else:
-            continue
-        whose = "the base" if base is not None else "the first model"
-        problems.append(InputError(f"{problem}; integers='base' (--integers base) takes {whose}'s"))
+            problems.append(InputError(f"{problem}; {_TAKES_ONE}"))
     return copied
+
+
+_TAKES_ONE = "integers='base' (--integers base) takes the base's, or without one the first model's"
+
+
+def _check_copies(equal: Mapping[str, Source], copied: Mapping[str, Source], sources: Sequence[Source]) -> None:
+    """InputError where integer tensors are to be equal and differ, or a tensor that some models lack is tied to another."""
+    for name, keeper in equal.items():
+        if not all(keeper.same(s, name) for s in sources if s is not keeper):
+            raise InputError(f"integer tensor {name!r} differs between the models and is not averaged; {_TAKES_ONE}")
+    everywhere = set.intersection(*(s.names() for s in sources)) if sources else set()
+    _refuse_tied(sorted(copied.keys() - everywhere), everywhere, sources)
 
 
 def _same_shape(name: str, sources: Sequence[Source]) -> None:
@@ -440,7 +471,6 @@ def _names(
     if not partial or missing == "skip":
         return sorted(everywhere), {}
     if missing == "base":
-        _refuse_tied(partial, everywhere, sources)
         donors = [*([base] if base else []), *sources]
         return sorted(anywhere), {n: next(s for s in donors if n in s.names()) for n in partial}
     first = partial[0]

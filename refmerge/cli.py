@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from refmerge.cli_adapters import COMMANDS
+from refmerge.terminal import say
 
 if TYPE_CHECKING:
     from refmerge.plan import Plan
@@ -38,33 +39,37 @@ class Lines(click.Group):
         def terminate(*_: Any) -> None:
             raise Terminated
 
-        warnings.showwarning = lambda message, *_: click.echo(f"refmerge: warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_: say(f"refmerge: warning: {message}", err=True)
         with contextlib.suppress(ValueError):  # not the main thread: whoever embeds the command line handles signals
             signal.signal(signal.SIGTERM, terminate)
         try:
             kwargs["standalone_mode"] = False
             status = super().main(*args, **kwargs)
             sys.exit(status if isinstance(status, int) else 0)
-        except click.exceptions.Abort:
-            _fail("interrupted", INTERRUPTED)
-        except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
-        except Terminated:
-            _fail("terminated", TERMINATED)
+        except click.exceptions.Abort as e:
+            _fail(_with_notes("interrupted", e.__context__ or e), INTERRUPTED)
+        except KeyboardInterrupt as e:
+            _fail(_with_notes("interrupted", e), INTERRUPTED)
+        except Terminated as e:
+            _fail(_with_notes("terminated", e), TERMINATED)
         except click.ClickException as e:
             e.show()
             sys.exit(e.exit_code)
         except RefmergeError as e:
-            _fail(str(e), e.status)
-        except MemoryError:
-            _fail("out of memory: --max-memory and fewer --threads need less", 5)
+            _fail(_with_notes(str(e), e), e.status)
+        except MemoryError as e:
+            _fail(_with_notes("out of memory: --max-memory and fewer --threads need less", e), 5)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(0)
 
 
+def _with_notes(message: str, error: BaseException) -> str:
+    return "; ".join([message, *getattr(error, "__notes__", [])])
+
+
 def _fail(message: str, status: int) -> None:
-    click.echo(f"refmerge: {message}", err=True)
+    say(f"refmerge: {message}", err=True)
     sys.exit(status)
 
 
@@ -96,6 +101,13 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             "--missing", type=click.Choice(["error", "base", "skip"]), default="error", show_default=True,
             help="tensors that not all models have: copy the base's, or leave them out",
         ),
+        "download": click.option(
+            "--download", is_flag=True,
+            help="fetch models of the Hugging Face Hub (org/name@revision) that are not in its cache",
+        ),
+        "allow_pickle": click.option(
+            "--allow-pickle", is_flag=True, help="read pickled models (.bin, .pt), too, by torch's weights_only reader"
+        ),
         "json": click.option("--json", "json", is_flag=True, help="for programs"),
     }  # fmt: skip
 
@@ -107,7 +119,7 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return wrap
 
 
-_RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integers", "missing")
+_RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integers", "missing", "download", "allow_pickle")
 
 
 @main.command()
@@ -116,11 +128,13 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @_options(*_RUN)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
+@click.option("--resume", is_flag=True, help="go on where this merge was interrupted, and keep what is done if it is again")
 @click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
-    recipe: str, out: str, max_shard_size: str, overwrite: bool, hashes: bool | None, quiet: bool, json: bool, **options: Any
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, resume: bool, hashes: bool | None, quiet: bool, json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors.
 
@@ -134,26 +148,28 @@ def merge(
     start = time.perf_counter()
     plan: Any = prepare_moe(recipe, **options)
     resolved, bar = plan, cast(Any, contextlib.nullcontext)
-    if plan is not None and hashes:
-        raise click.UsageError("--hash is for merges; a mixture of experts has no report")
+    given: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    if plan is not None and (hashes or resume):
+        raise click.UsageError("--hash and --resume are for merges, not for mixtures of experts")
     if plan is None:
-        resolved, plan = prepare_recipe(recipe, hashes=hashes, **options)
+        resolved, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, hashes=hashes, **options)
+        given |= {"resume": resume}
         bar = partial(MergeProgress, plan, silent=quiet or json)
     if not quiet:
         for stage in getattr(plan, "stages", ()):
             for note in stage.recipe.notes:
-                click.echo(f"note: {stage.name}: {note}", err=True)
+                say(f"note: {stage.name}: {note}", err=True)
         for note in resolved.notes:
-            click.echo(f"note: {note}", err=True)
+            say(f"note: {note}", err=True)
     with bar():
-        plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
+        plan.run(out, **given)
     wall = time.perf_counter() - start
     figures = plan.figures()
     if json:
         click.echo(jsonlib.dumps({"out": out, "seconds": wall, **figures}))
     elif not quiet:
         rate = (figures["bytes_read"] + figures["bytes_written"]) / wall
-        click.echo(
+        say(
             f"{_tensors(figures['tensors'])} by {figures['method']} to {out} in {wall:.1f} s: "
             f"{size(figures['bytes_read'])} read, {size(figures['bytes_written'])} written, {size(rate)}/s"
         )
@@ -182,7 +198,7 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         return
     for (name, r, _), facts in zip(parts, found):
         if last.stages:
-            click.echo(f"--- {name or 'the result'}")
+            say(f"--- {name or 'the result'}")
         _show_plan(r, facts)
 
 
@@ -220,7 +236,9 @@ def _told(resolved: Resolved, p: Plan, tensor: str | None, time_it: bool) -> dic
     ]
     listed.sort(key=lambda t: str(t["name"]))
     adapters = list(dict.fromkeys(line for c in p.checkpoints for line in described(c)))
-    return {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
+    read_as = [c.note for c in p.checkpoints if c.note]
+    found = {**describe(resolved), "adapters": adapters, "read_as": read_as, "figures": figures}
+    return {**found, **({"listed": listed} if tensor else {})}
 
 
 def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
@@ -230,47 +248,49 @@ def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
     figures, told = facts["figures"], describe(resolved)
     tool = resolved.method.rpartition(":")[0]
     whose = {"": "the paper", "official": "the authors' code"}.get(tool, tool)
-    click.echo(f"method      {resolved.method} (as {whose} has it)")
+    say(f"method      {resolved.method} (as {whose} has it)")
     for i, m in enumerate(resolved.models):
-        click.echo(f"{'models' if i == 0 else '':12}{m}")
+        say(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
-        click.echo(f"base        {resolved.base}")
+        say(f"base        {resolved.base}")
     given = [s for s in resolved.stats or () if s]
     for i, path in enumerate(given):
-        click.echo(f"{'' if i else 'statistics':12}{path}")
+        say(f"{'' if i else 'statistics':12}{path}")
     for i, line in enumerate(facts["adapters"]):
-        click.echo(f"{'adapters' if i == 0 else '':12}{line}")
+        say(f"{'adapters' if i == 0 else '':12}{line}")
     if resolved.align is not None:
-        click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
+        say(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
     for module in resolved.modules:
         layers = 0
         for s in () if module.whole else module.slices:
             pieces = ", ".join(f"{p.model} {p.start}-{(p.stop or 0) - 1}" for p in s.everything)
             length = (s.everything[0].stop or 0) - s.everything[0].start
             where = "" if module.name == "default" else f" of {module.name}"
-            click.echo(f"layers      {layers}-{layers + length - 1}{where} from {pieces}")
+            say(f"layers      {layers}-{layers + length - 1}{where} from {pieces}")
             layers += length
     if told["vocabulary"] is not None:
         v = told["vocabulary"]
-        click.echo(f"vocabulary  {v['source']}: {v['tokens']} tokens in {v['rows']} rows")
+        say(f"vocabulary  {v['source']}: {v['tokens']} tokens in {v['rows']} rows")
         for t in v["tables"]:
             all_of = ", ".join(t["models"])
-            click.echo(f"{'':12}{t['own_in_all']} are in all of {all_of}, {len(t['others'])} are given to others")
-    click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
-    click.echo(
+            say(f"{'':12}{t['own_in_all']} are in all of {all_of}, {len(t['others'])} are given to others")
+    say(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
+    say(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
     )
-    click.echo(f"writes      {size(figures['bytes_written'])}")
+    say(f"writes      {size(figures['bytes_written'])}")
     compiled = ", compiled programs" if figures["compiled"] else ""
-    click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
+    say(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
     if "seconds" in figures:
         disk = size(round(figures["needs_bytes_per_second"]))
-        click.echo(f"time        about {figures['seconds']:.1f} s here, where the disk reads {disk} a second or more")
+        say(f"time        about {figures['seconds']:.1f} s here, where the disk reads {disk} a second or more")
+    for note in facts["read_as"]:
+        say(f"note        {note}")
     for note in resolved.notes:
-        click.echo(f"note        {note}")
+        say(f"note        {note}")
     for t in facts.get("listed", ()):
         values = " ".join(f"{k}={v}" for k, v in t.get("parameters", {}).items())
-        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {t['method']}{' ' * bool(values)}{values}")
+        say(f"{t['name']} {t['dtype']}{t['shape']} {t['method']}{' ' * bool(values)}{values}")
 
 
 def _plan_of_mixture(mixture: Mixture, tensor: str | None, json: bool) -> None:
@@ -281,22 +301,22 @@ def _plan_of_mixture(mixture: Mixture, tensor: str | None, json: bool) -> None:
     if json:
         told = [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in listed]
         found = {**mixture.described(), "figures": figures, **({"listed": told} if tensor else {})}
-        click.echo(jsonlib.dumps(found, indent=2))
+        say(jsonlib.dumps(found, indent=2))
         return
-    click.echo(f"mixture     {mixture.form.name}, {mixture.config['num_experts_per_tok']} experts a token")
-    click.echo(f"base        {mixture.base.path}")
+    say(f"mixture     {mixture.form.name}, {mixture.config['num_experts_per_tok']} experts a token")
+    say(f"base        {mixture.base.path}")
     for i, expert in enumerate(mixture.experts):
-        click.echo(f"{'' if i else 'experts':12}{expert.model.path}")
+        say(f"{'' if i else 'experts':12}{expert.model.path}")
     for expert in mixture.shared:
-        click.echo(f"shared      {expert.model.path}")
-    click.echo(f"routers     {mixture.gate_mode}{'' if mixture.hidden_states is None else f', {mixture.hidden_states}'}")
-    click.echo(f"tensors     {figures['tensors']}, {figures['parameters']:,} parameters")
-    click.echo(f"reads       {size(figures['bytes_read'])}")
-    click.echo(f"writes      {size(figures['bytes_written'])}")
+        say(f"shared      {expert.model.path}")
+    say(f"routers     {mixture.gate_mode}{'' if mixture.hidden_states is None else f', {mixture.hidden_states}'}")
+    say(f"tensors     {figures['tensors']}, {figures['parameters']:,} parameters")
+    say(f"reads       {size(figures['bytes_read'])}")
+    say(f"writes      {size(figures['bytes_written'])}")
     for note in mixture.notes:
-        click.echo(f"note        {note}")
+        say(f"note        {note}")
     for name, dtype, shape in listed:
-        click.echo(f"{name} {dtype}{list(shape)}")
+        say(f"{name} {dtype}{list(shape)}")
 
 
 @main.command()
@@ -314,7 +334,7 @@ def verify(merged: str, recipe: str | None, exact: bool, top: int, json: bool, *
     from refmerge.verify import verify
 
     found = verify(merged, recipe, **{k: v for k, v in options.items() if v is not None})
-    click.echo(jsonlib.dumps(found.told(), indent=2) if json else found.text(top))
+    say(jsonlib.dumps(found.told(), indent=2) if json else found.text(top))
     if not (found.exact if exact else found.ok):
         sys.exit(1)
 
@@ -322,14 +342,14 @@ def verify(merged: str, recipe: str | None, exact: bool, top: int, json: bool, *
 @main.command()
 @click.argument("path", type=click.Path())
 @click.option("--tensor", metavar="GLOB", help="list the tensors whose names match")
-@_options("json")
-def inspect(path: str, tensor: str | None, json: bool) -> None:
+@_options("allow_pickle", "json")
+def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from fnmatch import fnmatchcase
 
     from refmerge.adapted import open_model
 
-    with open_model(path) as c:
+    with open_model(path, allow_pickle=allow_pickle, values=False) as c:
         infos = list(c.tensors.values())
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:
@@ -348,19 +368,19 @@ def inspect(path: str, tensor: str | None, json: bool) -> None:
             return
         parameters = sum(i.size for i in infos)
         in_files = f"{len(files)} file{'s' * (len(files) != 1)}"
-        click.echo(f"{path}: {_tensors(len(infos))}, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
+        say(f"{path}: {_tensors(len(infos))}, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
         if c.config:
             known = [
                 k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config
             ]
-            click.echo("config: " + ", ".join(f"{k} {c.config[k]}" for k in known))
+            say("config: " + (", ".join(f"{k} {c.config[k]}" for k in known) or "of no kind that is known"))
         for name, d in dtypes.items():
-            click.echo(f"{name}: {_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}")
-        width = max((len(_plain(i.name)) for i in shown), default=0)
+            say(f"{name}: {_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}")
+        width = max((len(i.name) for i in shown), default=0)
         for i in shown if tensor or len(shown) <= 40 else []:
-            click.echo(f"  {_plain(i.name):{width}}  {i.dtype} {list(i.shape)}")
+            say(f"  {i.name:{width}}  {i.dtype} {list(i.shape)}")
         if not tensor and len(shown) > 40:
-            click.echo("  --tensor '*' lists them all")
+            say("  --tensor '*' lists them all")
 
 
 @main.command()
@@ -406,7 +426,7 @@ def compare(
             total = one.nbytes + other.nbytes + (origin.nbytes if origin is not None else 0)
             with _Reading(total, silent=json) as reading:
                 found = comparing.weights(one, other, origin, reading)
-            click.echo(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
+            say(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
             return
         of = comparing.task(net, data, **comparing.options_of(net, one.config, heads))
         line = comparing.along([one, other], of, points, layers)
@@ -482,9 +502,9 @@ def search(
     if json:
         click.echo(jsonlib.dumps({"out": out, "score": found.score, "trials": [t.score for t in found.trials], **best}))
         return
-    click.echo(f"{len(found.trials)} trials, the best {found.score:.6g}, to {out}")
+    say(f"{len(found.trials)} trials, the best {found.score:.6g}, to {out}")
     taken = ", ".join(str(k + 1) for k in getattr(found, "ingredients", ()))
-    click.echo(f"models {taken} of the recipe" if greedy else found.recipe, nl=greedy)
+    say(f"models {taken} of the recipe" if greedy else found.recipe.rstrip("\n"))
 
 
 def _write(path: str, text: str) -> None:
@@ -559,7 +579,7 @@ def collect(
         click.echo(jsonlib.dumps({"out": out, "facts": found.facts, "counts": {n: found.count(n) for n in names}}))
         return
     rows = f"{counted[0]:,.0f}" + (f" to {counted[-1]:,.0f}" if len(counted) > 1 else "")
-    click.echo(f"{len(names)} statistics of {rows} rows or samples to {out}: {size(sum(found[n].nbytes for n in names))}")
+    say(f"{len(names)} statistics of {rows} rows or samples to {out}: {size(sum(found[n].nbytes for n in names))}")
 
 
 def _range(samples: str | None) -> tuple[int, int | None]:
@@ -771,10 +791,6 @@ def size(n: float) -> str:
 
 def _tensors(count: int) -> str:
     return f"{count} tensor{'s' * (count != 1)}"
-
-
-def _plain(name: str) -> str:
-    return name if name.isprintable() else repr(name)
 
 
 class _Reading:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refmerge.terminal import say
+
 if TYPE_CHECKING:
     from refmerge.adapters import Adapter, Fit
 
@@ -103,7 +105,7 @@ def apply(
     if json:
         click.echo(jsonlib.dumps({"out": out, "tensors": len(model), "changed": changed}))
     else:
-        click.echo(f"{len(model)} tensors to {out}, {changed} of them changed by {count}")
+        say(f"{len(model)} tensors to {out}, {changed} of them changed by {count}")
 
 
 @click.group()
@@ -253,16 +255,16 @@ def _tell(out: str, adapter: Adapter, fits: Mapping[str, Fit], json: bool) -> No
     low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
     span = f"rank {low}" if low == high else f"ranks {low} to {high}"
     saved = f", {len(adapter.saved)} tensors whole" if adapter.saved else ""
-    click.echo(f"{len(ranks)} modules of {span}{saved} to {out}")
+    say(f"{len(ranks)} modules of {span}{saved} to {out}")
     if not fits:
         return
     whole = math.sqrt(math.fsum(f.size**2 for f in fits.values()))
     error = math.sqrt(math.fsum(f.error**2 for f in fits.values()))
     middle = statistics.median(f.relative for f in fits.values())
     share = f"{error / whole:.3g}" if whole else "0"
-    click.echo(f"error {share} of the change in the Frobenius norm; of a module {middle:.3g} in the median, at most:")
+    say(f"error {share} of the change in the Frobenius norm; of a module {middle:.3g} in the median, at most:")
     for module, f in sorted(fits.items(), key=lambda entry: -entry[1].relative)[:WORST]:
-        click.echo(f"  {f.relative:.3g}  rank {f.rank}  {module}")
+        say(f"  {f.relative:.3g}  rank {f.rank}  {module}")
 
 
 def _error(fit: Fit | None) -> dict[str, float]:

@@ -22,6 +22,7 @@ from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import ResourceError, UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
+from refmerge.identity import of_merge
 from refmerge.method import Method, Over
 from refmerge.registry import is_ours
 from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
@@ -36,6 +37,10 @@ LARGER_BLOCK_BYTES = 1 << 20
 WORTH_COMPILING = 1 << 25  # entries; fewer are merged before a compiler has started
 INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
+_NOT_RESUMED = (
+    "resume is for models on disk that are merged into one model, as they are: "
+    "not for arrays, several outputs, align, adapters, slices or several recipes in one file"
+)
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 _CONFIG_WORDS = {name: word for word, name in OUTPUTS.items()}
 
@@ -107,15 +112,18 @@ class Plan:
         *,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
+        resume: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> Any:
         """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
         outputs = self.work.method.outputs or ("",)
         if self.stages and out is not None:  # what would be refused in the end is refused now
-            refuse_input(out, [c.path for p in self.all_plans for c in p.checkpoints if not c.coming])
+            refuse_input(out, [path for p in self.all_plans for c in p.checkpoints if not c.coming for path in c.paths])
+            if resume:
+                raise UsageError(_NOT_RESUMED)
             CheckpointWriter(out, {}, overwrite=overwrite).abort()
         with self.staged(out, max_shard_size=max_shard_size):
-            return self._run(outputs, out, max_shard_size, overwrite, {**self.metadata, **(metadata or {})})
+            return self._run(outputs, out, max_shard_size, overwrite, resume, {**self.metadata, **(metadata or {})})
 
     @contextmanager
     def staged(self, out: str | Path | None = None, **options: Any) -> Iterator[None]:
@@ -129,10 +137,12 @@ class Plan:
             yield
 
     def _run(
-        self, outputs: Sequence[str], out: str | Path | None, max_shard_size: int | str, overwrite: bool,
+        self, outputs: Sequence[str], out: str | Path | None, max_shard_size: int | str, overwrite: bool, resume: bool,
         metadata: Mapping[str, str],
     ) -> Any:  # fmt: skip
         if out is None:
+            if resume:
+                raise UsageError("resume goes on with what an earlier run left on the disk: give out")
             arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
             self.fill(arrays)
             results = {o: sink.result() for o, sink in arrays.items()}
@@ -141,6 +151,10 @@ class Plan:
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
         refuse_input(target, [p for c in self.checkpoints if not c.coming for p in c.paths])
+        limit = parse_size(max_shard_size)
+        merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": dict(metadata or {})})
+        if resume and merge is None:
+            raise UsageError(_NOT_RESUMED)
         with ExitStack() as writers:
             sinks, files = {}, self._files()
             for o in outputs:
@@ -148,20 +162,36 @@ class Plan:
                 writer = CheckpointWriter(
                     target / f"{o}.safetensors" if o else target,
                     self._specs_of(o),
-                    max_shard_size=parse_size(max_shard_size),
+                    max_shard_size=limit,
                     overwrite=overwrite,
+                    merge=merge,
+                    resume=resume,
                     metadata=metadata,
                     sidecars=() if single else self._sidecars(),
                     extra_files=None if single else files,
+                    **({} if single or self.donor is None else {"weights": self.donor.weights}),
                 )
                 written = writer.paths
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
-            self.fill(sinks)
+                done = self._done(writer.finished)
+                writer.reuse(done)
+            self.fill(sinks, done)
             for c in self.checkpoints:
                 c.check_unchanged()
             if self.report is not None and not single:
                 files |= self.report(written)
         return target if self.work.method.outputs else open_checkpoint(target)
+
+    def _done(self, finished: frozenset[str]) -> frozenset[str]:
+        """Which of the finished tensors need not be computed again: those of whose group every tensor is finished."""
+        work = self.work
+        groups: dict[str, set[str]] = {}
+        for t in work.tensors:
+            whole = work.over == "model" or work.view(t) == "model"
+            label = "" if whole else work.over(t.name) if callable(work.over) else t.name
+            groups.setdefault(label, set()).update({t.name} if t.size else ())
+        done = frozenset().union(*(group for group in groups.values() if group <= finished))
+        return done | (finished & self.copied.keys())
 
     def _specs_of(self, output: str) -> Specs:
         """What is copied belongs to the model; one of several outputs holds what the method made."""
@@ -194,7 +224,7 @@ class Plan:
         word = _CONFIG_WORDS.get(self.out_dtype or "")
         if config and word:
             config = {**config, **{k: word for k in ("dtype", "torch_dtype") if k in config}}
-        if config and config != donors:
+        if config and (config != donors or (self.donor is not None and self.donor.rewritten)):
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
@@ -223,21 +253,25 @@ class Plan:
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         return block_elements(work.method, len(work.models), block_bytes, self.threads, self.max_memory)
 
-    def fill(self, sinks: Mapping[str, Any]) -> None:
-        """Merge into these sinks, one for each output of the method; "" where it has one."""
+    def fill(self, sinks: Mapping[str, Any], done: frozenset[str] = frozenset()) -> None:
+        """Merge into these sinks, one for each output of the method; "" where it has one. done: tensors to leave out."""
         if self.before is not None:
             self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
         fused = self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values())
         self.ran = Ran()
         for work in self.works:
+            if done:
+                recorded = work.recorded
+                work = replace(work, tensors=[t for t in work.tensors if t.name not in done])
+                work.recorded = recorded
             ran = run(
                 replace(work, fused=fused), sinks, elements=self._block_elements(work, processes), threads=self.threads,
                 processes=processes,
             )  # fmt: skip
             self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
-            if "" in sinks:
+            if "" in sinks and name not in done:
                 sinks[""].copy(name, source)
 
     def figures(self, estimate: bool = False) -> dict[str, Any]:

@@ -205,11 +205,11 @@ class ByteSource:
     files = False
 
     def __init__(self, backend: Any, cast: str | None = None) -> None:
-        self._backend, self._cast = backend, cast
+        self._backend, self.cast = backend, cast
 
     def dtype(self, name: str) -> str:
         stored = self.stored(name)
-        return self._cast if self._cast and stored in FLOATS else stored
+        return self.cast if self.cast and stored in FLOATS else stored
 
     def load(
         self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
@@ -217,7 +217,7 @@ class ByteSource:
     ) -> Any:
         raw, stored = self.stretch(name, start, stop, work, slot, scratch)
         count = stop - start
-        to = self._cast if self._cast and stored in FLOATS else stored
+        to = self.cast if self.cast and stored in FLOATS else stored
         if to == "F64" and work != "float64":
             to = "F32"  # rounded once, here: a backend only ever widens
         if stored not in FLOATS:  # masks and counts among the statistics
@@ -309,10 +309,14 @@ class DiskSource(ByteSource):
         if exact is None:
             return super().stretch(name, start, stop, work, slot, scratch)
         # Rounded once: to what it is cast to, to the type of a native merge, or to that in which blocks are computed.
-        kind = self._cast or {"float32": "F32", "float64": "F64"}.get(work) or self.stored(name)
+        kind = self.cast or {"float32": "F32", "float64": "F64"}.get(work) or self.stored(name)
         raw = scratch.raw((slot, "exact"), (stop - start) * itemsize(kind))
         encode(exact, kind, raw)
         return raw, kind
+
+    def dtype(self, name: str) -> str:
+        kept = self.checkpoint.kept_as(name)
+        return self.cast if self.cast and kept in FLOATS else kept
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         self.checkpoint.read(name, start, stop, out)

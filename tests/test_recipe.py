@@ -721,7 +721,6 @@ def test_schema(text, message):
 @pytest.mark.parametrize(
     "text, what",
     [
-        ("merge_method: linear\nmodels: [{model: org/a@main}]", "path@revision"),
         ("merge_method: linear\nmodels: [{model: {model: {path: a}}}]", "a model given as a mapping"),
     ],
 )
@@ -738,7 +737,7 @@ merge_method: 3
 models:
   - model: a
     paramters: {}
-  - model: b@main
+  - model: {path: b}
 dtype: int7
 tokenizer_source: [union]
 """
@@ -746,7 +745,7 @@ tokenizer_source: [union]
         "<recipe>: 5 problems",
         "  line 1, column 1: 'merge_method' must be text, not 3",
         "  line 4, column 5: unknown key 'paramters'; did you mean 'parameters'? (known here: model, parameters)",
-        "  line 5, column 5: 'b@main': path@revision is not supported yet",
+        "  line 5, column 5: a model given as a mapping is not supported yet: give its path",
         "  line 6, column 1: 'dtype' is one of bfloat16, float16, float32, float64, not 'int7'",
         "  line 7, column 1: 'tokenizer_source' must be text, not ['union']",
     ]

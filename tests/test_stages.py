@@ -97,7 +97,7 @@ def test_nothing_is_left_after_a_failure(folder, monkeypatch, overwrite):
         run_recipe("r.yml", "out")
         before = (folder / "out/model.safetensors").read_bytes()
     fill = Plan.fill
-    monkeypatch.setattr(Plan, "fill", lambda self, sinks: fill(self, sinks) if not self.stages else 1 / 0)
+    monkeypatch.setattr(Plan, "fill", lambda self, *to: fill(self, *to) if not self.stages else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_recipe("r.yml", "out", overwrite=overwrite)
     assert {p.name for p in folder.iterdir()} == {"a", "b", "r.yml", *(["out"] if overwrite else [])}

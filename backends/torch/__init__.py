@@ -37,6 +37,11 @@ class TorchBackend:
         self.name = f"torch:{device}" if device else "torch"
         self.xp = xp
         self.kernels = KERNELS
+        self.without: dict[str, str] = {}
+        try:
+            torch.zeros(1, dtype=torch.float64, device=self._device)
+        except (TypeError, RuntimeError) as error:
+            self.without["float64"] = str(error).partition("\n")[0]
 
     def put(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...], work: str, out: np.ndarray | None = None) -> Any:
         to = getattr(self._torch, work)

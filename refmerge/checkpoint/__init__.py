@@ -3,7 +3,7 @@
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, decode, encode, itemsize, name_of, promote
 from refmerge.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
 from refmerge.checkpoint.sizes import parse_size
-from refmerge.checkpoint.writer import CheckpointWriter, refuse_input, same_or_inside, save
+from refmerge.checkpoint.writer import CheckpointWriter, check_target, refuse_input, same_or_inside, save
 
 __all__ = [
     "DTYPES",
@@ -11,6 +11,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "TensorInfo",
+    "check_target",
     "decode",
     "encode",
     "itemsize",

@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ def listed(names: Iterable[object]) -> str:
     """Names for a message, at most eight of them."""
     texts = [shown(n) for n in names]
     return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
+
+
+@contextlib.contextmanager
+def readable(path: object) -> Iterator[None]:
+    """InputError for whatever the system says against reading what lies at `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
 
 
 class PositionedFile:
@@ -105,6 +114,34 @@ class PositionedFile:
         else:
             os.fsync(self._descriptor)
 
+    def lock(self) -> bool:
+        """Hold the file against every other process that asks for it, until this one ends; False if another has it.
+
+        Windows locks bytes instead of files: one far behind what is ever written. A system with neither call has True.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            return self._lock_byte()
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks at all, which is no reason to refuse the work.
+            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        return True
+
+    def _lock_byte(self) -> bool:
+        try:
+            import msvcrt
+        except ImportError:
+            return True
+        os.lseek(self._descriptor, 1 << 40, os.SEEK_SET)
+        try:
+            msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         self._file.close()
 
@@ -128,9 +165,14 @@ def open_regular(path: Path) -> PositionedFile:
     except (OSError, ValueError) as error:
         raise InputError(f"{shown(path)}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     file = PositionedFile(descriptor, "rb")
-    if not stat.S_ISREG(file.stat().st_mode):
+    try:
+        with readable(path):
+            regular = stat.S_ISREG(file.stat().st_mode)
+        if not regular:
+            raise InputError(f"{shown(path)}: not a regular file")
+    except InputError:
         file.close()
-        raise InputError(f"{shown(path)}: not a regular file")
+        raise
     return file
 
 

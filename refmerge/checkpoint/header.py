@@ -25,6 +25,7 @@ MAX_HEADER = 25_000_000  # bytes; the Hub's own limit
 MAX_TENSORS = 100_000
 MAX_RANK = 32
 MAX_DIM = 1 << 48
+MAX_NAME = 1024  # bytes of a tensor's name
 
 _RANKS = {name: rank for rank, name in enumerate(DTYPES)}
 
@@ -154,7 +155,9 @@ def _tensor(name: str, fields: Any, path: Path, start: int) -> TensorInfo:
 
     if "\0" in name:
         fail("a name may not hold NUL")
-    name.encode("utf-8")  # a ValueError for a lone surrogate, which JSON can spell and UTF-8 cannot
+    # A ValueError, too, for a lone surrogate, which JSON can spell and UTF-8 cannot.
+    if len(name.encode("utf-8")) > MAX_NAME:
+        fail(f"a name of more than {MAX_NAME} bytes")
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         fail("needs exactly the fields dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -167,6 +170,8 @@ def _tensor(name: str, fields: Any, path: Path, start: int) -> TensorInfo:
         fail(f"{len(shape)} dimensions; at most {MAX_RANK} are accepted")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(x) is int and x >= 0 for x in offsets):
         fail("data_offsets must be two integers")
+    if math.prod(dim for dim in shape if dim) * itemsize(dtype) >= 1 << 63:
+        fail("dimensions whose product no array has, be it that another one is 0")
     nbytes = math.prod(shape) * itemsize(dtype)
     if offsets[1] - offsets[0] != nbytes:
         fail(f"data_offsets {offsets} do not span the {nbytes} bytes of its shape and dtype")

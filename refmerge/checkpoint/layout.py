@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +14,8 @@ from refmerge.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+INDEXES = ".safetensors.index.json"  # what the names of indexes end in
+_DIFFUSION = "diffusion_pytorch_model"  # the weights of a component of a diffusers pipeline
 
 _PICKLES_AND_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".tflite")
 _KNOWN_SIDECARS = frozenset({
@@ -40,6 +41,12 @@ class Layout:
     files: tuple[Path, ...]
     weight_map: dict[str, Path] | None = None
 
+    @property
+    def weights(self) -> str:
+        """What the only file of a folder with the same kind of model is called."""
+        component = all(file.name.startswith(_DIFFUSION) for file in self.files)
+        return f"{_DIFFUSION}.safetensors" if component and self.files else WEIGHTS
+
 
 def locate(path: str | os.PathLike[str]) -> Layout:
     """Find the files of the checkpoint at `path`; InputError where there is none, or more than one reading of it."""
@@ -48,9 +55,7 @@ def locate(path: str | os.PathLike[str]) -> Layout:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(given))
-            hint = "; only local paths are read, so download a model of the Hub first" if hub else ""
-            raise InputError(f"{shown(given)}: no such file or directory{hint}") from None
+            raise InputError(f"{shown(given)}: no such file or directory") from None
         raise InputError(f"{shown(given)}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISDIR(mode):
         return _locate_in(path)
@@ -58,23 +63,27 @@ def locate(path: str | os.PathLike[str]) -> Layout:
         return Layout(path, None, (path,))
     if path.name.endswith(".json"):
         return _indexed(path, path)
-    raise InputError(f"{shown(path)}: only .safetensors files, their index .json and folders of them are read")
+    allow = "; --allow-pickle reads pickled weights" if path.name.endswith((".bin", ".pt", ".pth", ".ckpt")) else ""
+    raise InputError(f"{shown(path)}: only .safetensors files, their index .json and folders of them are read{allow}")
 
 
 def _locate_in(folder: Path) -> Layout:
-    index, single = folder / INDEX, folder / WEIGHTS
-    has_index, has_single = os.path.lexists(index), os.path.lexists(single)
-    if has_index and has_single:
+    names = _list(folder)
+    indexes = [name for name in names if name.endswith(INDEXES)]
+    index = INDEX if INDEX in indexes or not indexes else indexes[0]
+    single = index.removesuffix(".index.json")
+    if len(indexes) > 1 and INDEX not in indexes:
+        listed = ", ".join(map(shown, indexes[:5]))
+        raise InputError(f"{shown(folder)}: {len(indexes)} indexes ({listed}); give the path of the one that is meant")
+    if indexes and single in names:
         raise InputError(
-            f"{shown(folder)}: holds both {WEIGHTS} and {INDEX}, which may be different models; "
+            f"{shown(folder)}: holds both {single} and {index}, which may be different models; "
             "give the path of the one that is meant"
         )
-    if has_index:
-        return _indexed(folder, index)
-    names = _list(folder)
-    if not has_single:
-        single = _only_file(folder, names)
-    return Layout(folder, folder, (contained(single, folder),))
+    if indexes:
+        return _indexed(folder, folder / index)
+    path = folder / WEIGHTS if WEIGHTS in names else _only_file(folder, names)
+    return Layout(folder, folder, (contained(path, folder),))
 
 
 def _only_file(folder: Path, names: list[str]) -> Path:
@@ -87,10 +96,18 @@ def _only_file(folder: Path, names: list[str]) -> Path:
         raise InputError(
             f"{shown(folder)}: {len(found)} safetensors files ({listed}) and no {INDEX} to say what belongs"
         )
+    if not found and "model_index.json" in names:
+        parts = [name for name in names if (folder / name / "config.json").is_file()]
+        raise InputError(
+            f"{shown(folder)}: a diffusers pipeline of several components; give the path of the one to merge, of "
+            f"{', '.join(map(shown, parts[:9])) or 'those in its folders'}"
+        )
     if not found:
         others = [name for name in names if name.endswith(_PICKLES_AND_OTHERS)]
         what = f"only {', '.join(map(shown, others[:5]))}" if others else "no weights"
-        raise InputError(f"{shown(folder)}: holds {what}; only safetensors is read")
+        pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in others)
+        allow = "; --allow-pickle reads pickled weights, by torch's restricted reader" if pickled else ""
+        raise InputError(f"{shown(folder)}: holds {what}; only safetensors is read{allow}")
     return folder / found[0]
 
 
@@ -164,10 +181,12 @@ def sidecars(folder: Path) -> list[Path]:
     found = []
     for name in _list(folder):
         path = folder / name
-        if name.startswith(".") or name in _PROVENANCE or not path.is_file():
+        if name.startswith(".") or name in _PROVENANCE or path.is_dir():
             continue
         if name.endswith((".safetensors", ".safetensors.index.json", ".bin.index.json", *_PICKLES_AND_OTHERS)):
             continue
+        if not path.is_file():  # a link to nothing, or no file that could be copied: the result would lack it
+            raise InputError(f"{shown(contained(path, folder))}: not a regular file")
         if name in _KNOWN_SIDECARS or path.stat().st_size <= _SMALL:
             found.append(contained(path, folder))
     return found

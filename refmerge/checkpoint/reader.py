@@ -16,18 +16,33 @@ import numpy as np
 
 from refmerge.checkpoint import layout
 from refmerge.checkpoint.dtypes import DTYPES, itemsize
-from refmerge.checkpoint.files import PositionedFile, open_regular, shown
+from refmerge.checkpoint.files import PositionedFile, open_regular, readable, shown
 from refmerge.checkpoint.header import Header, TensorInfo, identity, read_header
 from refmerge.errors import InputError, ResourceError
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a .safetensors file, an index .json, or a folder in the Hub's layout.
+def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a .safetensors file, an index .json, or a folder in the Hub's layout; a .gguf file where the gguf package is.
 
     Reads and checks all headers and the index, and no weights. InputError names the file and what is wrong with it.
+    allow_pickle: open pickled weights (.bin, .pt, .pth, .ckpt), too, through torch's weights_only reader.
     """
+    with readable(path):
+        if os.fspath(path).endswith(".gguf") and os.path.isfile(path):
+            from refmerge.checkpoint.gguf_files import open_gguf
+
+            return open_gguf(Path(path))
+        if allow_pickle and os.path.exists(path):
+            from refmerge.checkpoint.pickles import is_pickled, open_pickled
+
+            if is_pickled(Path(path)):
+                return open_pickled(Path(path))
+        return _open(path)
+
+
+def _open(path: str | os.PathLike[str]) -> Checkpoint:
     found = layout.locate(path)
     headers = {file: read_header(file) for file in found.files}
     tensors: dict[str, TensorInfo] = {}
@@ -58,13 +73,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """An opened checkpoint: a mapping from tensor name, in sorted order, to an array read anew on each access.
 
     path: as given. directory: the folder of a sharded or Hub-layout checkpoint, None for a lone file. tensors: name ->
-    TensorInfo, sorted. metadata: the `__metadata__` entries on which all shards that have them agree. config: the
-    folder's config.json, None where there is none. nbytes: of all tensors.
-    coming: whether it is still to be written.
+    TensorInfo, sorted. weights: how a folder's only file is called in models of this kind. metadata: the `__metadata__`
+    entries on which all shards that have them agree. config: the folder's config.json, None where there is none. nbytes: of
+    all tensors. coming: whether it is still to be written.
     Safe to read from several threads; close it, or use it as a context manager, to close its files.
     """
 
     coming = False
+    rewritten = False  # whether `config` is not what the folder's file says
+    note = ""  # what a plan should say of how it is read
 
     def __init__(
         self,
@@ -74,7 +91,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         config: dict[str, Any] | None,
     ) -> None:
         self.path = found.path
-        self.directory = found.directory
+        self.directory, self.weights = found.directory, found.weights
         self.tensors = tensors
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.config = config
@@ -104,7 +121,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def sidecars(self) -> list[Path]:
         """The files of the folder that belong into a model merged from this one, sorted; never weights or an index."""
-        return [] if self.directory is None else layout.sidecars(self.directory)
+        if self.directory is None:
+            return []
+        with readable(self.directory):
+            return layout.sidecars(self.directory)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Read elements [start, stop) of a tensor, in C order, as stored.
@@ -136,6 +156,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
         tensor = self.tensors[name]
         size = itemsize(tensor.dtype)
         self._file(tensor.file).will_read(tensor.offset + start * size, (min(stop, tensor.size) - start) * size)
+
+    def kept_as(self, name: str) -> str:
+        """The type in which a merge keeps this tensor, where nothing else is asked for: the one that it is stored in."""
+        return self.tensors[name].dtype
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The whole tensor in its own dtype and shape."""
@@ -173,6 +197,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
             if now != known:
                 raise InputError(f"{shown(file)}: was changed since it was opened")
 
+    def fingerprint(self) -> list[list[Any]]:
+        """Path, size and time of each file, as they were when it was opened: what tells these files from others later."""
+        return [[os.path.realpath(file), *known[2:]] for file, known in self._identities.items()]
+
     def close(self) -> None:
         """Close all files. Reading again opens them again, if they are still the same."""
         with self._lock:
@@ -195,7 +223,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
         with self._lock:
             if path not in self._open:
                 file = open_regular(path)
-                if identity(file.stat()) != self._identities[path]:
+                with readable(path):
+                    now = identity(file.stat())
+                if now != self._identities[path]:
                     file.close()
                     raise InputError(f"{shown(path)}: was changed since it was opened")
                 self._open[path] = file

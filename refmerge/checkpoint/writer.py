@@ -1,19 +1,23 @@
 """Writing checkpoints: sizes known beforehand, bytes by position, and a target that appears whole or not at all.
 
 Everything is written beside the target under a hidden name, `.NAME.partial-<random>`, and renamed last. A killed
-process leaves that name behind and never something that looks finished.
+process leaves that name behind and never something that looks finished; with it a journal (journal.py), from which the same
+merge goes on where that one stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import operator
 import os
 import secrets
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,15 +34,17 @@ from refmerge.checkpoint.files import (
     shown,
     sync_directory,
 )
-from refmerge.checkpoint.header import MAX_DIM, MAX_RANK, build_header
-from refmerge.checkpoint.layout import INDEX, WEIGHTS
+from refmerge.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, build_header
+from refmerge.checkpoint.journal import Journal, take_up
+from refmerge.checkpoint.layout import INDEXES, WEIGHTS
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
 
-__all__ = ["CheckpointWriter", "parse_size", "refuse_input", "same_or_inside", "save"]
+__all__ = ["CheckpointWriter", "check_target", "parse_size", "refuse_input", "same_or_inside", "save"]
 
 _COPY_CHUNK = 1 << 22
 _WRITEBACK = 1 << 23  # bytes of a file that are sent to the disk together
+NOTE_SECONDS = 20.0  # between two lines of the journal: each waits for the disk
 
 
 class CheckpointWriter:
@@ -48,8 +54,12 @@ class CheckpointWriter:
     shards of at most `max_shard_size` bytes of tensors (more only where one tensor is larger) and their index.
     tensors: name -> (safetensors dtype, shape). metadata: strings for each file's header beside {"format": "pt"}.
     sidecars: files copied into the folder. extra_files: name -> content, which wins over a sidecar of the same name and
-    is looked at only by commit(), so that a report may be put there last. weights: the name of a folder's only file.
+    is looked at only by commit(), so that a report may be put there last. weights: the name of a folder's only file,
+    after which those of several are called, too.
     overwrite: an existing target stays until the new one is complete, is then moved away, and removed last.
+    merge: what decides every byte, part -> digest; a journal is then kept. resume: go on with the output of the same merge
+    that an earlier run left, if there is one, and leave this one to be gone on with if it is interrupted. finished: the
+    tensors that are there already, which reuse() takes as they are.
 
     Raises UsageError for a target that exists or cannot be one, and for impossible tensors; ResourceError where the
     disk has no room or fails; InputError for a sidecar that cannot be read. The same arguments and bytes give the same
@@ -67,6 +77,8 @@ class CheckpointWriter:
         sidecars: Sequence[Path] = (),
         extra_files: Mapping[str, bytes] | None = None,
         weights: str = WEIGHTS,
+        merge: Mapping[str, str] | None = None,
+        resume: bool = False,
     ) -> None:
         self.target = Path(os.path.abspath(target))
         self._single = self.target.name.endswith(".safetensors")
@@ -77,10 +89,18 @@ class CheckpointWriter:
             raise UsageError(
                 f"{shown(self.target)}: a single .safetensors file has no room for other files; give a folder"
             )
-        with _disk(self.target):
-            self._check_target()
+        check_target(self.target, overwrite)
         self._check_names()
-        self.partial = self.target.with_name(f".{self.target.name}.partial-{secrets.token_hex(4)}")
+        self._weights = weights
+        self._merge, self._resume = merge, resume and merge is not None
+        self._journal: Journal | None = None
+        self._noted, self._note_lock = time.monotonic(), threading.Lock()
+        if self._resume and merge is not None:
+            with _disk(self.target):
+                self._journal = take_up(self.target, merge)
+        new = self.target.with_name(f".{self.target.name}.partial-{secrets.token_hex(4)}")
+        self.partial = new if self._journal is None else self._journal.partial
+        self.finished = frozenset(() if self._journal is None else self._journal.finished)
         limit = parse_size(max_shard_size)
         sizes = _checked(tensors)
         shards = [list(sizes)] if self._single else _split(sizes, limit)
@@ -94,15 +114,20 @@ class CheckpointWriter:
         self._made: list[Path] = []
         try:
             with _disk(self.target):
-                self._prepare()
+                self._prepare() if self._journal is None else self._continue()
         except BaseException:
-            self.abort()
+            self.abort(keep=bool(self.finished))
             raise
 
     @property
     def paths(self) -> list[Path]:
         """The files of weights where they are now, before commit(); the same names, in the target, after it."""
         return [shard.path for shard in self._shards]
+
+    def reuse(self, names: Iterable[str]) -> None:
+        """Take these tensors, which are among `finished`, as written."""
+        for name in names:
+            self._home[name].reuse(name)
 
     def write(self, name: str, start: int, raw: np.ndarray | memoryview | bytes) -> None:
         """Write stored bytes (uint8, contiguous, whole elements) of a tensor from element `start` on.
@@ -133,9 +158,27 @@ class CheckpointWriter:
         shard = self._home[name]
         if nbytes:
             shard.record(name, nbytes, put)
+        if self._journal is not None and time.monotonic() - self._noted > NOTE_SECONDS:
+            self._note()
+
+    def _note(self) -> None:
+        """Wait until the tensors finished since the last time are on the disk, and note them."""
+        assert self._journal is not None
+        with self._note_lock, _disk(self.target):
+            self._noted = time.monotonic()
+            names: list[str] = []
+            for shard in self._shards:
+                if new := shard.written - self._journal.finished:
+                    shard.sync()
+                    names += new
+            if names:
+                if not self._single:
+                    sync_directory(self.partial)
+                self._journal.note(names)
 
     def commit(self) -> None:
-        """Put the complete checkpoint in its place; on any failure nothing is left and the target is as it was.
+        """Put the complete checkpoint in its place; on any failure the target is as it was, and nothing is left beside it
+        but what can be resumed, if that was asked for.
 
         ValueError if bytes are missing; UsageError if the target has come into being meanwhile.
         """
@@ -144,19 +187,27 @@ class CheckpointWriter:
         try:
             with _disk(self.target):
                 self._finish()
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            self._fail(error)
             raise
         self._done = True
 
-    def abort(self) -> None:
-        """Remove everything written. Does nothing after commit()."""
+    def abort(self, *, keep: bool = False) -> None:
+        """Remove everything written; or keep what the journal knows, for a run that resumes. Does nothing after commit()."""
         if self._done:
             return
         self._done = True
+        if keep and self._journal is not None:
+            with contextlib.suppress(ResourceError):
+                self._note()
         for shard in self._shards:
             shard.close()
+        if keep and self._journal is not None and self._journal.finished:
+            self._journal.close()
+            return
         _remove(self.partial)
+        if self._journal is not None:
+            self._journal.remove()
         for folder in self._made:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 folder.rmdir()
@@ -170,34 +221,21 @@ class CheckpointWriter:
         if kind is None:
             self.commit()
         else:
-            self.abort()
+            self._fail(error)
 
-    def _check_target(self) -> None:
-        if not self.target.name:
-            raise UsageError(f"{shown(self.target)}: cannot be the target")
-        try:
-            mode = os.lstat(self.target).st_mode
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"{shown(self.target)}: cannot be the target: {reason}") from None
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise UsageError(f"{shown(self.target)}: is a link or a special file, which is never replaced")
-        if stat.S_ISDIR(mode) == self._single:
-            kinds = ("a folder", "a file") if self._single else ("a file", "a folder")
-            raise UsageError(f"{shown(self.target)}: is {kinds[0]}, and the output would be {kinds[1]}")
-        if not self._overwrite:
-            raise UsageError(f"{shown(self.target)}: exists; overwrite=True (--overwrite) replaces it in the end")
-        if not self._single:
-            _check_replaceable(self.target)
+    def _fail(self, error: BaseException | None) -> None:
+        """Abort; keep what is there if it was asked for and the error may be gone the next time."""
+        passing = not isinstance(error, Exception) or isinstance(error, ResourceError | MemoryError | OSError)
+        self.abort(keep=self._resume and passing)
+        if self._resume and self._journal is not None and os.path.lexists(self.partial) and error is not None:
+            error.add_note(f"{len(self._journal.finished)} tensors are kept, and --resume goes on from them")
 
     def _check_names(self) -> None:
         names = [path.name for path in self._sidecars]
         for name in (*names, *self._extra_files):
             if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
                 raise UsageError(f"{shown(name)} is not the name of a file in a folder")
-            if name.endswith((".safetensors", INDEX)) or names.count(name) > 1:
+            if name.endswith((".safetensors", INDEXES)) or names.count(name) > 1:
                 raise UsageError(f"{shown(name)}: another file of this name may be in {shown(self.target)}")
 
     def _prepare(self) -> None:
@@ -206,15 +244,33 @@ class CheckpointWriter:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             self._made.insert(0, folder)
-        needed = sum(shard.file_size for shard in self._shards) + sum(map(_size, self._sidecars))
-        needed += needed // 100
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise ResourceError(f"{shown(self.target)}: needs {needed} bytes, and {shown(parent)} has {free} free")
+        self._check_room(sum(shard.file_size for shard in self._shards))
         if not self._single:
             self.partial.mkdir()
         for shard in self._shards:
             shard.create()
+        if self._merge is not None:
+            self._journal = Journal.create(self.partial, self._merge)
+
+    def _check_room(self, needed: int) -> None:
+        needed += sum(map(_size, self._sidecars))
+        needed += needed // 100
+        free = shutil.disk_usage(self.target.parent).free
+        if free < needed:
+            raise ResourceError(
+                f"{shown(self.target)}: needs {needed} bytes, and {shown(self.target.parent)} has {free} free"
+            )
+
+    def _continue(self) -> None:
+        """Check that what was left is what this merge would have laid out, and remove what it had begun to put beside it."""
+        for shard in self._shards:
+            shard.take_up()
+        if not self._single:
+            ours = {shard.path for shard in self._shards}
+            for path in self.partial.iterdir():
+                if path not in ours:
+                    path.unlink()
+        self._check_room(sum(shard.file_size - _allocated(shard.path) for shard in self._shards))
 
     def _finish(self) -> None:
         for shard in self._shards:
@@ -229,10 +285,12 @@ class CheckpointWriter:
             for name, content in self._extra_files.items():
                 _write_file(self.partial / name, content)
             if len(self._shards) > 1:
-                _write_file(self.partial / INDEX, self._index())
+                _write_file(self.partial / f"{self._weights}.index.json", self._index())
             sync_directory(self.partial)
-        self._check_target()
+        check_target(self.target, self._overwrite)
         self._swap()
+        if self._journal is not None:
+            self._journal.remove()
         sync_directory(self.target.parent)
 
     def _index(self) -> bytes:
@@ -269,7 +327,9 @@ class _Shard:
             self._header, self.tensors = build_header(tensors, metadata, path)
         except ValueError as error:
             raise UsageError(f"{shown(path.name)}: cannot be written: {error}") from None
+        self.written: set[str] = set()
         self._claimed = dict.fromkeys(self.tensors, 0)
+        self._unwritten = {name: tensor.nbytes for name, tensor in self.tensors.items()}
         self._missing = sum(tensor.nbytes for tensor in self.tensors.values())
         self.file_size = len(self._header) + self._missing
         self._file: PositionedFile | None = None
@@ -283,6 +343,25 @@ class _Shard:
             file.write_at(memoryview(self._header), 0)
         finally:
             file.close()
+
+    def take_up(self) -> None:
+        """The file that an earlier run created; ResourceError if it is another one now."""
+        file = open_for_writing(self.path)
+        try:
+            header = bytearray(len(self._header))
+            file.read_at(memoryview(header), 0)
+            if file.stat().st_size != self.file_size or header != self._header:
+                raise ResourceError(
+                    f"{shown(self.path)}: is not what its journal says; remove both, or leave --resume out to start anew"
+                )
+        finally:
+            file.close()
+
+    def reuse(self, name: str) -> None:
+        self._claimed[name] = self.tensors[name].nbytes
+        self._missing -= self.tensors[name].nbytes
+        self._unwritten[name] = 0
+        self.written.add(name)
 
     def put(self, name: str, start: int, data: memoryview) -> None:
         """Write elements from `start` on where they belong, and let the system begin to bring them to the disk."""
@@ -320,6 +399,9 @@ class _Shard:
             raise
         with self._lock:
             self._missing -= nbytes
+            self._unwritten[name] -= nbytes
+            if not self._unwritten[name]:
+                self.written.add(name)
             complete = not self._missing
         if complete:
             self.close()
@@ -369,10 +451,40 @@ def same_or_inside(target: str | os.PathLike[str], path: str | os.PathLike[str])
     )
 
 
+def check_target(target: str | os.PathLike[str], overwrite: bool) -> None:
+    """UsageError for a path at which no checkpoint can be written: one that exists, unless a model may be overwritten there,
+    and any link or special file. ResourceError where that cannot be seen."""
+    target = Path(os.path.abspath(target))
+    if not target.name:
+        raise UsageError(f"{shown(target)}: cannot be the target")
+    with _disk(target):
+        try:
+            mode = os.lstat(target).st_mode
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.EIO:
+                raise  # the disk's fault, and not the name's
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{shown(target)}: cannot be the target: {reason}") from None
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UsageError(f"{shown(target)}: is a link or a special file, which is never replaced")
+        single = target.name.endswith(".safetensors")
+        if stat.S_ISDIR(mode) == single:
+            kinds = ("a folder", "a file") if single else ("a file", "a folder")
+            raise UsageError(f"{shown(target)}: is {kinds[0]}, and the output would be {kinds[1]}")
+        if not overwrite:
+            raise UsageError(f"{shown(target)}: exists; overwrite=True (--overwrite) replaces it in the end")
+        if not single:
+            _check_replaceable(target)
+
+
 def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
-    """UsageError for an output that is one of the inputs or lies in one."""
+    """UsageError for an output that is one of the inputs or lies in one; ResourceError where that cannot be seen."""
     for path in inputs:
-        if same_or_inside(target, path):
+        with _disk(Path(target)):
+            inside = same_or_inside(target, path)
+        if inside:
             raise UsageError(f"output {str(target)!r} lies in an input, {str(path)!r}: inputs are never written to")
 
 
@@ -391,9 +503,11 @@ def _checked(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, in
     for name, (dtype, shape) in sorted(tensors.items()):
         if dtype not in DTYPES:
             raise UsageError(f"tensor {shown(name)}: unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
-        if "\0" in name or name == "__metadata__":
+        if "\0" in name or name == "__metadata__" or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME:
             raise UsageError(f"tensor {shown(name)}: this cannot be a tensor's name")
         if len(shape) > MAX_RANK or not all(0 <= operator.index(dim) <= MAX_DIM for dim in shape):
+            raise UsageError(f"tensor {shown(name)}: shape {tuple(shape)} cannot be stored")
+        if math.prod(dim for dim in shape if dim) * itemsize(dtype) >= 1 << 63:
             raise UsageError(f"tensor {shown(name)}: shape {tuple(shape)} cannot be stored")
         sizes[name] = itemsize(dtype)
         for dim in shape:
@@ -415,7 +529,8 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def _file_names(count: int, single: str) -> list[str]:
-    return [single] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    stem = single.removesuffix(".safetensors")
+    return [single] if count == 1 else [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -424,7 +539,7 @@ def _check_replaceable(folder: Path) -> None:
         entries = list(scan)
     if any(entry.is_dir(follow_symlinks=False) for entry in entries):
         raise UsageError(f"{shown(folder)}: has folders in it, which overwriting would remove; remove it yourself")
-    if entries and not any(entry.name.endswith((".safetensors", INDEX)) for entry in entries):
+    if entries and not any(entry.name.endswith((".safetensors", INDEXES)) for entry in entries):
         raise UsageError(f"{shown(folder)}: holds no model, so it is not overwritten; remove it yourself")
 
 
@@ -434,6 +549,13 @@ def _size(sidecar: Path) -> int:
         return file.stat().st_size
     finally:
         file.close()
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of a file that need no more room on the disk."""
+    status = os.stat(path)
+    blocks = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else min(status.st_size, 512 * blocks)
 
 
 def _copy(source: Path, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from refmerge.checkpoint import hub
 from refmerge.errors import UsageError
 from refmerge.procedures.experts.moe_from_dense import Expert, Mixture, prepare
 from refmerge.recipe.document import Document, Problems, quote, read_documents
@@ -66,24 +67,27 @@ def is_mixture(data: Any) -> bool:
     return isinstance(data, dict) and "experts" in data and "merge_method" not in data
 
 
-def prepare_moe(recipe: str | os.PathLike[str], *, seed: int | None = None, **options: Any) -> Mixture | None:
+def prepare_moe(
+    recipe: str | os.PathLike[str], *, seed: int | None = None, download: bool = False, **options: Any
+) -> Mixture | None:
     """Check a recipe of a mixture and the checkpoints that it names, without reading a weight; None for other recipes.
 
-    seed goes before the recipe's own. options: of `prepare_recipe`; UsageError for one that is set: weights are copied.
+    seed goes before the recipe's own. download: fetch models of the Hub that are not in its cache. options: of
+    `prepare_recipe`; UsageError for one that is set: weights are copied.
     """
     text, source = read_text(recipe)
     document, *others = read_documents(text, source)
     if others or not is_mixture(document.data):
         return None
     content = validate(document)
-    unset = {"nonfinite": "error", "integers": "equal", "missing": "error"}
+    unset = {"nonfinite": "error", "integers": "equal", "missing": "error", "allow_pickle": False}
     for key, value in options.items():
         if value != unset.get(key):
             raise UsageError(f"{key} = {value!r}: a mixture of experts copies weights, and computes none; leave it out")
     folder = Path(recipe).parent if content.refmerge else Path()
 
     def place(path: str) -> Path:
-        return folder / Path(path).expanduser()
+        return hub.find(path, folder, download=download)
 
     def expert(entry: MoeExpert) -> Expert:
         scales = {k: v for k in ("noise_scale", "residual_scale") if (v := getattr(entry, k)) is not None}

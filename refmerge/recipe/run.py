@@ -44,33 +44,39 @@ def prepare_recipe(
     dtype: str | None = None,
     seed: int | None = None,
     hashes: bool | None = None,
+    download: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> tuple[Resolved, Plan]:
     """Check a recipe and the checkpoints it names, without reading a weight.
 
     method: stands in for the one that the recipe names. options: as those of `refmerge.api.prepare`; dtype and seed go
     before the recipe's own. hashes: whether the report has the hashes of what is read and written; None is for small models
-    only. A native recipe's paths are relative to its folder, another tool's to the working directory, as that tool has it.
-    Where the file holds several recipes, those that come before the last one are the plan's stages.
+    only. out: where the result is to be, if that is to be checked already. download: fetch models of the Hub that are not in
+    its cache. A native recipe's paths are relative to its folder, another tool's to the working directory, as that tool has
+    it. Where the file holds several recipes, those that come before the last one are the plan's stages.
     """
     recipes = load_recipes(recipe)
     coming: dict[str, ComingCheckpoint] = {}
     stages: list[Stage] = []
     for one, resolved in zip(recipes, resolve_all(recipes, method)):
         folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
-        models = _Models(folder, coming)
-        resolved, plan = _prepare(resolved, models, method if one is recipes[-1] else None, dtype, seed, options)
+        models = _Models(folder, coming, download, bool(options.get("allow_pickle")))
+        last = one is recipes[-1]
+        target = {"out": out, "overwrite": overwrite} if last else {}
+        resolved, plan = _prepare(resolved, models, method if last else None, dtype, seed, {**options, **target})
         named = [*resolved.models, *(p.model for m in resolved.modules for s in m.slices for p in s.everything)]
         named += [] if resolved.base is None else [resolved.base]
         keep_record(
-            recipes if one is recipes[-1] else [one],
+            recipes if last else [one],
             resolved,
             plan,
             {m: models.open(m) for m in dict.fromkeys(named)},
             {"dtype": dtype, **options},
             hashes,
         )
-        if one is not recipes[-1]:
+        if not last:
             assert resolved.name is not None
             coming[resolved.name] = ComingCheckpoint(resolved.name, plan)
             stages.append(Stage(resolved.name, plan, coming[resolved.name].take, resolved))
@@ -80,10 +86,13 @@ def prepare_recipe(
 
 @dataclass(frozen=True)
 class _Models:
-    """Where the models of a recipe are. folder: what paths are relative to. coming: results of merges before it, by name."""
+    """Where the models of a recipe are. folder: what paths are relative to. coming: results of merges before it, by name.
+    download: whether models of the Hub are fetched. allow_pickle: whether torch's files are read."""
 
     folder: Path
     coming: Mapping[str, ComingCheckpoint]
+    download: bool
+    allow_pickle: bool
     opened: dict[str, Checkpoint] = field(default_factory=dict)
 
     def place(self, path: str) -> Path:
@@ -93,7 +102,9 @@ class _Models:
         if model in self.coming:
             return self.coming[model]
         if model not in self.opened:
-            self.opened[model] = open_model(model, self.folder)
+            self.opened[model] = open_model(
+                model, self.folder, download=self.download, allow_pickle=self.allow_pickle
+            )
         return self.opened[model]
 
     def open_all(self, models: Collection[str], donor: str) -> dict[str, Checkpoint]:
@@ -283,8 +294,12 @@ def run_recipe(
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
-    plan = prepare_moe(recipe, **options) or prepare_recipe(recipe, **options)[1]
-    return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
+    mixture = prepare_moe(recipe, **options)
+    if mixture is not None:
+        return mixture.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
+    _, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
+    return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)

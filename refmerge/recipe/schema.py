@@ -26,8 +26,6 @@ def _form(value: Any) -> str:
 def _model_path(value: Any) -> Any:
     if isinstance(value, dict):
         raise ValueError("a model given as a mapping is not supported yet: give its path")
-    if isinstance(value, str) and "@" in value:
-        raise ValueError(f"{quote(value)}: path@revision is not supported yet")
     return value
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from refmerge.checkpoint import Checkpoint, itemsize, open_checkpoint
 from refmerge.checkpoint.header import TensorInfo
-from refmerge.checkpoint.layout import config
+from refmerge.checkpoint.layout import WEIGHTS, config
 from refmerge.errors import UsageError
 from refmerge.plan import Plan
 from refmerge.sources import ByteSource
@@ -40,6 +40,7 @@ class ComingCheckpoint(Checkpoint):
             (self.directory / file).write_bytes(content)
         self.config = config(self.directory)
         self.metadata = {}
+        self.weights = WEIGHTS if plan.donor is None else plan.donor.weights
         self.tensors = {
             n: TensorInfo(n, dtype, shape, self.path, 0, math.prod(shape) * itemsize(dtype))
             for n, (dtype, shape) in sorted(plan.specs.items())

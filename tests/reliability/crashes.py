@@ -1,0 +1,171 @@
+"""Merges that are killed, or that meet a failing disk, at the n-th call to the system, for n = 1, 2, ... until none is left.
+
+Each merge runs in a process forked from this one, so that a hundred of them take seconds. What is found afterwards must be
+the old output or the new one, whole; and `resume` must end with the bytes of a merge that nothing interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import refmerge
+from refmerge.checkpoint import open_checkpoint, save, writer
+from refmerge.errors import RefmergeError
+
+WRITES = ("open", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "replace", "unlink", "rmdir")
+READS = ("preadv", "fstat", "stat", "lstat", "listdir", "scandir")
+CALLS = WRITES + READS
+SHAPES = {"a": (40, 3), "b": (64,), "c": (5, 5, 5), "d": (), "e": (0, 3), "f": (300,)}
+UNFINISHED = 77  # the status of a child that was not stopped: it made fewer calls
+
+
+@contextmanager
+def fast_folder(otherwise: Path | None = None) -> Iterator[Path]:
+    """A folder in memory where the system has such, as syncing a disk a thousand times takes minutes."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else otherwise
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def models(folder: Path, count: int = 3) -> list[Path]:
+    """Small checkpoints with a config, in the Hub's layout."""
+    draw = np.random.default_rng(0)
+    paths = [folder / f"in{k}" for k in range(count)]
+    for path in paths:
+        arrays = {name: np.asarray(draw.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
+        save(arrays | {"ids": np.arange(3)}, path, extra_files={"config.json": b"{}"})
+    return paths
+
+
+def merge(paths: list[Path], out: Path, method: str = "task_arithmetic", **options: Any) -> None:
+    options = {"threads": 1, "max_shard_size": 600} | options
+    refmerge.merge(paths[1:], method, base=paths[0], out=out, **options)
+
+
+def digest(out: Path) -> str:
+    """Of a file, or of all files of a folder and their names."""
+    total = hashlib.sha256()
+    for path in sorted(out.iterdir()) if out.is_dir() else [out]:
+        total.update((path.name if out.is_dir() else "").encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def fork(work: Callable[[], None]) -> int:
+    """Run `work` in a child; its exit status, 0 if it returned, or minus the signal that ended it."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        except RefmergeError as error:
+            status = error.status
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def stop_at(number: int, stop: Callable[[], None], calls: tuple[str, ...]) -> Callable[[], bool]:
+    """Have the n-th of these calls, counted together, not happen and `stop` be called in its place. In a child only.
+
+    Returns what tells whether there were so many calls.
+    """
+    made = 0
+
+    def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == number:
+                stop()
+            return call(*args, **kwargs)
+
+        return counting
+
+    for name in calls:
+        if hasattr(os, name):
+            setattr(os, name, wrapped(getattr(os, name)))
+    return lambda: made >= number
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+class Broken(AssertionError):
+    """A promise that was not kept; says at which call."""
+
+
+def points(
+    folder: Path, stop: Callable[[], None], *, calls: tuple[str, ...] = CALLS, every: int = 1, resume: bool = True,
+    overwrite: bool = False, method: str = "task_arithmetic", single: bool = False,
+) -> Iterator[tuple[int, str]]:  # fmt: skip
+    """(n, what was found) for each point at which a merge was stopped; Broken where a promise was.
+
+    overwrite: over an older output. every: only each so many calls. What is found is "old", "absent" or "new".
+    """
+    writer.NOTE_SECONDS = 0.0  # a line of the journal after each tensor
+    paths, out = models(folder), folder / ("out.safetensors" if single else "out")
+    merge(paths, folder / f"whole{out.suffix}", method)
+    expected = digest(folder / f"whole{out.suffix}")
+    number = 1
+    while True:
+        if overwrite:
+            save({"old": np.zeros(3)}, out)
+            old = digest(out)
+
+        def stopped(number: int = number) -> None:
+            reached = stop_at(number, stop, calls)
+            merge(paths, out, method, resume=resume, overwrite=overwrite)
+            if not reached():
+                os._exit(UNFINISHED)
+
+        status = fork(stopped)
+        wanted = {-signal.SIGKILL} if stop is kill else {3, 5, 0}
+        if status not in (*wanted, UNFINISHED):
+            raise Broken(f"call {number}: ended with status {status}")
+        found = "absent"
+        if os.path.lexists(out):
+            seen = digest(out)
+            found = "new" if seen == expected else "old" if overwrite and seen == old else "mixed"
+        if found == "mixed" or (overwrite and found == "absent" and stop is fail):
+            raise Broken(f"call {number}: the output is {found}")
+        if status == UNFINISHED and found == "new":
+            break
+        if found != "new":
+            if fork(lambda: merge(paths, out, method, resume=resume, overwrite=overwrite)):
+                raise Broken(f"call {number}: the merge could not be made again")
+            if digest(out) != expected:
+                raise Broken(f"call {number}: made again, the output has other bytes")
+        if resume and any(p.name.endswith(".journal") for p in folder.iterdir() if found != "new"):
+            raise Broken(f"call {number}: a journal is left")
+        open_checkpoint(out).close()
+        _clean(folder, keep=[*paths, folder / f"whole{out.suffix}"])
+        yield number, found
+        number += every
+
+
+def _clean(folder: Path, keep: list[Path]) -> None:
+    for path in folder.iterdir():
+        if path not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
