@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.checkpoint import Checkpoint, check_target, hub, open_checkpoint, parse_size, promote
+from refmerge.adapted import open_model
+from refmerge.checkpoint import Checkpoint, check_target, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
 from refmerge.checkpoint.scaled import as_values
 from refmerge.engine import check_memory, default_threads
@@ -137,7 +139,7 @@ def prepare(
     arithmetic: str = "round_once",
     allow_pickle: bool = False,
     read_dtype: str | None = None,
-    donor: str | Path | None = None,
+    donor: str | Path | Checkpoint | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     params: Mapping[str, Any] | Callable[[str, Collection[str]], Mapping[str, Any]] = {},  # noqa: B006 (never changed)
@@ -231,10 +233,11 @@ def prepare(
     check_memory(work, limit, workers)
     _check_copies(whole if integers == "equal" else {}, copied, sources)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
-    also_read = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
+    statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor, allow_pickle)
+        known = (c for x, c in zip(everything, opened) if x is donor or same_path(x, donor))
+        given_by = next(known, None) or _opened(donor, allow_pickle)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -244,14 +247,14 @@ def prepare(
         max_memory=limit,
         block_bytes=getattr(used or beside, "block_bytes", ARRAYS_BLOCK_BYTES),
         example=example,
-        checkpoints=(*opened, *also_read),
+        checkpoints=(*opened, *statistics),
         donor=given_by,
         out_dtype=out_name,
     )
 
 
-def same_path(model: Any, path: str | Path) -> bool:
-    return isinstance(model, str | Path) and Path(model) == Path(path)
+def same_path(model: Any, path: Any) -> bool:
+    return isinstance(model, str | Path) and isinstance(path, str | Path) and Path(model) == Path(path)
 
 
 def _one_of(what: str, value: Any, *allowed: Any) -> None:
@@ -281,8 +284,7 @@ def _sources(
 
 
 def _opened(model: Any, allow_pickle: bool = False) -> Checkpoint:
-    opened = model if isinstance(model, Checkpoint) else open_checkpoint(hub.find(model), allow_pickle=allow_pickle)
-    return as_values(opened)
+    return as_values(model) if isinstance(model, Checkpoint) else open_model(model, allow_pickle=allow_pickle)
 
 
 def _integers(
@@ -397,7 +399,8 @@ def _check_count(m: Method, count: int, stats: Sequence[Any] | None) -> None:
 
 
 def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:
-    """UsageError for statistics of which the method reads none: they were meant to have an effect."""
+    """UsageError for statistics of which the method reads none: they were meant to have an effect. A warning for those of
+    layers and tensors that are not there."""
     if stats is None or not (m.needs == "models" or any(s.names() for s in stats)):
         return
     if not m.stats:
@@ -407,6 +410,10 @@ def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None
     if not any(stat_name(n, key) in present for key in m.stats for n in [*names, *modules]):
         wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
         raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({names_of(present)})")
+    known = {*names, *modules}
+    if strays := sorted(n for n in present if not {n, n.rpartition(".")[0], n.partition("/")[2]} & known):
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        warnings.warn(f"{m.name}: statistics of what is not merged are not read: {strays[0]!r}{more}", stacklevel=5)
 
 
 def names_of(present: Collection[str]) -> str:

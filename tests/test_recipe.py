@@ -705,7 +705,6 @@ def test_schema(text, message):
         (RECIPE + "tokenizer_source: base", "tokenizer_source"),
         (RECIPE + "tokenizer_source: union", "tokenizer_source"),
         (RECIPE + 'chat_template: "{{ messages }}"', "chat_template"),
-        (RECIPE + "base_model: org/a+org/lora", "path+lora"),
         ("merge_method: linear\nmodels: [{model: {model: {path: a}}}]", "a model given as a mapping"),
         ("refmerge: 1\nmerge_method: linear\nslices: []", "slices"),
     ],
@@ -723,7 +722,7 @@ merge_method: 3
 models:
   - model: a
     paramters: {}
-  - model: b+c
+  - model: {path: b}
 dtype: int7
 tokenizer_source: union
 """
@@ -731,7 +730,7 @@ tokenizer_source: union
         "<recipe>: 5 problems",
         "  line 1, column 1: 'merge_method' must be text, not 3",
         "  line 4, column 5: unknown key 'paramters'; did you mean 'parameters'? (known here: model, parameters)",
-        "  line 5, column 5: 'b+c': path+lora is not supported yet",
+        "  line 5, column 5: a model given as a mapping is not supported yet: give its path",
         "  line 6, column 1: 'dtype' is one of bfloat16, float16, float32, float64, not 'int7'",
         "  line 7, column 1: tokenizer_source is not supported yet: vocabularies are not realigned, and the tokenizer "
         "files are copied from base_model or else from the first model; leave the key out if that is what you want",

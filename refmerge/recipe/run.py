@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from refmerge.adapted import open_model, reference
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint, hub
 from refmerge.errors import UsageError
 from refmerge.method import Method
 from refmerge.plan import Plan
+from refmerge.recipe.moe import prepare_moe
 from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
 from refmerge.sources import DiskSource
 
@@ -39,10 +42,16 @@ def prepare_recipe(
     def place(path: str) -> Path:
         return hub.find(path, folder, download=download)
 
+    @cache
+    def model(path: str) -> Path | Checkpoint:
+        if len(reference(path, folder)) == 1:
+            return place(path)
+        return open_model(path, folder, download=download, allow_pickle=options.get("allow_pickle", False))
+
     plan = prepare(
-        [place(m) for m in resolved.models],
+        [model(m) for m in resolved.models],
         method or resolved.method,
-        base=None if resolved.base is None else place(resolved.base),
+        base=None if resolved.base is None else model(resolved.base),
         stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
         seed=seed if seed is not None else resolved.seed or 0,
         over=resolved.over,
@@ -50,7 +59,7 @@ def prepare_recipe(
         out_dtype=resolved.out_dtype,
         read_dtype=resolved.read_dtype,
         params=resolved.parameters_for,
-        donor=place(resolved.donor),
+        donor=model(resolved.donor),
         **options,
     )
     if resolved.align is not None:
@@ -91,5 +100,10 @@ def run_recipe(
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
-    _, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
-    return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+    plan = prepare_moe(recipe, **options)
+    if plan is not None:
+        if resume:
+            raise UsageError("resume is for merges: a mixture of experts copies weights, and starts anew")
+        return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
+    _, merge = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
+    return merge.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)

@@ -33,8 +33,6 @@ def _form(value: Any) -> str:
 def _model_path(value: Any) -> Any:
     if isinstance(value, dict):
         raise ValueError("a model given as a mapping is not supported yet: give its path")
-    if isinstance(value, str) and "+" in value:
-        raise ValueError(f"{quote(value)}: path+lora is not supported yet")
     return value
 
 
@@ -118,6 +116,7 @@ class NativeRecipe(_Closed):
     merge_method: Annotated[str, Field(min_length=1)]
     models: Annotated[list[NativeModelEntry], Field(min_length=1)]
     base_model: ModelPath | None = None
+    base_stats: Annotated[str, Field(min_length=1)] | None = None
     align: Align | None = None
     parameters: Parameters | None = None
     dtype: DType | None = None
@@ -134,6 +133,9 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
     if not isinstance(data, dict):
         problems.add((), "a recipe is a mapping with the keys merge_method and models")
         raise problems.error()
+    if "experts" in data and "merge_method" not in data:
+        problems.add(("experts",), "a recipe with experts is no merge: only refmerge merge and refmerge plan take it")
+        raise problems.error()
     kind = NativeRecipe if "refmerge" in data else MergekitRecipe
     for key in _UNSUPPORTED.keys() & data.keys():
         problems.add((key,), _UNSUPPORTED[key])
@@ -143,7 +145,7 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
     except ValidationError as e:
         for error in e.errors(include_url=False):
             if error["loc"] != ("models",) or error["type"] != "missing" or whole:
-                path = _path(error["loc"], data)
+                path = place_of(error["loc"], data)
                 problems.add(path, _message(error, path, kind))
         raise problems.error() from None
     problems.check()
@@ -162,7 +164,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{f'; did you mean {near[0]!r}?' if near else ''} (known here: {', '.join(known) or 'none'})"
 
 
-def _path(loc: tuple[Any, ...], data: Any) -> Path:
+def place_of(loc: tuple[Any, ...], data: Any) -> Path:
     """Where in the text an error lies: pydantic's location without the names of the union branches it tried."""
     path: list[Any] = []
     for i, part in enumerate(loc):
