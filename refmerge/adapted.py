@@ -53,6 +53,9 @@ class Adapted(Checkpoint):
     def paths(self) -> list[Path]:
         return [*self._of.paths, *(path for label, _, _ in self.adapters if (path := Path(label)).exists())]
 
+    def kept_as(self, name: str) -> str:
+        return self._of.kept_as(name)
+
     @property
     def label(self) -> str:
         return MARK.join([self._of.label, *(label for label, _, _ in self.adapters)])
@@ -61,9 +64,6 @@ class Adapted(Checkpoint):
         if name not in self._changes:
             return self._of.exact(name, start, stop)
         return self._changes.stretch(name, start, stop, lambda i, j: self._wide(name, i, j))
-
-    def kept_as(self, name: str) -> str:
-        return self._of.kept_as(name)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         exact = self.exact(name, start, stop)

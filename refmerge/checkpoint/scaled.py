@@ -43,7 +43,7 @@ def as_values(checkpoint: Checkpoint) -> Checkpoint:
 
     InputError for a scale that does not fit its weight, and for weights that are packed in another way.
     """
-    if isinstance(checkpoint, Scaled):
+    if checkpoint.rewritten:
         return checkpoint
     tensors = checkpoint.tensors
     for ending, tool in _PACKED.items():
@@ -74,11 +74,9 @@ class Scaled(Checkpoint):
     scales: weight -> its scale. config: that of the checkpoint, without what it says of quantisation.
     """
 
-    rewritten = True
-
     def __init__(self, of: Checkpoint, scales: dict[str, str]) -> None:
         self.__dict__.update(of.__dict__)
-        self._of, self.scales = of, scales
+        self._of, self.scales, self.rewritten = of, scales, True
         quantisation = (of.config or {}).get("quantization_config") or {}
         self.config = None if of.config is None else {k: v for k, v in of.config.items() if k != "quantization_config"}
         word = str((of.config or {}).get("torch_dtype") or (of.config or {}).get("dtype")).removeprefix("torch.")
