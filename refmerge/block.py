@@ -178,7 +178,7 @@ def report_nonfinite(source: Source, t: Tensor) -> None:
     assert first is not None
     index = tuple(int(i) for i in np.unravel_index(first[0], t.shape))
     raise InputError(
-        f"{source.label}: tensor {t.name!r} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
+        f"{source.told(t.name)} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
         f"{index}; nonfinite='propagate' (--nonfinite propagate) merges them"
     )
 
@@ -221,7 +221,7 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
     with np.errstate(all="ignore"):
         result = method.run(*(args[a] for a in method.asks), **work.tensors[0].params)
     scratch = Scratch()
-    tensors = {t.name: t for t in work.tensors}
+    tensors, first = {t.name: t for t in work.tensors}, next(iter(sinks.values()))
     for output, sink in sinks.items():
         model = _output(method, result, output)
         if tensors.keys() != model.keys():
@@ -235,3 +235,5 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
             except NotFinite:
                 _report_range(method, flat, tensors[name], 0)
             sink.record(name, 0, tensors[name].size)
+            if work.progress and sink is first:
+                work.progress(work.bytes_of(tensors[name], tensors[name].size))

@@ -135,6 +135,9 @@ class Source(Protocol):
     def ahead(self, name: str, start: int, stop: int) -> None:
         """These elements will be asked for next."""
 
+    def told(self, name: str) -> str:
+        """The tensor as an error message speaks of it."""
+
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         """Whether both hold the same values of this tensor (in `other` under the name `as_name`), to the bit."""
 
@@ -185,6 +188,9 @@ class ArraySource:
     def ahead(self, name: str, start: int, stop: int) -> None:
         pass
 
+    def told(self, name: str) -> str:
+        return f"{self.label}: tensor {name!r}"
+
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ArraySource)
         a, b = self._arrays[name], other._arrays[as_name or name]
@@ -192,9 +198,11 @@ class ArraySource:
 
 
 class ByteSource:
-    """Raw bytes of tensors, decoded into a backend's arrays. `cast`: a dtype to which every value is rounded first."""
+    """Raw bytes of tensors, decoded into a backend's arrays. `cast`: a dtype to which every value is rounded first. `files`:
+    whether any process that was forked from this one can read them."""
 
     label: str
+    files = False
 
     def __init__(self, backend: Any, cast: str | None = None) -> None:
         self._backend, self._cast = backend, cast
@@ -207,9 +215,8 @@ class ByteSource:
         self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
         finite: bool = False, lazy: bool = False,
     ) -> Any:
-        stored, count = self.stored(name), stop - start
-        raw = scratch.raw(slot, count * itemsize(stored))
-        self.read(name, start, stop, raw)
+        raw, stored = self.stretch(name, start, stop, work, slot, scratch)
+        count = stop - start
         to = self._cast if self._cast and stored in FLOATS else stored
         if to == "F64" and work != "float64":
             to = "F32"  # rounded once, here: a backend only ever widens
@@ -237,8 +244,20 @@ class ByteSource:
         out = scratch.work(slot, count, at_least)
         return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
 
+    def stretch(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch
+    ) -> tuple[np.ndarray, str]:
+        """The bytes of elements [start, stop), and of what dtype they are."""
+        stored = self.stored(name)
+        raw = scratch.raw(slot, (stop - start) * itemsize(stored))
+        self.read(name, start, stop, raw)
+        return raw, stored
+
     def ahead(self, name: str, start: int, stop: int) -> None:
         pass
+
+    def told(self, name: str) -> str:
+        return f"{self.label}: tensor {name!r}"
 
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ByteSource)
@@ -268,9 +287,11 @@ class ByteSource:
 class DiskSource(ByteSource):
     """A checkpoint on disk, read in pieces."""
 
+    files = True
+
     def __init__(self, checkpoint: Checkpoint, backend: Any, cast: str | None = None) -> None:
         super().__init__(backend, cast)
-        self.checkpoint, self.label = checkpoint, str(checkpoint.path)
+        self.checkpoint, self.label = checkpoint, checkpoint.label
 
     def names(self) -> set[str]:
         return set(self.checkpoint.tensors)
@@ -281,11 +302,72 @@ class DiskSource(ByteSource):
     def stored(self, name: str) -> str:
         return self.checkpoint.tensors[name].dtype
 
+    def stretch(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch
+    ) -> tuple[np.ndarray, str]:
+        exact = self.checkpoint.exact(name, start, stop)
+        if exact is None:
+            return super().stretch(name, start, stop, work, slot, scratch)
+        # Rounded once: to what it is cast to, to the type of a native merge, or to that in which blocks are computed.
+        kind = self._cast or {"float32": "F32", "float64": "F64"}.get(work) or self.stored(name)
+        raw = scratch.raw((slot, "exact"), (stop - start) * itemsize(kind))
+        encode(exact, kind, raw)
+        return raw, kind
+
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         self.checkpoint.read(name, start, stop, out)
 
     def ahead(self, name: str, start: int, stop: int) -> None:
         self.checkpoint.ahead(name, start, stop)
+
+
+class StitchedSource(ByteSource):
+    """Tensors of several sources under the names that they have in the result: layers of a slice, say.
+
+    places: name -> the source, and the name that the tensor has there.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[ByteSource, str]]) -> None:
+        self.places = places
+        self.label = " and ".join(dict.fromkeys(source.label for source, _ in places.values()))
+
+    @property
+    def files(self) -> bool:  # type: ignore[override]
+        return all(source.files for source, _ in self.places.values())
+
+    def names(self) -> set[str]:
+        return set(self.places)
+
+    def dtype(self, name: str) -> str:
+        source, theirs = self.places[name]
+        return source.dtype(theirs)
+
+    def stored(self, name: str) -> str:
+        source, theirs = self.places[name]
+        return source.stored(theirs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        source, theirs = self.places[name]
+        return source.shape(theirs)
+
+    def told(self, name: str) -> str:
+        source, theirs = self.places[name]
+        return source.told(theirs)
+
+    def load(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
+        finite: bool = False, lazy: bool = False,
+    ) -> Any:
+        source, theirs = self.places[name]
+        return source.load(theirs, start, stop, work, slot, scratch, finite=finite, lazy=lazy)
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        source, theirs = self.places[name]
+        source.read(theirs, start, stop, out)
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        source, theirs = self.places[name]
+        source.ahead(theirs, start, stop)
 
 
 class HostSource(ByteSource):

@@ -12,6 +12,8 @@ A row is what a layer reads at one place of one sample; `mask` says which places
     <tensor>.fisher          the square of a sample's gradient of the log-likelihood by the tensor, over samples; and over
                              classes with their probabilities, where these are given
     <module>.mean, .square   x and x x over rows, unit by unit
+    <router>.routed          1 for an expert that a token is sent to and 0 for others, over tokens
+    <router>.logit_gram      l l^T over tokens, l the router's scores of all experts before the softmax
     <module>.output_gram, .output_mean, .cross_gram    y y^T, y and y x^T over rows y of the layer's outputs
 
 Gradients come from whoever has them: a framework's (refmerge.collect), or a formula. Files of parts of the data are merged
@@ -30,7 +32,7 @@ import numpy as np
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
 
-__all__ = ["DEFINITIONS", "Statistics", "Taps"]
+__all__ = ["DEFINITIONS", "RoutingTaps", "Statistics", "Taps"]
 
 DEFINITIONS = {
     "gram": "mean over rows of x x^T, x the inputs of the layer",
@@ -38,6 +40,8 @@ DEFINITIONS = {
     "fisher": "mean over samples of the squared gradient of the log-likelihood; over classes by their probability, if given",
     "mean": "mean over rows of x, the inputs of the layer",
     "square": "mean over rows of x x, entry by entry, x the inputs of the layer",
+    "routed": "mean over tokens of 1 where the expert is chosen and 0 elsewhere",
+    "logit_gram": "mean over tokens of l l^T, l the scores that the router gives to the experts, before the softmax",
     "output_gram": "mean over rows of y y^T, y the outputs of the layer",
     "output_mean": "mean over rows of y, the outputs of the layer",
     "cross_gram": "mean over rows of y x^T, y the outputs and x the inputs of the layer",
@@ -118,6 +122,26 @@ class Statistics(Mapping[str, np.ndarray]):
         self._add(f"{module}.mean", rows.sum(axis=0), len(rows))
         self._add(f"{module}.square", (rows * rows).sum(axis=0), len(rows))
 
+    def routing(self, router: str, logits: Any, chosen: int, mask: Any = None, *, experts: Any = None) -> None:
+        """Of a router of a mixture of experts: how often it chooses which expert, and how alike it scores them.
+
+        logits: (..., experts), its scores for each token before the softmax. chosen: how many experts a token is sent to,
+        those with the highest scores, of equal ones the first. experts: (..., chosen), which ones, where the model goes by
+        something else. mask: as in `gram`.
+        """
+        rows = as_rows(logits, mask, f"{router}.logit_gram")
+        if type(chosen) is not int or not 1 <= chosen <= rows.shape[1]:
+            raise UsageError(f"routing of {router!r}: chosen = {chosen!r} of {rows.shape[1]} experts")
+        if experts is None:
+            places = np.argsort(-rows, axis=1, kind="stable")[:, :chosen]
+        else:
+            places = as_rows(experts, mask, f"{router}.routed").astype(np.int64)
+            if places.shape != (len(rows), chosen) or np.any((places < 0) | (places >= rows.shape[1])):
+                raise UsageError(f"routing of {router!r}: experts are {chosen} numbers below {rows.shape[1]} for each token")
+        self._add(f"{router}.logit_gram", rows.T @ rows, len(rows))
+        counts = np.bincount(places.reshape(-1), minlength=rows.shape[1]).astype(np.float64)
+        self._add(f"{router}.routed", counts, len(rows))
+
     def outputs(self, module: str, x: Any, y: Any, mask: Any = None) -> None:
         """x: (..., inputs), y: (..., outputs), of the same rows. The mean of y, and of y y^T and y x^T."""
         inputs, rows = as_rows(x, mask, module), as_rows(y, mask, module)
@@ -197,6 +221,11 @@ class Statistics(Mapping[str, np.ndarray]):
         """Taps of a network of refmerge.nets that put the inputs of its linear layers into Gram matrices."""
         return Taps(self)
 
+    def routing_taps(self, routers: Mapping[str, int], mask: Any = None) -> RoutingTaps:
+        """Taps of a network of refmerge.nets.moe that count where its routers send tokens. routers: name -> how many experts
+        are chosen. mask: (samples, places), 1 where a place counts."""
+        return RoutingTaps(self, routers, mask)
+
     def _add_gram(self, name: str, x: Any, mask: Any) -> None:
         rows = as_rows(x, mask, name)
         self._add(name, rows.T @ rows, len(rows))
@@ -265,6 +294,20 @@ class Taps(dict[str, Any]):
 
     def read(self, weight: str, x: Any) -> None:
         self._statistics.gram(weight.rpartition(".")[0], x, self._mask)
+
+
+class RoutingTaps(dict[str, Any]):
+    """Taps that give what routers score to statistics, and keep nothing."""
+
+    def __init__(self, statistics: Statistics, routers: Mapping[str, int], mask: Any = None) -> None:
+        super().__init__()
+        self._statistics, self._mask = statistics, None if mask is None else scores(mask).reshape(-1)
+        self._chosen = {f"{router}.weight": (router, chosen) for router, chosen in routers.items()}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in self._chosen:
+            router, chosen = self._chosen[name]
+            self._statistics.routing(router, value, chosen, self._mask)
 
 
 def as_rows(x: Any, mask: Any, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ def test_wise_ft(case):
     return {k: x + (case.params.get("alpha", 0.5) * (case.models[0][k] - x)).astype(x.dtype) for k, x in case.base.items()}
 """
 THEIRS = """
-@pytest.mark.refmerge("linear", entry="mergekit:linear", ulps=1)
+@pytest.mark.refmerge("linear", entry="mergekit:linear", tolerance=1e-6)
 def test_linear(case, tmp_path):
     assert tmp_path.is_dir()
     return refmerge.merge(case.models, "mergekit:linear", nonfinite="propagate", **case.params)

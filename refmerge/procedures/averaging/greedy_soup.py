@@ -134,7 +134,7 @@ def check(models: Any, rule: str, trials: int, scores: Any, method: Any, out: An
         return
     if Path(out).exists() and not options.get("overwrite", False):
         raise UsageError(f"greedy_soup: output {str(out)!r} exists; overwrite=True replaces it")
-    refuse_input(out, [c.path for c in plan.checkpoints])
+    refuse_input(out, [p for c in plan.checkpoints for p in c.paths])
 
 
 def path_of(model: Any, place: int) -> str:

@@ -170,7 +170,7 @@ def evolutionary_merge(
 
     first = planned(space.start())
     if out is not None:
-        refuse_input(out, [c.path for c in first.checkpoints])
+        refuse_input(out, [p for c in first.checkpoints for p in c.paths])
     about = {"recipe": space.recipe(space.start()), "sigma": sigma, "population": population}
     record = Log(log, about, "genes", "evolutionary_merge")
 
