@@ -115,7 +115,7 @@ def _filled(recipe: Recipe, plan: Plan | None) -> dict[str, Any]:
     return data
 
 
-_PATHS = ("model", "base_model", "stats", "to", "source", "tokenizer_source")
+_PATHS = ("model", "base_model", "base_stats", "stats", "to", "source", "tokenizer_source")
 
 
 def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], key: str = "") -> Any:
