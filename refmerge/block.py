@@ -217,7 +217,7 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
     with np.errstate(all="ignore"):
         result = method.run(*(args[a] for a in method.asks), **work.tensors[0].params)
     scratch = Scratch()
-    tensors = {t.name: t for t in work.tensors}
+    tensors, first = {t.name: t for t in work.tensors}, next(iter(sinks.values()))
     for output, sink in sinks.items():
         model = _output(method, result, output)
         if tensors.keys() != model.keys():
@@ -231,3 +231,5 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
             except NotFinite:
                 _report_range(method, flat, tensors[name], 0)
             sink.record(name, 0, tensors[name].size)
+            if work.progress and sink is first:
+                work.progress(work.bytes_of(tensors[name], tensors[name].size))
