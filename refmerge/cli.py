@@ -8,12 +8,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 if TYPE_CHECKING:
     from refmerge.plan import Plan
+    from refmerge.procedures.experts.moe_from_dense import Mixture
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -116,17 +118,25 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 def merge(
     recipe: str, out: str, max_shard_size: str, overwrite: bool, quiet: bool, json: bool, **options: Any
 ) -> None:  # fmt: skip
-    """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors."""
+    """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors.
+
+    A recipe with experts, as mergekit-moe has it, makes a mixture of experts.
+    """
+    from refmerge.recipe.moe import prepare_moe
     from refmerge.recipe.run import prepare_recipe
 
     if not out:
         raise click.UsageError("OUT is empty")
     start = time.perf_counter()
-    resolved, plan = prepare_recipe(recipe, **options)
+    plan: Any = prepare_moe(recipe, **options)
+    resolved, bar = plan, cast(Any, contextlib.nullcontext)
+    if plan is None:
+        resolved, plan = prepare_recipe(recipe, **options)
+        bar = partial(_Progress, plan, silent=quiet or json)
     if not quiet:
         for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
-    with _Progress(plan, silent=quiet or json):
+    with bar():
         plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
     wall = time.perf_counter() - start
     figures = plan.figures()
@@ -152,9 +162,13 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
 
     from refmerge.cost import estimate
     from refmerge.recipe import describe
+    from refmerge.recipe.moe import prepare_moe
     from refmerge.recipe.parameters import recipe_key
     from refmerge.recipe.run import prepare_recipe
 
+    if (mixture := prepare_moe(recipe, **options)) is not None:
+        _plan_of_mixture(mixture, tensor, json)
+        return
     resolved, p = prepare_recipe(recipe, **options)
     figures = p.figures(estimate=True)
     expected = estimate(p) if time_it else None
@@ -199,6 +213,32 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     for t in listed:
         values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
         click.echo(f"{t['name']} {t['dtype']}{t['shape']} {values}")
+
+
+def _plan_of_mixture(mixture: Mixture, tensor: str | None, json: bool) -> None:
+    from fnmatch import fnmatchcase
+
+    figures = mixture.figures()
+    listed = [(name, *spec) for name, spec in sorted(mixture.specs.items()) if tensor and fnmatchcase(name, tensor)]
+    if json:
+        told = [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in listed]
+        found = {**mixture.described(), "figures": figures, **({"listed": told} if tensor else {})}
+        click.echo(jsonlib.dumps(found, indent=2))
+        return
+    click.echo(f"mixture     {mixture.form.name}, {mixture.config['num_experts_per_tok']} experts a token")
+    click.echo(f"base        {mixture.base.path}")
+    for i, expert in enumerate(mixture.experts):
+        click.echo(f"{'' if i else 'experts':12}{expert.model.path}")
+    for expert in mixture.shared:
+        click.echo(f"shared      {expert.model.path}")
+    click.echo(f"routers     {mixture.gate_mode}{'' if mixture.hidden_states is None else f', {mixture.hidden_states}'}")
+    click.echo(f"tensors     {figures['tensors']}, {figures['parameters']:,} parameters")
+    click.echo(f"reads       {size(figures['bytes_read'])}")
+    click.echo(f"writes      {size(figures['bytes_written'])}")
+    for note in mixture.notes:
+        click.echo(f"note        {note}")
+    for name, dtype, shape in listed:
+        click.echo(f"{name} {dtype}{list(shape)}")
 
 
 @main.command()

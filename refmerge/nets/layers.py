@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,10 @@ class Layers:
         if f"{name}.bias" in params:
             y = y + along("bias")
         return self._out(f"{name}.weight", y, axis)
+
+    def module(self, name: str, x: Any, run: Callable[[Layers, Any], Any]) -> Any:
+        """What the layers of the module of that name make of x: run(layers, x). Upscaled layers run them otherwise."""
+        return run(self, x)
 
     def units(self, entry: Entry, x: Any, axis: int = -1) -> Any:
         """x, whose axis is one of the units of `entry`, for taps."""

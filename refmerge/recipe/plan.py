@@ -80,6 +80,11 @@ class Resolved:
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe file. RecipeError if it cannot be read or is not a recipe."""
+    return parse_recipe(*read_text(path))
+
+
+def read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text of a recipe file, and what messages call it. RecipeError if it cannot be read."""
     source = str(path) if str(path).isprintable() else quote(str(path))
     try:
         with FilePath(path).open("rb") as file:
@@ -91,7 +96,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         text = content.decode("utf-8-sig", errors="replace" if len(content) > MAX_BYTES else "strict")
     except UnicodeDecodeError as e:
         raise RecipeError(f"{source}: not UTF-8 text (byte {e.start})") from None
-    return parse_recipe(text, source)
+    return text, source
 
 
 def parse_recipe(text: str, source: str = "<recipe>") -> Recipe:

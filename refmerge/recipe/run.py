@@ -12,6 +12,7 @@ from refmerge.checkpoint import Checkpoint
 from refmerge.errors import UsageError
 from refmerge.method import Method
 from refmerge.plan import Plan
+from refmerge.recipe.moe import prepare_moe
 from refmerge.recipe.plan import Alignment, Resolved, load_recipe, resolve
 from refmerge.sources import DiskSource
 
@@ -89,5 +90,5 @@ def run_recipe(
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
-    _, plan = prepare_recipe(recipe, **options)
+    plan = prepare_moe(recipe, **options) or prepare_recipe(recipe, **options)[1]
     return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)

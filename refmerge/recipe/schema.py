@@ -145,7 +145,7 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
     except ValidationError as e:
         for error in e.errors(include_url=False):
             if error["loc"] != ("models",) or error["type"] != "missing" or whole:
-                path = _path(error["loc"], data)
+                path = place_of(error["loc"], data)
                 problems.add(path, _message(error, path, kind))
         raise problems.error() from None
     problems.check()
@@ -164,7 +164,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{f'; did you mean {near[0]!r}?' if near else ''} (known here: {', '.join(known) or 'none'})"
 
 
-def _path(loc: tuple[Any, ...], data: Any) -> Path:
+def place_of(loc: tuple[Any, ...], data: Any) -> Path:
     """Where in the text an error lies: pydantic's location without the names of the union branches it tried."""
     path: list[Any] = []
     for i, part in enumerate(loc):
