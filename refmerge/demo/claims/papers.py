@@ -482,7 +482,8 @@ CLAIMS: dict[str, list[Claim]] = {
     "experts": [
         Claim(
             "smile", "Without data or training inputs find their experts: far above merges, near to the fine-tunes",
-            TABLE, table.best, [Check("smile, wide gates", "task_arithmetic", 5), Check("smile, wide gates", "each task's fine-tune", -5)],
+            TABLE, table.best,
+            [Check("smile, wide gates", "task_arithmetic", 5), Check("smile, wide gates", "each task's fine-tune", -5)],
             "Pictures of the same digits, turned or shifted, look alike to a layer that reads pixels.", ["smile"],
         ),
     ],
