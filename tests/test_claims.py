@@ -110,6 +110,15 @@ def test_arguments_that_mean_nothing_are_refused(arguments, said, capsys, tmp_pa
     assert stopped.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text", ["no", "[]", "{}", '{"seeds": []}'])
+def test_numbers_that_are_none_are_refused(text, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(tmp_path), "--page"])
+    assert stopped.value.code == 2 and "is not what this command writes" in capsys.readouterr().err
+    assert not (tmp_path / "results.md").exists()
+
+
 def test_verdicts_by_hand():
     claim = Claim("ties", "", "", lambda seed: {}, [Check("a", "b", -1), Check("a", 0.5)])
     assert [str(check) for check in claim.checks] == ["a > b - 1", "a > 0.5"] and claim.shown == ["a", "b"]

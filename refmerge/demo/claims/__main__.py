@@ -46,16 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stored = options.folder / NAMES[0]
         if not stored.is_file():
             parser.error(f"there is no {stored}")
-        results = json.loads(stored.read_text(encoding="utf-8"))
+        try:
+            results = json.loads(stored.read_text(encoding="utf-8"))
+            text = page(results)
+        except (ValueError, KeyError, TypeError, IndexError):
+            parser.error(f"{stored} is not what this command writes")
     else:
         jobs = [(mine, seed) for mine in shares(wanted) for seed in dict.fromkeys(options.seeds)]
         results = collected(run(jobs, options.workers))
+        text = page(results)
         if options.folder is not None:
             (options.folder / NAMES[0]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8", newline="\n")
     if options.folder is None:
-        print(page(results))
+        print(text)
     else:
-        (options.folder / NAMES[1]).write_text(page(results), encoding="utf-8", newline="\n")
+        (options.folder / NAMES[1]).write_text(text, encoding="utf-8", newline="\n")
 
 
 def run(jobs: Sequence[tuple[list[str], int]], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:

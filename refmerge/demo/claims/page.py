@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def page(results: Results) -> str:
     """The whole text."""
     sizes = results["images"]
     about = {
-        "made": results["made"],
+        "made": fill(results["made"], 122),
         "tasks": "\n".join(f"- {name}: {WORDS[name]}" for name in TASKS),
         "seeds": f"{', '.join(map(str, results['seeds'][:-1]))} and {results['seeds'][-1]}"
         if len(results["seeds"]) > 1
@@ -196,8 +197,7 @@ def sections(results: Results) -> list[str]:
             answer = verdict(claim, numbers)
             shown = "; ".join(f"{key}: {spread(numbers[key])}" for key in claim.shown)
             condition = "; ".join(map(str, claim.checks))
-            tried_ = claim.tried or "As above."
-            lines.append(f"| {link(claim.system)} | {claim.says} | {tried_} | {shown} | {condition} | {answer} |")
+            lines.append(f"| {link(claim.system)} | {claim.says} | {claim.tried} | {shown} | {condition} | {answer} |")
             if not answer.startswith("yes"):
                 doubts.append(f"- **{claim.system}**, {answer}. {claim.says}. Perhaps: {claim.why}")
         text.append("\n".join([f"## {title}", "", *lines, ""]))
