@@ -302,7 +302,8 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         Claim(
             "wudi", "Without data, interference made small is better than TIES by far", TABLE, table.best,
-            [Check("wudi, exact", "ties")], "Its sum has no scale to choose, and sums of eight whole task vectors are too long here.", ["wudi"],
+            [Check("wudi, exact", "ties")],
+            "Its sum has no scale to choose, and sums of eight whole task vectors are too long here.", ["wudi"],
         ),
         Claim(
             "doge", "Gradients in a shared subspace are better than task arithmetic", TABLE, table.best,
@@ -310,7 +311,8 @@ CLAIMS: dict[str, list[Claim]] = {
         ),
         Claim(
             "opcm", "Projections let models come one after another and be better than averaging", TABLE, table.best,
-            [Check("opcm", "linear")], "What is orthogonal to the models before keeps little of a task where directions are few.", ["opcm"],
+            [Check("opcm", "linear")],
+            "What is orthogonal to the models before keeps little of a task where directions are few.", ["opcm"],
         ),
         Claim(
             "knots", "Adapters merge better in directions that they share", "Adapters of rank 8, scales on validation data.",
