@@ -155,6 +155,10 @@ def _stats(
             if shape != t.shape:
                 raise InputError(f"{source.label}: {name!r} has shape {shape}, its tensor {t.shape}")
             x = source.load(name, *span[1:], ("stat", i, key), scratch)
+            if kind == "element" and work.nonfinite == "error" and not all_finite(x):
+                raise InputError(f"{source.label}: {name!r} of tensor {t.name!r} has values that are not finite")
+            if key == "fisher" and bool(array_namespace(x).any(x < 0)):
+                raise InputError(f"{source.label}: {name!r} of tensor {t.name!r}, a mean of squares, has negative values")
             if kind == "draw" and not bool(array_namespace(x).all((x == 0) | (x == 1))):
                 raise InputError(f"{source.label}: {name!r} is a recorded draw and holds other values than 0 and 1")
             mine[key] = _shaped(x, t, view)

@@ -345,6 +345,8 @@ def test_options_that_do_nothing_are_refused(models, tmp_path, monkeypatch):
     Path("moe.yml").write_text(RECIPE)
     ran = invoke("merge", "moe.yml", "out", "--backend", "torch")
     assert ran.exit_code == 2 and "a mixture of experts copies weights" in ran.output
+    ran = invoke("verify", "a", "--recipe", "moe.yml")
+    assert ran.exit_code == 2 and "line 5, column 1: a recipe with experts is no merge" in ran.output
     with pytest.raises(RecipeError, match="base_model' is missing"):
         Path("moe.yml").write_text("experts: [{source_model: ./a}]")
         refmerge.run_recipe("moe.yml", "out")
@@ -378,6 +380,13 @@ def test_refusals(models, tmp_path):
     ]:
         with pytest.raises(UsageError, match=match):
             moe_from_dense(base, [expert, Expert(b, [[2]])], out)
+    broken = dense(tmp_path / "broken", 0)
+    params = dict(open_checkpoint(broken))
+    params["model.embed_tokens.weight"][1] = np.inf
+    save(params, broken / "model.safetensors", overwrite=True)
+    for mode in ("hidden", "cheap_embed"):
+        with pytest.raises(UsageError, match="what prompts give is not finite"):
+            moe_from_dense(broken, [Expert(a, [[1]]), Expert(b, [[2]])], out, gate_mode=mode)
     with pytest.raises(UsageError, match="the same prompts"):
         moe_from_dense(base, [Expert(a, [[1]]), Expert(b, [[1]])], out)
     with pytest.raises(UsageError, match="needs a folder"):

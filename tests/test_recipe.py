@@ -705,7 +705,6 @@ def test_schema(text, message):
         (RECIPE + "tokenizer_source: base", "tokenizer_source"),
         (RECIPE + "tokenizer_source: union", "tokenizer_source"),
         (RECIPE + 'chat_template: "{{ messages }}"', "chat_template"),
-        (RECIPE + "base_model: org/a+org/lora", "path+lora"),
         ("merge_method: linear\nmodels: [{model: org/a@main}]", "path@revision"),
         ("merge_method: linear\nmodels: [{model: {model: {path: a}}}]", "a model given as a mapping"),
         ("refmerge: 1\nmerge_method: linear\nslices: []", "slices"),

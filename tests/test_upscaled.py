@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from refmerge import InputError, UsageError, merge, open_checkpoint
 from refmerge.checkpoint import save
-from refmerge.nets import llama, vit
+from refmerge.nets import gpt2, llama, vit
 from refmerge.nets.layers import Layers, gelu, relu
 from refmerge.nets.upscaled import (
     Upscaled,
@@ -227,6 +227,20 @@ def test_a_llama_is_upscaled_too():
     near(go(out, tokens, layers=Upscaled), go(model, tokens), 1e-10)
     out = smile([model], base, k=99, leave=("*embed*",), average=True)
     near(go(out, tokens, layers=Upscaled), go(model, tokens), 1e-10)
+
+
+def test_a_gpt2_whose_weights_lie_the_other_way():
+    draw = np.random.default_rng(0)
+    base = gpt2.init(draw, 8, 2)
+    models = [{n: x + 0.1 * draw.standard_normal(x.shape) for n, x in base.items()} for _ in range(2)]
+    tokens, go = draw.integers(0, 11, (2, 5)), partial(gpt2.forward, heads=2)
+    out = wemoe(models, base, depth=1)
+    assert out["transformer.h.0.mlp.gate.fc2.weight"].shape == (2, 8)
+    for i in range(2):
+        out[f"transformer.h.{i}.mlp.gate.fc2.weight"] *= 0
+    near(go(out, tokens, layers=Upscaled), go(static(models, base, [0.3, 0.3]), tokens), 1e-10)
+    out = rankone_moe(models, base, rank=8, depth=0)
+    near(go(out, tokens, layers=Upscaled), go(static(models, base, [0.3, 0.3]), tokens), 1e-10)
 
 
 # --- Sparse WEMoE -----------------------------------------------------------------------------------------------------

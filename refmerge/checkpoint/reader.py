@@ -80,6 +80,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self._open: dict[Path, PositionedFile] = {}
         self._lock = threading.Lock()
 
+    @property
+    def paths(self) -> list[Path]:
+        """What must not be written to."""
+        return [self.path]
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def exact(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Elements [start, stop) in float64, where they are computed when they are read and `read` rounds them; None where
+        it does not."""
+        return None
+
     def sidecars(self) -> list[Path]:
         """The files of the folder that belong into a model merged from this one, sorted; never weights or an index."""
         return [] if self.directory is None else layout.sidecars(self.directory)

@@ -23,7 +23,7 @@ def forward(
     """batch: tokens (samples, places). Gives scores of each token as the next one, at each place. groups: the number of
     heads of keys and values. In `taps`: `residual` after the embedding and after each attention and MLP, and of layer l
     `groups.l`, `queries.l` (heads in their group) and `values.l`, all from what attention gives, and `ffn.l`. layers: what
-    makes the layers of the parameters; refmerge.nets.upscaled has others."""
+    makes the layers of the parameters; refmerge.nets.moe and refmerge.nets.upscaled have others."""
     net, at, groups = layers(params, taps), prefix(params), groups or heads
     xp, (n, t) = array_namespace(batch), batch.shape
     embedding = params[f"{at}embed_tokens.weight"]

@@ -48,7 +48,8 @@ class Alignment:
 class Resolved:
     """Everything that a recipe says, decided.
 
-    method: registry name. models: paths as written, in order, without the base. stats: a path or None for each model.
+    method: registry name. models: paths as written, in order, without the base. stats: a path or None for each model,
+    before them the base's where the method reads that too.
     align: what is done to models and base before. donor: the model whose config and tokenizer files the output gets.
     read_dtype: every input is cast to it at load. read_dtype and out_dtype are safetensors names. notes: what the recipe
     says and a merge does not act on.
@@ -127,9 +128,14 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
         problems.add(("models",), f"{e}, not counting the base" if base is not None else str(e))
     rules = checker.rules(models)
     align = _align(content, [model for model, _ in models], base, problems) if isinstance(content, NativeRecipe) else None
+    of_base = getattr(content, "base_stats", None)
+    if of_base is not None and method.needs != "base and models":
+        problems.add(("base_stats",), f"{method.name} reads no statistics of the base")
     problems.check()
 
     stats = tuple(getattr(entry, "stats", None) for entry in content.models)
+    if method.needs == "base and models":
+        stats = (of_base, *stats)
     return Resolved(
         method=method.name,
         semantics=recipe.semantics,
@@ -167,6 +173,11 @@ def describe(resolved: Resolved) -> dict[str, Any]:
         **resolved.written,
         "notes": list(resolved.notes),
     }
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe names. RecipeError where there is none of that name."""
+    return _method(recipe, Problems(recipe.document.source, recipe.document.marks))
 
 
 def _method(recipe: Recipe, problems: Problems) -> Method:

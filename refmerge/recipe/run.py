@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from refmerge.adapted import open_model, reference
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint
 from refmerge.errors import UsageError
@@ -39,10 +41,14 @@ def prepare_recipe(
     def place(path: str) -> Path:
         return folder / Path(path).expanduser()
 
+    @cache
+    def model(path: str) -> Path | Checkpoint:
+        return open_model(path, folder) if len(reference(path, folder)) > 1 else place(path)
+
     plan = prepare(
-        [place(m) for m in resolved.models],
+        [model(m) for m in resolved.models],
         method or resolved.method,
-        base=None if resolved.base is None else place(resolved.base),
+        base=None if resolved.base is None else model(resolved.base),
         stats=None if resolved.stats is None else [None if s is None else place(s) for s in resolved.stats],
         seed=seed if seed is not None else resolved.seed or 0,
         over=resolved.over,
@@ -50,7 +56,7 @@ def prepare_recipe(
         out_dtype=resolved.out_dtype,
         read_dtype=resolved.read_dtype,
         params=resolved.parameters_for,
-        donor=place(resolved.donor),
+        donor=model(resolved.donor),
         **options,
     )
     if resolved.align is not None:

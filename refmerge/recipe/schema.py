@@ -33,8 +33,6 @@ def _form(value: Any) -> str:
 def _model_path(value: Any) -> Any:
     if isinstance(value, dict):
         raise ValueError("a model given as a mapping is not supported yet: give its path")
-    if isinstance(value, str) and "+" in value:
-        raise ValueError(f"{quote(value)}: path+lora is not supported yet")
     if isinstance(value, str) and "@" in value:
         raise ValueError(f"{quote(value)}: path@revision is not supported yet")
     return value
@@ -120,6 +118,7 @@ class NativeRecipe(_Closed):
     merge_method: Annotated[str, Field(min_length=1)]
     models: Annotated[list[NativeModelEntry], Field(min_length=1)]
     base_model: ModelPath | None = None
+    base_stats: Annotated[str, Field(min_length=1)] | None = None
     align: Align | None = None
     parameters: Parameters | None = None
     dtype: DType | None = None
@@ -135,6 +134,9 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
     data = document.data
     if not isinstance(data, dict):
         problems.add((), "a recipe is a mapping with the keys merge_method and models")
+        raise problems.error()
+    if "experts" in data and "merge_method" not in data:
+        problems.add(("experts",), "a recipe with experts is no merge: only refmerge merge and refmerge plan take it")
         raise problems.error()
     kind = NativeRecipe if "refmerge" in data else MergekitRecipe
     for key in _UNSUPPORTED.keys() & data.keys():

@@ -1,7 +1,7 @@
 """The papers' claims, tried on small networks: `python -m refmerge.demo.claims`, and what it wrote down in spec/results.md.
 
 `world` has the tasks and the models, `table` every method on them, `papers` the claims with their experiments, which lie by
-family in `averaging`, `task_vectors`, `alignment` and `adapters`; `page` makes the text.
+family in `averaging`, `task_vectors`, `data_driven`, `alignment` and `adapters`; `page` makes the text.
 """
 
 from __future__ import annotations

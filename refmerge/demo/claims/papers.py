@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from refmerge import registry
-from refmerge.demo.claims import adapters, alignment, averaging, table, task_vectors
+from refmerge.demo.claims import adapters, alignment, averaging, data_driven, table, task_vectors
 from refmerge.demo.claims.claim import Check, Claim
 
 __all__ = ["CLAIMS", "claims"]
@@ -349,7 +349,14 @@ CLAIMS: dict[str, list[Claim]] = {
                 Check("adamerging, layer-wise", "adamerging, task-wise"),
                 Check("adamerging, task-wise", "task_arithmetic"),
             ],
-            "The entropy does fall, by larger coefficients; but with outputs that tasks share, sure is not right.",
+            "The entropy does fall, by larger coefficients; but where tasks share outputs, sure is not right.",
+        ),
+        Claim(
+            "adamerging", "The same, where each task has outputs of its own", "Ten outputs for each task, 500 steps from 0.3.",
+            data_driven.own_outputs,
+            [Check("layer-wise", "task-wise"), Check("task-wise", "task_arithmetic")],
+            "It costs less than where outputs are shared, but sure is not right here either.",
+            also=["average", "layer-wise, entropy falls by"],
         ),
         Claim(
             "adamerging", "Trimmed first, as AdaMerging++, better still", TABLE, table.best,

@@ -39,7 +39,11 @@ def rows(
     else:
         encode = encoder(base)
         tokens = [tuple([encode(p) for p in side] for side in pair) for pair in prompts]
-        found = embedded(base, tokens, len(names)) if mode == "cheap_embed" else hidden(base, tokens, mode == "hidden_avg")
+        with np.errstate(all="ignore"):  # what is not finite is found below
+            cheap = mode == "cheap_embed"
+            found = embedded(base, tokens, len(names)) if cheap else hidden(base, tokens, mode == "hidden_avg")
+    if not np.isfinite(found).all():
+        raise UsageError(f"{base.path}: what prompts give is not finite, since its weights or states are not")
     found = unit(found)
     warn_degenerate(found)
     return found

@@ -116,7 +116,9 @@ def inputs_of(base: Mapping[str, Any], module: str, width: int | None, who: str)
         return width
     for layer in READING:
         if f"{module}.{layer}.weight" in base:
-            return int(spec(base, f"{module}.{layer}.weight")[1][-1])
+            shape, bias = spec(base, f"{module}.{layer}.weight")[1], f"{module}.{layer}.bias"
+            turned = bias in base and spec(base, bias)[1] != shape[:1]  # (in, out), as GPT-2 has it
+            return int(shape[0] if turned else shape[-1])
     raise UsageError(f"{who}: none of {', '.join(READING)} is in {module!r}: say how many numbers it reads, width=...")
 
 

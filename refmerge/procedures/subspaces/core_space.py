@@ -1,6 +1,6 @@
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factors_of, finite, nothing_saved, opened, same_modules, split
+from refmerge.adapters import Adapter, dtype_of, factors_of, finite, only_products, opened, same_modules, saved_alike, split
 from refmerge.api import call
 from refmerge.errors import InputError, UsageError
 from refmerge.methods.subspaces.low_rank_residual import decomposed
@@ -40,7 +40,8 @@ def core_space(
             S = np.full_like(S, np.mean(S)) if S.size else S
         # 5. turn back
         merged[module] = factors_of(*split(U @ X, S, (V @ Y).T, "both"), factors[0], dtype_of(*factors))
-    return Adapter(merged, {k: v for k, v in adapters[0].config.items() if k != "target_modules"})
+    config = {k: v for k, v in adapters[0].config.items() if k != "target_modules"}
+    return Adapter(merged, config, saved_alike(adapters, "core_space"))
 
 
 def check(adapters, weights, missing):
@@ -49,7 +50,8 @@ def check(adapters, weights, missing):
         raise UsageError(f"core_space: {len(weights)} weights for {len(adapters)} adapters")
     if missing not in ("error", "skip"):
         raise UsageError(f"core_space: missing = {missing!r} is none of 'error', 'skip'")
-    nothing_saved(adapters, "core_space")
+    only_products(adapters, "core_space")
+    saved_alike(adapters, "core_space")
     if missing == "error":
         same_modules(adapters, "core_space")
     if len({bool(a.config.get("fan_in_fan_out")) for a in adapters}) > 1:
