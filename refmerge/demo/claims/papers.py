@@ -352,7 +352,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "The entropy does fall, by larger coefficients; but where tasks share outputs, sure is not right.",
         ),
         Claim(
-            "adamerging", "The same, where each task has outputs of its own", "Ten outputs for each task, 500 steps from 0.3.",
+            "adamerging", "The same, where each task has outputs of its own", "Ten for each task, 500 steps from 0.3.",
             data_driven.own_outputs,
             [Check("layer-wise", "task-wise"), Check("task-wise", "task_arithmetic")],
             "It costs less than where outputs are shared, but sure is not right here either.",
