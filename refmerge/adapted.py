@@ -35,7 +35,8 @@ class Adapted(Checkpoint):
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]) -> None:
         self.__dict__.update(base.__dict__)
         self._of, self.adapters = base, tuple(adapters)
-        self._changes = Changes({n: (t.dtype, t.shape) for n, t in base.tensors.items()}, adapters)
+        self._shapes = {n: (t.dtype, t.shape) for n, t in base.tensors.items()}
+        self._changes = Changes(self._shapes, adapters)
 
     @property
     def nbytes_kept(self) -> int:
@@ -48,7 +49,7 @@ class Adapted(Checkpoint):
 
     @property
     def paths(self) -> list[Path]:
-        return [*self._of.paths, *(Path(label) for label, _, _ in self.adapters)]
+        return [*self._of.paths, *(path for label, _, _ in self.adapters if (path := Path(label)).exists())]
 
     @property
     def label(self) -> str:
@@ -73,10 +74,11 @@ class Adapted(Checkpoint):
             return 0.0
         name = max(sizes, key=lambda n: sizes[n])
         count = min(sizes[name], TRIAL)
+        changes = Changes(self._shapes, self.adapters)  # others, which may keep what they make of a base that is none
         best = math.inf
         for _ in range(3):
             start = time.perf_counter()
-            self._changes.stretch(name, 0, count, lambda i, j: np.ones(j - i))
+            changes.stretch(name, 0, count, lambda i, j: np.ones(j - i))
             best = min(best, time.perf_counter() - start)
         return best / count * sum(sizes.values())
 

@@ -312,12 +312,12 @@ def opened(adapters: Iterable[Any], method: str) -> list[Adapter]:
     return found
 
 
-def same_modules(adapters: Sequence[Adapter], method: str) -> list[str]:
-    """The modules of all adapters. InputError lists those that some adapters do not have."""
+def same_modules(adapters: Sequence[Adapter], method: str, otherwise: str = "") -> list[str]:
+    """The modules of all adapters. InputError lists those that some adapters do not have, and ends with `otherwise`."""
     union = {module for a in adapters for module in a.modules}
     lacking = [f"adapter {n}: {listed(rest)}" for n, a in enumerate(adapters) if (rest := sorted(union - set(a.modules)))]
     if lacking:
-        raise InputError(f"{method}: modules are missing in {'; '.join(lacking)}")
+        raise InputError(f"{method}: modules are missing in {'; '.join(lacking)}{otherwise}")
     return sorted(union)
 
 

@@ -18,6 +18,7 @@ from refmerge.cli_adapters import COMMANDS
 if TYPE_CHECKING:
     from refmerge.plan import Plan
     from refmerge.procedures.experts.moe_from_dense import Mixture
+    from refmerge.recipe.plan import Resolved
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -115,10 +116,11 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @_options(*_RUN)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
+@click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
-    recipe: str, out: str, max_shard_size: str, overwrite: bool, quiet: bool, json: bool, **options: Any
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, hashes: bool | None, quiet: bool, json: bool, **options: Any
 ) -> None:  # fmt: skip
     """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors.
 
@@ -132,10 +134,15 @@ def merge(
     start = time.perf_counter()
     plan: Any = prepare_moe(recipe, **options)
     resolved, bar = plan, cast(Any, contextlib.nullcontext)
+    if plan is not None and hashes:
+        raise click.UsageError("--hash is for merges; a mixture of experts has no report")
     if plan is None:
-        resolved, plan = prepare_recipe(recipe, **options)
+        resolved, plan = prepare_recipe(recipe, hashes=hashes, **options)
         bar = partial(MergeProgress, plan, silent=quiet or json)
     if not quiet:
+        for stage in getattr(plan, "stages", ()):
+            for note in stage.recipe.notes:
+                click.echo(f"note: {stage.name}: {note}", err=True)
         for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
     with bar():
@@ -160,39 +167,67 @@ def merge(
 @_options("json")
 def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: Any) -> None:
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
-    from fnmatch import fnmatchcase
-
-    from refmerge.adapted import described
-    from refmerge.cost import estimate
-    from refmerge.recipe import describe
     from refmerge.recipe.moe import prepare_moe
-    from refmerge.recipe.parameters import recipe_key
     from refmerge.recipe.run import prepare_recipe
 
     if (mixture := prepare_moe(recipe, **options)) is not None:
         _plan_of_mixture(mixture, tensor, json)
         return
-    resolved, p = prepare_recipe(recipe, **options)
+    resolved, last = prepare_recipe(recipe, **options)
+    parts = [*((stage.name, stage.recipe, stage.plan) for stage in last.stages), (None, resolved, last)]
+    found = [_told(r, p, tensor, time_it) for _, r, p in parts]
+    if json:
+        stages = [{"name": name, **facts} for (name, *_), facts in zip(parts[:-1], found)]
+        click.echo(jsonlib.dumps({**found[-1], **({"stages": stages} if stages else {})}, indent=2))
+        return
+    for (name, r, _), facts in zip(parts, found):
+        if last.stages:
+            click.echo(f"--- {name or 'the result'}")
+        _show_plan(r, facts)
+
+
+def _told(resolved: Resolved, p: Plan, tensor: str | None, time_it: bool) -> dict[str, Any]:
+    """What a program hears of a plan."""
+    from fnmatch import fnmatchcase
+
+    from refmerge.adapted import described
+    from refmerge.cost import estimate
+    from refmerge.recipe import describe
+    from refmerge.recipe.parameters import recipe_key
+
     figures = p.figures(estimate=True)
     expected = estimate(p) if time_it else None
     if expected is not None:
         figures |= {"seconds": expected.seconds, "needs_bytes_per_second": expected.needs_per_second}
-    listed: list[dict[str, Any]] = [
+    listed = [
         {
             "name": t.name,
             "shape": list(t.shape),
             "dtype": p.specs[t.name][0],
             "work": t.work,
-            "parameters": dict(t.params),
+            "method": resolved.method,
+            "parameters": {recipe_key(k): v for k, v in t.params.items()},
+            "from": [s.told(t.name) for s in w.read],
         }
-        for t in p.work.tensors
+        for w in p.works
+        for t in w.tensors
         if tensor and fnmatchcase(t.name, tensor)
     ]
+    listed += [
+        {"name": n, "shape": list(p.specs[n][1]), "dtype": p.specs[n][0], "method": "copy", "from": [s.told(n)]}
+        for n, s in p.copied.items()
+        if tensor and fnmatchcase(n, tensor)
+    ]
+    listed.sort(key=lambda t: str(t["name"]))
     adapters = list(dict.fromkeys(line for c in p.checkpoints for line in described(c)))
-    if json:
-        found = {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
-        click.echo(jsonlib.dumps(found, indent=2))
-        return
+    return {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
+
+
+def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
+    """What a person hears of a plan."""
+    from refmerge.recipe import describe
+
+    figures, told = facts["figures"], describe(resolved)
     tool = resolved.method.rpartition(":")[0]
     whose = {"": "the paper", "official": "the authors' code"}.get(tool, tool)
     click.echo(f"method      {resolved.method} (as {whose} has it)")
@@ -203,10 +238,24 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     given = [s for s in resolved.stats or () if s]
     for i, path in enumerate(given):
         click.echo(f"{'' if i else 'statistics':12}{path}")
-    for i, line in enumerate(adapters):
+    for i, line in enumerate(facts["adapters"]):
         click.echo(f"{'adapters' if i == 0 else '':12}{line}")
     if resolved.align is not None:
         click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
+    for module in resolved.modules:
+        layers = 0
+        for s in () if module.whole else module.slices:
+            pieces = ", ".join(f"{p.model} {p.start}-{(p.stop or 0) - 1}" for p in s.everything)
+            length = (s.everything[0].stop or 0) - s.everything[0].start
+            where = "" if module.name == "default" else f" of {module.name}"
+            click.echo(f"layers      {layers}-{layers + length - 1}{where} from {pieces}")
+            layers += length
+    if told["vocabulary"] is not None:
+        v = told["vocabulary"]
+        click.echo(f"vocabulary  {v['source']}: {v['tokens']} tokens in {v['rows']} rows")
+        for t in v["tables"]:
+            all_of = ", ".join(t["models"])
+            click.echo(f"{'':12}{t['own_in_all']} are in all of {all_of}, {len(t['others'])} are given to others")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
     click.echo(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
@@ -214,14 +263,14 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     click.echo(f"writes      {size(figures['bytes_written'])}")
     compiled = ", compiled programs" if figures["compiled"] else ""
     click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
-    if expected is not None:
-        disk = size(round(expected.needs_per_second))
-        click.echo(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
+    if "seconds" in figures:
+        disk = size(round(figures["needs_bytes_per_second"]))
+        click.echo(f"time        about {figures['seconds']:.1f} s here, where the disk reads {disk} a second or more")
     for note in resolved.notes:
         click.echo(f"note        {note}")
-    for t in listed:
-        values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
-        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {values}")
+    for t in facts.get("listed", ()):
+        values = " ".join(f"{k}={v}" for k, v in t.get("parameters", {}).items())
+        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {t['method']}{' ' * bool(values)}{values}")
 
 
 def _plan_of_mixture(mixture: Mixture, tensor: str | None, json: bool) -> None:
@@ -783,10 +832,12 @@ class MergeProgress:
     def __enter__(self) -> None:
         if self._bar is None:
             return
-        figures, bar = self._plan.figures(estimate=True), self._bar
-        self._task: Any = bar.add_task(str(figures["method"]), total=figures["bytes_read"])
+        plans, bar = self._plan.all_plans, self._bar
+        total = sum(p.figures(estimate=True)["bytes_read"] for p in plans)
+        self._task: Any = bar.add_task(self._plan.work.method.name, total=total)
         self._shown = time.monotonic()
-        self._plan.work.progress = self._advance
+        for work in (w for p in plans for w in p.works):
+            work.progress = self._advance
         bar.start()
 
     def _advance(self, nbytes: int) -> None:

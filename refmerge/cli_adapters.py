@@ -53,7 +53,8 @@ def extract(
 ) -> None:  # fmt: skip
     """Write what fine-tuning made of BASE in TUNED to OUT, as a LoRA adapter in PEFT's layout.
 
-    The nearest change of a low rank for each matrix, with the error that is made. --rank or --energy says of which rank.
+    The nearest change of a low rank for each matrix that changed, with the error that is made. --rank or --energy says of
+    which rank.
     """
     from fnmatch import fnmatchcase
 
@@ -67,6 +68,9 @@ def extract(
             model, origin, rank=rank, energy=energy, only=only, embeddings=tables, rest=rest,
             fan_in_fan_out=fan_in_fan_out, randomized=randomized, seed=seed,
         )  # fmt: skip
+        same = {m for m, fit in fits.items() if not fit.size}
+        adapter = adapter.with_modules({m: f for m, f in adapter.modules.items() if m not in same})
+        fits = {m: fit for m, fit in fits.items() if m not in same}
         _write(adapter, out, overwrite, inputs=[*model.paths, *origin.paths])
     _tell(out, adapter, fits, json)
 

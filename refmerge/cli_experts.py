@@ -153,9 +153,9 @@ def _facts(mixture: Mixture, usage: Any, g: Grouped | None) -> dict[str, Any]:
 @click.argument("model", type=click.Path())
 @click.argument("tokens", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="samples that go through together")
+@click.option("--batch", type=click.IntRange(min=1), help="samples that go through together; else 4096 tokens")
 @_quiet
-def route(model: str, tokens: str, out: str, batch: int, quiet: bool) -> None:
+def route(model: str, tokens: str, out: str, batch: int | None, quiet: bool) -> None:
     """Run MODEL on TOKENS, an .npz with `inputs` (samples, places) and, where some are padding, `mask`, and write where its
     routers send them to OUT, a file that ends in .safetensors.
 

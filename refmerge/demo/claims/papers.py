@@ -25,7 +25,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "uniform_soup", "The average of fine-tunes is better than they are one by one, also under shift", SOUPS,
             averaging.soups,
             [Check("uniform soup", "members"), Check("uniform soup, shifted", "members, shifted")],
-            "Members with a high rate forget so much that their mean lies beyond what is shared.",
+            "Members with a high rate forget so much that the average does too.",
         ),
         Claim(
             "uniform_soup", "It comes close to an ensemble of outputs at the cost of one model, and beats it under shift",
