@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
 
-from refmerge.checkpoint import Checkpoint, open_checkpoint, parse_size, promote
+from refmerge.adapted import open_model
+from refmerge.checkpoint import Checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, RefmergeError, UsageError, together
@@ -51,7 +53,7 @@ def merge(
     """Merge models into one.
 
     models: in the caller's order, all of one kind: paths of checkpoints (or open ones), or mappings name -> array of one
-        array library. base: the model that task vectors are taken from, where the method needs one.
+        array library. The path "model+adapter" is a model with a LoRA adapter in it. base: the model that task vectors are taken from, where the method needs one.
     method: a registry name, "ties" for the paper's method or "mergekit:ties" for another tool's, or a Method.
     stats: per model a mapping or a path of named statistics, for methods that read some.
     over: what `group` ranges over: "tensor", "model", or a function tensor name -> label; None is the method's choice.
@@ -216,11 +218,12 @@ def prepare(
         work.kernels, workers = beside.kernels, 1
     check_memory(work, limit, workers)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
+    statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if isinstance(donor, Checkpoint):
         given_by = donor
     elif donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or open_checkpoint(donor)
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -230,14 +233,14 @@ def prepare(
         max_memory=limit,
         block_bytes=getattr(used or beside, "block_bytes", ARRAYS_BLOCK_BYTES),
         example=example,
-        checkpoints=tuple(opened),
+        checkpoints=(*opened, *statistics),
         donor=given_by,
         out_dtype=out_name,
     )
 
 
-def same_path(model: Any, path: str | Path) -> bool:
-    return isinstance(model, str | Path) and Path(model) == Path(path)
+def same_path(model: Any, path: Any) -> bool:
+    return isinstance(model, str | Path) and isinstance(path, str | Path) and Path(model) == Path(path)
 
 
 @contextmanager
@@ -278,7 +281,7 @@ def _sources(
 
 
 def _opened(model: Any) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    return model if isinstance(model, Checkpoint) else open_model(model)
 
 
 def _integers(
@@ -389,7 +392,8 @@ def _check_count(m: Method, count: int, stats: Sequence[Any] | None) -> None:
 
 
 def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:
-    """UsageError for statistics of which the method reads none: they were meant to have an effect."""
+    """UsageError for statistics of which the method reads none: they were meant to have an effect. A warning for those of
+    layers and tensors that are not there."""
     if stats is None or not (m.needs == "models" or any(s.names() for s in stats)):
         return
     if not m.stats:
@@ -399,6 +403,10 @@ def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None
     if not any(stat_name(n, key) in present for key in m.stats for n in [*names, *modules]):
         wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
         raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({names_of(present)})")
+    known = {*names, *modules}
+    if strays := sorted(n for n in present if not {n, n.rpartition(".")[0], n.partition("/")[2]} & known):
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        warnings.warn(f"{m.name}: statistics of what is not merged are not read: {strays[0]!r}{more}", stacklevel=5)
 
 
 def names_of(present: Collection[str]) -> str:

@@ -7,6 +7,7 @@ command that answers requests as refmerge/compat/_serve.py says; or a Python fun
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import importlib
 import json
@@ -14,6 +15,7 @@ import math
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,9 +57,10 @@ class Answers:
     """A process that answers requests: a tool's adapter, or another command."""
 
     def __init__(self, command: Sequence[str]) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe that nobody reads would fill, and stop a tool that logs)
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, encoding="utf-8"
             )
         except OSError as e:
             raise UsageError(f"{shlex.join(command)} cannot be run: {e.strerror}") from None
@@ -70,14 +73,15 @@ class Answers:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
         self._process.terminate()
         self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
 
     def _line(self) -> dict[str, Any]:
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         try:
             if isinstance(answer := json.loads(line), dict):
@@ -86,7 +90,9 @@ class Answers:
             pass
         if line:
             raise UsageError(f"{self._command}: {line.strip()[:80]!r} is no answer: a line of JSON, an object")
-        said = self._process.stderr.read().strip().splitlines()
+        self._process.wait()
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace").strip().splitlines()
         raise UsageError(f"{self._command} ended without an answer{': ' + said[-1] if said else ''}")
 
     def ask(

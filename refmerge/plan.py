@@ -25,7 +25,7 @@ from refmerge.fused.compiler import command
 from refmerge.method import Method, Over
 from refmerge.registry import is_ours
 from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
-from refmerge.work import Tensor, Work
+from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["Plan"]
 
@@ -140,7 +140,7 @@ class Plan:
         target = Path(out)
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
-        refuse_input(target, [c.path for c in self.checkpoints if not c.coming])
+        refuse_input(target, [p for c in self.checkpoints if not c.coming for p in c.paths])
         with ExitStack() as writers:
             sinks, files = {}, self._files()
             for o in outputs:
@@ -262,7 +262,9 @@ class Plan:
             "passes": ran.passes,
             "bytes_read": ran.bytes_read + copied,
             "bytes_written": sum(_nbytes(s) for o in method.outputs or ("",) for s in self._specs_of(o).values()),
-            "peak_memory": memory + INTERPRETER * (1 + self.threads * (self.threads > 1 and processes)),
+            "peak_memory": memory
+            + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)
+            + INTERPRETER * (1 + self.threads * (self.threads > 1 and processes)),
             "threads": self.threads,
             "backend": "arrays" if self.backend is None else self.backend.name,
             "compiled": self.is_fused,
@@ -313,9 +315,19 @@ def _passes(method: Method, tensor: Tensor, models: int, over: Over) -> int:
     arrays = [{"x": draw.standard_normal((48, 64)).astype(np.float32)} for _ in range(models + 1)]
     sources = [ArraySource(a, "") for a in arrays]
     small = Tensor("x", (48, 64), "float32", tensor.params)
-    work = Work(method, sources[1:], sources[0], [small], "model" if over != "tensor" else over)
+    keys = [key for key, kind in method.stats.items() if kind == "element"]
+    stats = [ArraySource({stat_name("x", key): draw.random((48, 64)) for key in keys}, "") for _ in range(models + 1)]
+    of = stats if method.needs == "base and models" else stats[1:]
+    work = Work(method, sources[1:], sources[0], [small], "model" if over != "tensor" else over, stats=of if keys else None)
     sinks = {o: ArraySink({"x": ("F32", (48, 64))}, arrays[0]["x"]) for o in method.outputs or ("",)}
     return run(work, sinks, elements=1024, threads=1).passes
+
+
+def _whole_stats(work: Work, t: Tensor) -> int:
+    """Entries of the statistics that a block of this tensor sees as a whole, of all models."""
+    keys = [key for key, kind in work.method.stats.items() if kind == "whole"]
+    names = {stat_name(n, key) for key in keys for n in (t.name, t.name.rpartition(".")[0])}
+    return sum(math.prod(s.shape(n)) for s in work.stats or () for n in names & s.names())
 
 
 def _peak_memory(work: Work, elements: int, threads: int) -> int:
@@ -326,7 +338,7 @@ def _peak_memory(work: Work, elements: int, threads: int) -> int:
         view = work.view(t)
         whole = {"tensor": t.size, "model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
         count = max(whole, min(t.size, elements * 3 // 2))
-        peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4))
+        peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4) + 4 * 8 * _whole_stats(work, t))
     masks = 0
     if {"group", "rng"} <= set(work.method.asks):  # a bit for each element that is drawn, from one pass to the next
         masks = min(MASKS, max((t.size for t in work.tensors), default=0) * len(work.models) // 8)

@@ -215,9 +215,8 @@ class ByteSource:
         self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
         finite: bool = False, lazy: bool = False,
     ) -> Any:
-        stored, count = self.stored(name), stop - start
-        raw = scratch.raw(slot, count * itemsize(stored))
-        self.read(name, start, stop, raw)
+        raw, stored = self.stretch(name, start, stop, work, slot, scratch)
+        count = stop - start
         to = self._cast if self._cast and stored in FLOATS else stored
         if to == "F64" and work != "float64":
             to = "F32"  # rounded once, here: a backend only ever widens
@@ -244,6 +243,15 @@ class ByteSource:
         at_least = work if work in WORK else "float32"
         out = scratch.work(slot, count, at_least)
         return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
+
+    def stretch(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch
+    ) -> tuple[np.ndarray, str]:
+        """The bytes of elements [start, stop), and of what dtype they are."""
+        stored = self.stored(name)
+        raw = scratch.raw(slot, (stop - start) * itemsize(stored))
+        self.read(name, start, stop, raw)
+        return raw, stored
 
     def ahead(self, name: str, start: int, stop: int) -> None:
         pass
@@ -283,7 +291,7 @@ class DiskSource(ByteSource):
 
     def __init__(self, checkpoint: Checkpoint, backend: Any, cast: str | None = None) -> None:
         super().__init__(backend, cast)
-        self.checkpoint, self.label = checkpoint, str(checkpoint.path)
+        self.checkpoint, self.label = checkpoint, checkpoint.label
 
     def names(self) -> set[str]:
         return set(self.checkpoint.tensors)
@@ -293,6 +301,18 @@ class DiskSource(ByteSource):
 
     def stored(self, name: str) -> str:
         return self.checkpoint.tensors[name].dtype
+
+    def stretch(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch
+    ) -> tuple[np.ndarray, str]:
+        exact = self.checkpoint.exact(name, start, stop)
+        if exact is None:
+            return super().stretch(name, start, stop, work, slot, scratch)
+        # Rounded once: to what it is cast to, to the type of a native merge, or to that in which blocks are computed.
+        kind = self._cast or {"float32": "F32", "float64": "F64"}.get(work) or self.stored(name)
+        raw = scratch.raw((slot, "exact"), (stop - start) * itemsize(kind))
+        encode(exact, kind, raw)
+        return raw, kind
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         self.checkpoint.read(name, start, stop, out)

@@ -23,7 +23,7 @@ def refuse(plan: Plan, base: Mapping[str, Any], out: str | Path) -> None:
     for s in plan.work.models:
         if odd := sorted(s.names() ^ {*base}):
             raise InputError(f"tensor {odd[0]!r} is not in both {s.label} and the base: they must have the same tensors")
-    refuse_input(out, [c.path for c in plan.checkpoints])
+    refuse_input(out, [p for c in plan.checkpoints for p in c.paths])
 
 
 def read(plan: Plan, tensor: Tensor) -> tuple[list[Any], Any]:
@@ -57,7 +57,7 @@ def give_back(
     in one of the inputs that are checkpoints. specs: name -> (safetensors dtype, shape)."""
     if out is None:
         return {name: restored(name) for name in specs}
-    refuse_input(out, [c.path for c in inputs if isinstance(c, Checkpoint)])
+    refuse_input(out, [p for c in inputs if isinstance(c, Checkpoint) for p in c.paths])
     with CheckpointWriter(out, specs, overwrite=overwrite) as writer:
         for name in specs:
             writer.write(name, 0, restored(name).reshape(-1).view(np.uint8))

@@ -19,6 +19,7 @@ from refmerge.adapters import (
     apply_adapter,
     chosen_rank,
     factorised,
+    leading,
     read_adapter,
     write_adapter,
 )
@@ -127,12 +128,15 @@ CONFIG = {"r": 2, "lora_alpha": 2}
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        (GOOD | {"base_model.model.q.lora_magnitude_vector": np.ones(4)}, CONFIG, "lora_magnitude_vector.*belong to no"),
+        (GOOD | {"base_model.model.q.lora_E": np.ones(4)}, CONFIG, "lora_E.*belong to no"),
+        (GOOD | {"base_model.model.q.lora_magnitude_vector": np.ones(3)}, CONFIG, r"of shape \[3\] for 4 outputs"),
+        (GOOD | {"base_model.model.q.bias": np.ones(4)}, CONFIG, r"q\.bias' belong to no"),
         (GOOD | {"q.lora_A.weight": np.ones((2, 3))}, CONFIG, "'q.lora_A.weight' belong to no"),
         ({NAME: np.ones((2, 3))}, CONFIG, r"'q \(no B\)'"),
         (GOOD, CONFIG | {"r": 3}, r"q \(2, said to be 3\)"),
         (GOOD | {NAME: np.ones((3, 3))}, CONFIG, "have no product"),
-        (GOOD, CONFIG | {"use_dora": True}, "'use_dora'"),
+        (GOOD, CONFIG | {"use_dora": True}, "use_dora is set, and 'q' have no lora_magnitude_vector"),
+        (GOOD, CONFIG | {"use_qalora": True}, "'use_qalora'"),
         (GOOD, CONFIG | {"peft_type": "IA3"}, "'IA3'"),
         (GOOD, CONFIG | {"init_lora_weights": "pissa_niter_4"}, "changed the base too"),
         (GOOD, {"r": 2}, "no number 'lora_alpha'"),
@@ -177,8 +181,16 @@ def test_modules_that_the_base_does_not_have_are_listed():
     f = factors(np.random.default_rng(0), 2)
     with pytest.raises(InputError, match=r"'r', 's'"):
         apply_adapter({"q.weight": np.zeros((4, 5))}, Adapter({"q": f, "r": f, "s": f}))
-    with pytest.raises(InputError, match=r"\[5, 4\].*\[4, 5\]"):
-        apply_adapter({"q.weight": np.zeros((5, 4))}, Adapter({"q": f}))
+    with pytest.raises(InputError, match=r"\[5, 5\].*\[4, 5\]"):
+        apply_adapter({"q.weight": np.zeros((5, 5))}, Adapter({"q": f}))
+
+
+def test_where_the_shape_tells_it_goes_before_fan_in_fan_out():
+    """As PEFT goes by the kind of layer: GPT-2's are stored in x out, whatever the configuration says."""
+    f = factors(np.random.default_rng(0), 2)
+    for config in ({}, {"fan_in_fan_out": True}):
+        got = apply_adapter({"q.weight": np.zeros((5, 4))}, Adapter({"q": f}, config))["q.weight"]
+        np.testing.assert_allclose(got, f.product().T)
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
@@ -202,3 +214,25 @@ def test_ranks_by_energy():
     for wrong in ((None, None), (1, 0.5), (0, None), (None, 1.5)):
         with pytest.raises(UsageError):
             chosen_rank(S, *wrong)
+
+
+@RELAXED
+@given(st.integers(0, 10**6), st.integers(16, 40), st.integers(16, 40), st.integers(1, 5), st.floats(0.1, 1.0))
+def test_the_leading_part_is_that_of_the_decomposition(seed, m, n, rank, falls):
+    """However fast singular values fall, where few are asked for and where many are."""
+    draw = np.random.default_rng(seed)
+    k = min(m, n)
+    U, _ = np.linalg.qr(draw.standard_normal((m, k)))
+    V, _ = np.linalg.qr(draw.standard_normal((n, k)))
+    S = 3.0 * falls ** np.arange(k)
+    D = (U * S) @ V.T
+    u, s, vt = (x[..., :rank] if i < 2 else x[:rank] for i, x in enumerate(leading(D, rank)))
+    np.testing.assert_allclose(s, S[:rank], rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(u.T @ u, np.eye(rank), atol=1e-9)
+    np.testing.assert_allclose(vt @ vt.T, np.eye(rank), atol=1e-5)
+    error = np.linalg.norm(D - (u * s) @ vt)
+    np.testing.assert_allclose(error, np.linalg.norm(S[rank:]), rtol=1e-7, atol=1e-12)
+
+
+def test_of_nothing_there_is_no_leading_part():
+    assert leading(np.zeros((16, 20)), 2)[1].tolist() == [0.0] * 16

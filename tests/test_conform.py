@@ -132,6 +132,12 @@ def test_a_command_that_dies(tmp_path):
         conform(f"{sys.executable} {path}", ["linear"], command=True)
 
 
+def test_a_command_that_talks(tmp_path):
+    """More than a pipe holds."""
+    (tmp_path / "talks.py").write_text("import sys\nsys.stderr.write('x' * 1_000_000)\nsys.stderr.flush()\n" + COMMAND)
+    assert conform(f"{sys.executable} {tmp_path / 'talks.py'}", ["linear"], command=True).papers
+
+
 def test_every_tool_has_entries_that_it_is_asked_for():
     assert tools() == ["fusion_bench", "mergekit", "peft", "sd_mecha"]
     assert not [name for name in registry.names() if name.endswith(":adapter")]

@@ -721,7 +721,6 @@ def test_schema(text, message):
 @pytest.mark.parametrize(
     "text, what",
     [
-        (RECIPE + "base_model: org/a+org/lora", "path+lora"),
         ("merge_method: linear\nmodels: [{model: org/a@main}]", "path@revision"),
         ("merge_method: linear\nmodels: [{model: {model: {path: a}}}]", "a model given as a mapping"),
     ],

@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def shown(text: object) -> str:
     """Quoted, escaped and cut to a length for a message: names come from files that nobody has vetted."""
     text = str(text)
     return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names for a message, at most eight of them."""
+    texts = [shown(n) for n in names]
+    return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
 
 class PositionedFile:

@@ -81,7 +81,7 @@ def _only_file(folder: Path, names: list[str]) -> Path:
     found = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names:
         what = f"open {found[0]} itself to read its tensors" if found else "it has no safetensors file"
-        raise InputError(f"{shown(folder)}: a PEFT adapter, not a model; {what}")
+        raise InputError(f"{shown(folder)}: a PEFT adapter, not a model: model+adapter is one with it; {what}")
     if len(found) > 1:
         listed = ", ".join(map(shown, found[:5]))
         raise InputError(

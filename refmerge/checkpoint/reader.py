@@ -84,6 +84,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self._lock = threading.Lock()
 
     @property
+    def paths(self) -> list[Path]:
+        """What must not be written to."""
+        return [self.path]
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def exact(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Elements [start, stop) in float64, where they are computed when they are read and `read` rounds them; None where
+        it does not."""
+        return None
+
+    @property
     def files(self) -> list[Path]:
         """The files of weights."""
         return sorted(self._identities)

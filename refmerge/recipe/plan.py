@@ -87,7 +87,8 @@ class Module:
 class Resolved:
     """Everything that a recipe says, decided.
 
-    method: registry name. models: paths as written, in order, without the base. stats: a path or None for each model.
+    method: registry name. models: paths as written, in order, without the base. stats: a path or None for each model,
+    before them the base's where the method reads that too.
     modules: what the result is made of, where it is not simply the models. layers: patterns of the names of layers.
     vocabulary: globs of the tensors with a row for each token. tokenizer: what their rows are to be, as the recipe has it;
     None where they are merged as they are, which `rows_as_they_are` says is wanted. base_model: as declared, whether the
@@ -132,17 +133,18 @@ class Resolved:
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read the recipe in a file. RecipeError if it cannot be read or is not one recipe."""
-    return parse_recipe(*_text_of(path))
+    return parse_recipe(*read_text(path))
 
 
 def load_recipes(path: str | os.PathLike[str]) -> list[Recipe]:
     """Read the recipes in a file, in an order in which they can be run: the last one makes the result, those before it have
     names by which others call them. RecipeError as of `load_recipe`, and where they cannot be brought into such an order."""
-    text, source = _text_of(path)
+    text, source = read_text(path)
     return parse_recipes(text, source)
 
 
-def _text_of(path: str | os.PathLike[str]) -> tuple[str, str]:
+def read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text of a recipe file, and what messages call it. RecipeError if it cannot be read."""
     source = str(path) if str(path).isprintable() else quote(str(path))
     try:
         with FilePath(path).open("rb") as file:
@@ -284,9 +286,14 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
     align = _align(content, everything, base, problems) if isinstance(content, NativeRecipe) else None
     if align is not None and modules:
         problems.add(("align",), "align is for whole models, listed under models, without tokenizer or layers")
+    of_base = getattr(content, "base_stats", None)
+    if of_base is not None and method.needs != "base and models":
+        problems.add(("base_stats",), f"{method.name} reads no statistics of the base")
     problems.check()
 
     stats = tuple(getattr(entry, "stats", None) for entry in content.models or ())
+    if method.needs == "base and models":
+        stats = (of_base, *stats)
     if any(stats) and modules:
         problems.add(("models",), "stats go with whole models, without tokenizer or layers")
         problems.check()
@@ -358,6 +365,11 @@ def describe(resolved: Resolved) -> dict[str, Any]:
         **resolved.written,
         "notes": list(resolved.notes),
     }
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe names. RecipeError where there is none of that name."""
+    return _method(recipe, Problems(recipe.document.source, recipe.document.marks))
 
 
 def _method(recipe: Recipe, problems: Problems) -> Method:

@@ -9,12 +9,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
+from refmerge.adapted import open_model
 from refmerge.api import prepare
-from refmerge.checkpoint import Checkpoint, open_checkpoint
+from refmerge.checkpoint import Checkpoint
 from refmerge.errors import RefmergeError, UsageError, together
 from refmerge.method import Method
 from refmerge.plan import Plan, Stage
 from refmerge.recipe.assemble import assemble, layer_config, tied_heads
+from refmerge.recipe.moe import prepare_moe
 from refmerge.recipe.plan import Alignment, Module, Resolved, Slice, load_recipes, pieces, resolve_all
 from refmerge.recipe.record import keep_record
 from refmerge.recipe.stages import ComingCheckpoint
@@ -91,7 +93,7 @@ class _Models:
         if model in self.coming:
             return self.coming[model]
         if model not in self.opened:
-            self.opened[model] = open_checkpoint(self.place(model))
+            self.opened[model] = open_model(model, self.folder)
         return self.opened[model]
 
     def open_all(self, models: Collection[str], donor: str) -> dict[str, Checkpoint]:
@@ -284,5 +286,5 @@ def run_recipe(
     **options: Any,
 ) -> Any:
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
-    _, plan = prepare_recipe(recipe, **options)
+    plan = prepare_moe(recipe, **options) or prepare_recipe(recipe, **options)[1]
     return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)

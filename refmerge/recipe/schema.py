@@ -26,8 +26,6 @@ def _form(value: Any) -> str:
 def _model_path(value: Any) -> Any:
     if isinstance(value, dict):
         raise ValueError("a model given as a mapping is not supported yet: give its path")
-    if isinstance(value, str) and "+" in value:
-        raise ValueError(f"{quote(value)}: path+lora is not supported yet")
     if isinstance(value, str) and "@" in value:
         raise ValueError(f"{quote(value)}: path@revision is not supported yet")
     return value
@@ -219,6 +217,7 @@ class NativeRecipe(_Recipe):
 
     refmerge: Annotated[Literal[1], BeforeValidator(_version)]
     models: Annotated[list[NativeModelEntry], Field(min_length=1)] | None = None  # type: ignore[assignment]
+    base_stats: Annotated[str, Field(min_length=1)] | None = None
     align: Align | None = None
     work_dtype: Literal["float32", "float64"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -232,13 +231,16 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
     if not isinstance(data, dict):
         problems.add((), "a recipe is a mapping with the keys merge_method and models")
         raise problems.error()
+    if "experts" in data and "merge_method" not in data:
+        problems.add(("experts",), "a recipe with experts is no merge: only refmerge merge and refmerge plan take it")
+        raise problems.error()
     kind = NativeRecipe if "refmerge" in data else MergekitRecipe
     _check_contents(data, problems)
     try:
         recipe = kind.model_validate(data)
     except ValidationError as e:
         for error in e.errors(include_url=False):
-            path = _path(error["loc"], data)
+            path = place_of(error["loc"], data)
             problems.add(path, _message(error, path, kind))
         raise problems.error() from None
     problems.check()
@@ -280,7 +282,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{f'; did you mean {near[0]!r}?' if near else ''} (known here: {', '.join(known) or 'none'})"
 
 
-def _path(loc: tuple[Any, ...], data: Any) -> Path:
+def place_of(loc: tuple[Any, ...], data: Any) -> Path:
     """Where in the text an error lies: pydantic's location without the names of the union branches it tried."""
     path: list[Any] = []
     for i, part in enumerate(loc):

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, finite, listed, split
+from refmerge.adapters import Adapter, Factors, Fit, chosen_rank, finite, leading, listed, split
 from refmerge.checkpoint import FLOATS, open_checkpoint, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores
@@ -61,7 +61,7 @@ def lora_extraction(
         if randomized:
             U, S, Vt = sketched(D, rank + oversample, iterations, [seed, *name.encode()])
         else:
-            U, S, Vt = np.linalg.svd(D, full_matrices=False)
+            U, S, Vt = leading(D, None if threshold else rank)
         # 3. rank
         r = chosen_rank(S, rank, energy)
         r = min(r, int(np.sum(threshold < S))) if threshold else r
@@ -71,11 +71,11 @@ def lora_extraction(
         f = modules[module] = Factors(rounded(A, dtype), rounded(B, dtype), embedding=table)
         # 5. error
         error, size = float(np.linalg.norm(D - f.product())), float(np.linalg.norm(D))
-        fits[module] = Fit(r, error, error / size if size else 0.0)
+        fits[module] = Fit(r, error, size)
     if others and rest == "error":
         raise InputError(
-            f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' keeps them "
-            "whole in the adapter, rest='skip' loses the change"
+            f"lora_extraction: {listed(others)} changed and are no matrices that are extracted; rest='save' (--rest save) "
+            "keeps them whole in the adapter, rest='skip' loses the change"
         )
     if rest == "save":
         saved = {name: np.asarray(rounded(scores(model[name]), dtype_name(model[name], name))) for name in others}

@@ -3,7 +3,17 @@ from functools import partial
 
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factorised, factors_of, finite, listed, nothing_saved, opened, same_modules
+from refmerge.adapters import (
+    dtype_of,
+    factorised,
+    factors_of,
+    finite,
+    listed,
+    only_products,
+    opened,
+    same_modules,
+    saved_alike,
+)
 from refmerge.api import call
 from refmerge.compat.peft._steps import weighted
 from refmerge.errors import InputError, UsageError
@@ -38,11 +48,12 @@ def lora_merge(
     adapters, weights = opened(adapters, "lora_merge"), list(weights)
     check(adapters, weights, combination_type, density, majority_sign_method, missing, bugs)
     check_svd(svd_rank, svd_clamp)
-    nothing_saved(adapters, "lora_merge")
+    saved_alike(adapters, "lora_merge")
+    only_products(adapters, "lora_merge")
     # 1. one adapter
     combination = "linear" if len(adapters) == 1 else combination_type
     if missing == "error":
-        same_modules(adapters, "lora_merge")
+        same_modules(adapters, "lora_merge", "; missing='skip' (--missing skip) merges each of those that have it")
     modules = sorted({m for a in adapters for m in a.modules})
     if combination in BY_FACTORS:
         equal_ranks(adapters, modules, combination)
@@ -83,8 +94,7 @@ def lora_merge(
         # 5. scaling
         rslora = bugs is not None and adapters[0].modules.get(module, factors[0]).rslora
         merged[module] = factors_of(B, A, factors[0], dtype_of(*factors), alpha=float(len(A)), rslora=rslora)
-    config = {k: v for k, v in adapters[0].config.items() if k != "target_modules"}
-    return Adapter(merged, config)
+    return adapters[0].with_modules(merged)
 
 
 def combined(kind, xs, w, name, here, *, density, majority, seed, draws):

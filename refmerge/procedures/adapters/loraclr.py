@@ -2,7 +2,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refmerge.adapters import listed, opened, same_modules
+from refmerge.adapters import listed, only_products, opened, same_modules
 from refmerge.adaptive import Adam
 from refmerge.checkpoint import open_checkpoint
 from refmerge.errors import InputError, UsageError
@@ -33,6 +33,7 @@ def loraclr(
     a pair of these and recorded outputs, N x out, less the bias.
     """
     adapters = opened(adapters, "loraclr")
+    only_products(adapters, "loraclr")
     check(adapters, inputs, iterations)
     base = base if isinstance(base, Mapping) else open_checkpoint(base)
     merged = {}

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from refmerge.adapters import Adapter, dtype_of, factors_of, listed, nothing_saved, read_adapter, same_modules
+from refmerge.adapters import (
+    Adapter,
+    dtype_of,
+    factors_of,
+    listed,
+    only_products,
+    read_adapter,
+    same_modules,
+    saved_alike,
+)
 from refmerge.checkpoint import FLOATS, promote
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import scores, total, tree_sum
@@ -107,7 +116,8 @@ def check(given, operation, kind, on, side, base, fisher):
         raise UsageError("pem: fisher weighs the factors of an addition: one mapping for each module")
     if all(adapters):
         same_modules(given, "pem")
-        nothing_saved(given, "pem")
+        saved_alike(given, "pem")
+        only_products(given, "pem")
 
 
 def factors_by_name(adapter):
@@ -178,7 +188,7 @@ def as_given(given, result):
     for module in given[0].modules:
         f = one_scaling(given, module)
         made[module] = replace(f, A=result[f"{module}.lora_A"], B=result[f"{module}.lora_B"])
-    return Adapter(made, {k: v for k, v in given[0].config.items() if k != "target_modules"})
+    return given[0].with_modules(made)
 
 
 def one_scaling(adapters, module):
@@ -204,7 +214,7 @@ def on_products(adapters, operation, weights, scale):
         A = np.concatenate([f.matrices()[1] for f in factors])
         B = np.concatenate([c_n * f.scaling * f.matrices()[0] for c_n, f in zip(c, factors)], axis=1)
         merged[module] = factors_of(B, A, factors[0], dtype_of(*factors))
-    return Adapter(merged, {k: v for k, v in adapters[0].config.items() if k != "target_modules"})
+    return adapters[0].with_modules(merged)
 
 
 def cross_terms(adapters, weights=None):

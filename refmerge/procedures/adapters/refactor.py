@@ -1,6 +1,6 @@
 import numpy as np
 
-from refmerge.adapters import Adapter, Fit, chosen_rank, dtype_of, factorised, factors_of, opened, split
+from refmerge.adapters import Fit, chosen_rank, dtype_of, factorised, factors_of, only_products, opened, split
 from refmerge.procedure import procedure
 
 
@@ -8,6 +8,7 @@ from refmerge.procedure import procedure
 def refactor(adapter, *, rank=None, energy=None, scale="both"):
     """The adapter of another rank that changes the weights most nearly alike, with scaling 1: (Adapter, module -> Fit)."""
     (adapter,) = opened([adapter], "refactor")
+    only_products([adapter], "refactor")
     made, fits = {}, {}
     for module, f in adapter.modules.items():
         # 1. singular value decomposition
@@ -21,5 +22,5 @@ def refactor(adapter, *, rank=None, energy=None, scale="both"):
         B_r, A_r = new.matrices()
         error = float(np.linalg.norm(factorised(np.hstack([f.scaling * B, -B_r]), np.vstack([A, A_r]), module)[1]))
         size = float(np.linalg.norm(S))
-        fits[module] = Fit(r, error, error / size if size else 0.0)
-    return Adapter(made, adapter.config, adapter.saved), fits
+        fits[module] = Fit(r, error, size)
+    return adapter.with_modules(made), fits

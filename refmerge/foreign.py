@@ -1,0 +1,178 @@
+"""LoRA files of image models, without a configuration: kohya's layout and diffusers'.
+
+    lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight     kohya: r x in, .lora_up.weight: out x r, and .alpha
+    unet.down_blocks.0.attentions.0.proj_in.lora_A.weight             diffusers: .lora_B.weight, or .lora.down and .lora.up
+    unet.down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight   diffusers, older
+
+kohya writes a module's name with underscores for dots, so that it is found only beside a model: `matched` looks for it among
+the names of a base. Where that is a single file in the layout of the first Stable Diffusion, its names are turned into
+diffusers' by rule.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refmerge.checkpoint.files import listed
+from refmerge.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from refmerge.adapters import Adapter
+
+__all__ = ["file_of", "matched", "parts_of"]
+
+# The part of a pipeline that a name begins with, in kohya's layout and in diffusers'.
+KOHYA = {
+    "lora_unet_": "unet", "lora_transformer_": "transformer", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3",
+}  # fmt: skip
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+# Where a part lies in a file that holds all of them; in one of its own it stands at the top.
+PLACES = {
+    "unet": ("model.diffusion_model.", "unet.", ""),
+    "transformer": ("model.diffusion_model.", "transformer.", ""),
+    "text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.", ""),
+    "text_encoder_2": ("text_encoder_2.", ""),
+    "text_encoder_3": ("text_encoder_3.", ""),
+}
+ENDS = re.compile(
+    r"(?P<module>.+?)(?:(?:\.lora_down|\.lora_A|\.lora\.down|_lora\.down)\.weight(?P<A>)"
+    r"|(?:\.lora_up|\.lora_B|\.lora\.up|_lora\.up)\.weight(?P<B>)|\.alpha(?P<alpha>))"
+)
+RESNET = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+SINGLE = {
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out", "out.2": "conv_out", "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+}  # fmt: skip
+
+
+def parts_of(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], label: str
+) -> dict[str, tuple[dict[str, np.ndarray], float | None]]:
+    """Module, as the file calls it -> its A and B, and alpha. InputError lists what is neither."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    odd = []
+    for name in sorted(tensors):
+        match = ENDS.fullmatch(name)
+        if match is None:
+            odd.append(name)
+            continue
+        kind = next(key for key in ("A", "B", "alpha") if match[key] is not None)
+        module = match["module"].replace(".processor.", ".")
+        module += ".0" if module != match["module"] and module.endswith(".to_out") else ""
+        found.setdefault(module, {})[kind] = tensors[name]
+    if odd:
+        raise InputError(f"{label}: {listed(odd)} are no LoRA factors in PEFT's, kohya's or diffusers' layout")
+    if lone := [module for module, x in found.items() if not {"A", "B"} <= {*x}]:
+        raise InputError(f"{label}: factors without their other half: {listed(lone)}")
+    told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    return {module: (x, _alpha(module, x, told)) for module, x in found.items()}
+
+
+def _alpha(module: str, x: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> float | None:
+    """As the file has it beside the factors, or in diffusers' metadata; else None, which is the rank."""
+    if "alpha" in x:
+        return float(np.asarray(x["alpha"], np.float64).reshape(-1)[0])
+    part, _, rest = module.partition(".")
+    for pattern, alpha in (told.get(f"{part}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", rest):
+            return float(alpha)
+    alpha = told.get(f"{part}.lora_alpha")
+    return None if alpha is None else float(alpha)
+
+
+def file_of(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The tensors of an adapter that is not in PEFT's layout, by their names in its file; alpha as kohya has it. UsageError
+    where a scaling that diffusers' layout has no place for is not 1."""
+    named: dict[str, np.ndarray] = {}
+    scaled = []
+    for module, f in adapter.modules.items():
+        kohya = module.startswith(tuple(KOHYA))
+        down, up = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+        named |= {f"{module}.{down}.weight": f.A, f"{module}.{up}.weight": f.B}
+        if kohya:
+            named[f"{module}.alpha"] = np.asarray(f.scaling * f.rank, np.float32)
+        elif f.scaling != 1:
+            scaled.append(module)
+    if scaled:
+        raise UsageError(f"diffusers' layout has no scaling, and those of {listed(scaled)} are not 1; refactor makes them 1")
+    return named
+
+
+def matched(adapter: Adapter, names: Iterable[str], label: str, part: str | None = None) -> Adapter:
+    """The adapter with the names of the model's modules. part: the only one that is wanted, as unet; None is all of them.
+
+    InputError lists the modules that are not in the model, and those for which it has several.
+    """
+    from dataclasses import replace
+
+    if adapter.layout == "peft":
+        if part is not None:
+            raise UsageError(f"{label}: part = {part!r} is for adapters of several models, and this is PEFT's of one")
+        return adapter
+    wanted = {raw: _part(raw) for raw in adapter.modules}
+    if part is not None:
+        known = sorted({p for p, _ in wanted.values()})
+        if part not in known:
+            raise UsageError(f"{label}: has no part {part!r}, only {', '.join(known)}")
+        wanted = {raw: (p, rest) for raw, (p, rest) in wanted.items() if p == part}
+    index = {p: dict(_index(names, p)) for p in {p for p, _ in wanted.values()}}
+    found = {raw: index[p].get(rest.replace(".", "_")) for raw, (p, rest) in wanted.items()}
+    if missing := [raw for raw, module in found.items() if module is None]:
+        hint = "" if part is not None else "; where the model is one part of several, part (--part) says which"
+        raise InputError(f"{label}: the base has no module for {listed(missing)}{hint}")
+    modules = {module: adapter.modules[raw] for raw, module in found.items() if module is not None}
+    if len(modules) < len(found):
+        twice = sorted(raw for raw, module in found.items() if list(found.values()).count(module) > 1)
+        raise InputError(f"{label}: {listed(twice)} fit the same modules of the base; part (--part) says which are meant")
+    return replace(adapter, modules=modules, layout="peft")
+
+
+def _part(raw: str) -> tuple[str, str]:
+    """The part that a name belongs to, and the rest of it; without a known beginning, the whole of the only model."""
+    for prefix, part in KOHYA.items():
+        if raw.startswith(prefix):
+            return part, raw.removeprefix(prefix)
+    part, _, rest = raw.partition(".")
+    return (part, rest) if part in PARTS else ("unet", raw)
+
+
+def _index(names: Iterable[str], part: str) -> Iterator[tuple[str, str]]:
+    """(name with underscores, module), for every name by which a module of that part may be called."""
+    modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
+    place = next(p for p in PLACES[part] if any(m.startswith(p) for m in modules) or not p)
+    for module in modules:
+        if module.startswith(place):
+            bare = module.removeprefix(place)
+            for name in {bare, *([_diffusers(bare)] if part == "unet" else [])}:
+                yield name.replace(".", "_"), module
+
+
+def _diffusers(name: str) -> str:
+    """diffusers' name for a module of the first Stable Diffusion's U-Net: its blocks come in stages of three."""
+    if name in SINGLE:
+        return SINGLE[name]
+    block = re.fullmatch(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)", name)
+    middle = re.fullmatch(r"middle_block\.([012])\.(.+)", name)
+    if middle:
+        at, rest = int(middle[1]), middle[2]
+        return f"mid_block.attentions.0.{rest}" if at == 1 else f"mid_block.resnets.{at // 2}.{RESNET.get(rest, rest)}"
+    if block is None:
+        return name
+    side, at, sub, rest = block[1], int(block[2]), int(block[3]), block[4]
+    stage, place = divmod(at - 1, 3) if side == "input_blocks" else divmod(at, 3)
+    blocks = f"down_blocks.{stage}" if side == "input_blocks" else f"up_blocks.{stage}"
+    if rest == "op":
+        return f"{blocks}.downsamplers.0.conv"
+    if sub and rest == "conv":
+        return f"{blocks}.upsamplers.0.conv"
+    return f"{blocks}.attentions.{place}.{rest}" if sub else f"{blocks}.resnets.{place}.{RESNET.get(rest, rest)}"
