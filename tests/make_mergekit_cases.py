@@ -1,4 +1,4 @@
-"""Makes tests/data/mergekit anew: `python tests/make_mergekit_cases.py PATH/TO/mergekit-yaml`, of mergekit 0.1.5.
+"""Makes tests/data/mergekit anew: `python -m tests.make_mergekit_cases PATH/TO/mergekit-yaml`, of mergekit 0.1.5.
 
 Each file holds the tensors that mergekit wrote, and in its header the recipe, the tokens and what config.json says.
 """

@@ -156,6 +156,33 @@ parameters: {weight: 1}
     assert config == {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}}
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"num_layers": 4, "num_decoder_layers": 4}, {"num_layers": 2, "num_decoder_layers": 4}),
+        (
+            {"encoder_layers": 4, "decoder_layers": 4, "num_hidden_layers": 4},
+            {"encoder_layers": 2, "decoder_layers": 4, "num_hidden_layers": 2},
+        ),
+    ],
+)
+def test_the_number_of_an_encoders_layers(merged, before, after):
+    tensors = {f"{part}.block.{i}.w": np.full(2, i, np.float32) for part in ("encoder", "decoder") for i in range(4)}
+    tensors["shared.weight"] = np.ones((2, 2), np.float32)
+    save(tensors, "t", extra_files={"config.json": json.dumps(before).encode()})
+    values, config = merged("""\
+merge_method: passthrough
+modules:
+  encoder: {slices: [{sources: [{model: t, layer_range: [2, 4]}]}]}
+  decoder: {models: [{model: t}]}
+  shared: {models: [{model: t}]}
+""")
+    assert config == after
+    assert [values[f"encoder.block.{i}.w"] for i in range(2)] == [2, 3]
+    assert [values[f"decoder.block.{i}.w"] for i in range(4)] == [0, 1, 2, 3]
+    assert "encoder.block.2.w" not in values
+
+
 def test_lists_with_an_entry_for_each_layer(merged, tmp_path):
     for name, layers, number, kinds in (("x", 3, 10, "abc"), ("y", 2, 20, "de")):
         config = {"n_layer": layers, "layer_types": list(kinds), "eos": [1] * layers, "deep": {"layers": [0] * layers}}

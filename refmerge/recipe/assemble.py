@@ -214,11 +214,10 @@ def _keys_of(module: Module, keys: list[tuple[str, ...]]) -> list[tuple[str, ...
     """Of the keys with the right number those that speak of this module."""
     if module.name == "default":
         return keys
-    words = {"vision_tower": "vision", "vision_model": "vision", "text_decoder": "text"}
-    word = words.get(module.name, module.name)
+    word = {"vision_tower": "vision", "vision_model": "vision", "text_decoder": "text"}.get(module.name, module.name)
     named = [key for key in keys if any(word in part for part in key)]
-    if not named and module.name in ("text_decoder", "encoder"):
-        return [key for key in keys if len(key) == 1]
+    if module.name in ("text_decoder", "encoder"):  # for which keys speak that name no part
+        named += [key for key in keys if len(key) == 1 and not any(w in key[0] for w in ("encoder", "decoder", "vision"))]
     return named
 
 
