@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +15,11 @@ from refmerge.adapted import open_model
 from refmerge.checkpoint import Checkpoint, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
 from refmerge.engine import check_memory, default_threads
-from refmerge.errors import InputError, UsageError
+from refmerge.errors import InputError, RefmergeError, UsageError, together
 from refmerge.method import Method, Over
 from refmerge.plan import ARRAYS_BLOCK_BYTES, Plan
 from refmerge.registry import get, open_backend
-from refmerge.sources import ArraySource, DiskSource, HostSource, Source
+from refmerge.sources import ArraySource, DiskSource, HostSource, Source, StitchedSource
 from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["call", "merge", "prepare"]
@@ -114,11 +116,11 @@ def call(
 
 
 def prepare(
-    models: Sequence[Model],
+    models: Sequence[Model | StitchedSource],
     method: str | Method,
     /,
     *,
-    base: Model | None = None,
+    base: Model | StitchedSource | None = None,
     stats: Sequence[Model | None] | None = None,
     seed: int = 0,
     over: Over | None = None,
@@ -139,7 +141,8 @@ def prepare(
 
     As `merge`, and: `params` may be a function (tensor name, all names) -> parameters, and `read_dtype` a safetensors
     dtype to which every input value is rounded as it is read (another tool's `dtype:`). `donor` is the input whose config
-    and tokenizer files the result gets: the base, else the first model.
+    and tokenizer files the result gets: the base, else the first model. Models may be StitchedSources, of that dtype already
+    and of this backend.
     """
     m = get(method) if isinstance(method, str) else method
     if not isinstance(m, Method):
@@ -165,11 +168,13 @@ def prepare(
     everything = [*models, *([] if base is None else [base])]
     sources, used, example = _sources(everything, len(models), backend, read_dtype)
     base_source = sources[-1] if base is not None else None
-    names, copied = _names(sources, base_source, missing)
-    copied |= _integers([n for n in names if n not in copied], sources, base_source, integers)
+    problems: list[RefmergeError] = []
+    names, copied = _names(sources, base_source, missing, problems)
+    copied |= _integers([n for n in names if n not in copied], sources, base_source, integers, problems)
     floats = [n for n in names if n not in copied]
     for n in floats:
-        _same_shape(n, sources)
+        with _noted(problems):
+            _same_shape(n, sources)
 
     out_name = None if out_dtype is None else OUTPUTS.get(out_dtype, out_dtype)
     if out_name is not None and out_name not in FLOATS:
@@ -186,12 +191,17 @@ def prepare(
             # One dtype for all that share a group: a k-th largest compares values of all its tensors.
             needed = "float64" if stored[n] == "F64" or (wide and over != "tensor") else "float32"
             work_dtype = m.work or dtype or needed
-        given = params(n, floats) if callable(params) else params
-        bound = m.bind(given, len(models))
+        bound = dict[str, Any]()
+        with _noted(problems):
+            bound = m.bind(params(n, floats) if callable(params) else params, len(models))
+        if problems:
+            continue
         least = m.least_for(bound)
         kept[n] = out_name or promote([stored[n], OUTPUTS[least]] if least else [stored[n]])
         tensors.append(Tensor(n, sources[0].shape(n), work_dtype, bound, kept[n]))
 
+    if problems:
+        raise together(problems)
     specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
     specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
 
@@ -209,9 +219,12 @@ def prepare(
         work.kernels, workers = beside.kernels, 1
     check_memory(work, limit, workers)
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
+    statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
-    if donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if x is donor or same_path(x, donor)), None) or _opened(donor)
+    if isinstance(donor, Checkpoint):
+        given_by = donor
+    elif donor is not None:
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -221,7 +234,7 @@ def prepare(
         max_memory=limit,
         block_bytes=getattr(used or beside, "block_bytes", ARRAYS_BLOCK_BYTES),
         example=example,
-        checkpoints=tuple(opened),
+        checkpoints=(*opened, *statistics),
         donor=given_by,
         out_dtype=out_name,
     )
@@ -229,6 +242,15 @@ def prepare(
 
 def same_path(model: Any, path: Any) -> bool:
     return isinstance(model, str | Path) and isinstance(path, str | Path) and Path(model) == Path(path)
+
+
+@contextmanager
+def _noted(problems: list[RefmergeError]) -> Iterator[None]:
+    """An error within is put to the problems, so that what comes after is looked at, too."""
+    try:
+        yield
+    except RefmergeError as e:
+        problems.append(e)
 
 
 def _one_of(what: str, value: Any, *allowed: Any) -> None:
@@ -240,6 +262,8 @@ def _sources(
     everything: Sequence[Any], models: int, backend: str | None, read_dtype: str | None
 ) -> tuple[list[Source], Any, Any]:
     """(models and base as sources, the backend that computes their blocks or None, an example of arrays in memory)."""
+    if any(isinstance(x, StitchedSource) for x in everything):
+        return list(everything), open_backend(backend or "numpy"), None
     on_disk = [isinstance(x, str | Path | Checkpoint) for x in everything]
     if any(on_disk) and not all(on_disk):
         raise UsageError("models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind")
@@ -262,26 +286,29 @@ def _opened(model: Any) -> Checkpoint:
 
 
 def _integers(
-    names: Sequence[str], sources: Sequence[Source], base: Source | None, policy: str
-) -> dict[str, Source]:  # fmt: skip
-    """The tensors that are not floating-point everywhere, with the source they are copied from. InputError if they differ
+    names: Sequence[str], sources: Sequence[Source], base: Source | None, policy: str, problems: list[RefmergeError]
+) -> dict[str, Source]:
+    """The tensors that are not floating-point everywhere, with the source they are copied from. A problem if they differ
     and the policy is not "base"."""
     keeper, copied = base or sources[0], {}
     for name in names:
         kinds = [s.dtype(name) in FLOATS for s in sources]
         if all(kinds):
             continue
-        _same_shape(name, sources)
+        copied[name] = keeper
+        if len({s.shape(name) for s in sources}) > 1:
+            with _noted(problems):
+                _same_shape(name, sources)
+            continue
         if policy == "equal" and any(kinds):
             listed = ", ".join(f"{s.dtype(name)} in {s.label}" for s in sources)
             problem = f"tensor {name!r} is integer in one model and floating in another ({listed})"
         elif policy == "equal" and not all(keeper.same(s, name) for s in sources if s is not keeper):
             problem = f"integer tensor {name!r} differs between the models and is not averaged"
         else:
-            copied[name] = keeper
             continue
         whose = "the base" if base is not None else "the first model"
-        raise InputError(f"{problem}; integers='base' (--integers base) takes {whose}'s")
+        problems.append(InputError(f"{problem}; integers='base' (--integers base) takes {whose}'s"))
     return copied
 
 
@@ -366,7 +393,8 @@ def _check_count(m: Method, count: int, stats: Sequence[Any] | None) -> None:
 
 
 def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None) -> None:
-    """UsageError for statistics of which the method reads none: they were meant to have an effect."""
+    """UsageError for statistics of which the method reads none: they were meant to have an effect. A warning for those of
+    layers and tensors that are not there."""
     if stats is None or not (m.needs == "models" or any(s.names() for s in stats)):
         return
     if not m.stats:
@@ -376,6 +404,10 @@ def _check_stats(m: Method, names: Sequence[str], stats: Sequence[Source] | None
     if not any(stat_name(n, key) in present for key in m.stats for n in [*names, *modules]):
         wanted = ", ".join(stat_name("<tensor>", key) for key in m.stats)
         raise UsageError(f"{m.name} reads {wanted} from stats, and none of that is there ({names_of(present)})")
+    known = {*names, *modules}
+    if strays := sorted(n for n in present if not {n, n.rpartition(".")[0], n.partition("/")[2]} & known):
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        warnings.warn(f"{m.name}: statistics of what is not merged are not read: {strays[0]!r}{more}", stacklevel=5)
 
 
 def names_of(present: Collection[str]) -> str:
@@ -397,7 +429,9 @@ def _refuse_tied(partial: Sequence[str], everywhere: set[str], sources: Sequence
                 )
 
 
-def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tuple[list[str], dict[str, Source]]:
+def _names(
+    sources: Sequence[Source], base: Source | None, missing: str, problems: list[RefmergeError]
+) -> tuple[list[str], dict[str, Source]]:
     """The tensors of the result, and those of them that are copied because not all models have them."""
     everywhere = set.intersection(*(s.names() for s in sources)) if sources else set()
     anywhere = set.union(*(s.names() for s in sources)) if sources else set()
@@ -414,8 +448,11 @@ def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tupl
     has = [s.label for s in sources if first in s.names()]
     lacks = [s.label for s in sources if first not in s.names()]
     more = f" (and {len(partial) - 1} more: {', '.join(map(repr, partial[1:4]))}{', ...' if len(partial) > 4 else ''})"
-    raise InputError(
-        f"tensor {first!r}{more if len(partial) > 1 else ''} is missing from {', '.join(lacks)} and present in "
-        f"{', '.join(has)}; missing='base' (--missing base) copies such tensors, missing='skip' leaves them out, "
-        "as is right for a tied one that some models store twice"
+    problems.append(
+        InputError(
+            f"tensor {first!r}{more if len(partial) > 1 else ''} is missing from {', '.join(lacks)} and present in "
+            f"{', '.join(has)}; missing='base' (--missing base) copies such tensors, missing='skip' leaves them out, "
+            "as is right for a tied one that some models store twice"
+        )
     )
+    return sorted(everywhere), {}

@@ -155,6 +155,10 @@ def _stats(
             if shape != t.shape:
                 raise InputError(f"{source.label}: {name!r} has shape {shape}, its tensor {t.shape}")
             x = source.load(name, *span[1:], ("stat", i, key), scratch)
+            if kind == "element" and work.nonfinite == "error" and not all_finite(x):
+                raise InputError(f"{source.label}: {name!r} of tensor {t.name!r} has values that are not finite")
+            if key == "fisher" and bool(array_namespace(x).any(x < 0)):
+                raise InputError(f"{source.label}: {name!r} of tensor {t.name!r}, a mean of squares, has negative values")
             if kind == "draw" and not bool(array_namespace(x).all((x == 0) | (x == 1))):
                 raise InputError(f"{source.label}: {name!r} is a recorded draw and holds other values than 0 and 1")
             mine[key] = _shaped(x, t, view)
@@ -174,7 +178,7 @@ def report_nonfinite(source: Source, t: Tensor) -> None:
     assert first is not None
     index = tuple(int(i) for i in np.unravel_index(first[0], t.shape))
     raise InputError(
-        f"{source.label}: tensor {t.name!r} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
+        f"{source.told(t.name)} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
         f"{index}; nonfinite='propagate' (--nonfinite propagate) merges them"
     )
 
@@ -217,7 +221,7 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
     with np.errstate(all="ignore"):
         result = method.run(*(args[a] for a in method.asks), **work.tensors[0].params)
     scratch = Scratch()
-    tensors = {t.name: t for t in work.tensors}
+    tensors, first = {t.name: t for t in work.tensors}, next(iter(sinks.values()))
     for output, sink in sinks.items():
         model = _output(method, result, output)
         if tensors.keys() != model.keys():
@@ -231,3 +235,5 @@ def run_model(work: Work, sinks: Mapping[str, Sink]) -> None:
             except NotFinite:
                 _report_range(method, flat, tensors[name], 0)
             sink.record(name, 0, tensors[name].size)
+            if work.progress and sink is first:
+                work.progress(work.bytes_of(tensors[name], tensors[name].size))

@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -16,6 +17,8 @@ from refmerge.cli_adapters import COMMANDS
 
 if TYPE_CHECKING:
     from refmerge.plan import Plan
+    from refmerge.procedures.experts.moe_from_dense import Mixture
+    from refmerge.recipe.plan import Resolved
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -113,22 +116,36 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @_options(*_RUN)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
+@click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
-    recipe: str, out: str, max_shard_size: str, overwrite: bool, quiet: bool, json: bool, **options: Any
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, hashes: bool | None, quiet: bool, json: bool, **options: Any
 ) -> None:  # fmt: skip
-    """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors."""
+    """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors.
+
+    A recipe with experts, as mergekit-moe has it, makes a mixture of experts.
+    """
+    from refmerge.recipe.moe import prepare_moe
     from refmerge.recipe.run import prepare_recipe
 
     if not out:
         raise click.UsageError("OUT is empty")
     start = time.perf_counter()
-    resolved, plan = prepare_recipe(recipe, **options)
+    plan: Any = prepare_moe(recipe, **options)
+    resolved, bar = plan, cast(Any, contextlib.nullcontext)
+    if plan is not None and hashes:
+        raise click.UsageError("--hash is for merges; a mixture of experts has no report")
+    if plan is None:
+        resolved, plan = prepare_recipe(recipe, hashes=hashes, **options)
+        bar = partial(MergeProgress, plan, silent=quiet or json)
     if not quiet:
+        for stage in getattr(plan, "stages", ()):
+            for note in stage.recipe.notes:
+                click.echo(f"note: {stage.name}: {note}", err=True)
         for note in resolved.notes:
             click.echo(f"note: {note}", err=True)
-    with MergeProgress(plan, silent=quiet or json):
+    with bar():
         plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
     wall = time.perf_counter() - start
     figures = plan.figures()
@@ -150,35 +167,67 @@ def merge(
 @_options("json")
 def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: Any) -> None:
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
+    from refmerge.recipe.moe import prepare_moe
+    from refmerge.recipe.run import prepare_recipe
+
+    if (mixture := prepare_moe(recipe, **options)) is not None:
+        _plan_of_mixture(mixture, tensor, json)
+        return
+    resolved, last = prepare_recipe(recipe, **options)
+    parts = [*((stage.name, stage.recipe, stage.plan) for stage in last.stages), (None, resolved, last)]
+    found = [_told(r, p, tensor, time_it) for _, r, p in parts]
+    if json:
+        stages = [{"name": name, **facts} for (name, *_), facts in zip(parts[:-1], found)]
+        click.echo(jsonlib.dumps({**found[-1], **({"stages": stages} if stages else {})}, indent=2))
+        return
+    for (name, r, _), facts in zip(parts, found):
+        if last.stages:
+            click.echo(f"--- {name or 'the result'}")
+        _show_plan(r, facts)
+
+
+def _told(resolved: Resolved, p: Plan, tensor: str | None, time_it: bool) -> dict[str, Any]:
+    """What a program hears of a plan."""
     from fnmatch import fnmatchcase
 
     from refmerge.adapted import described
     from refmerge.cost import estimate
     from refmerge.recipe import describe
     from refmerge.recipe.parameters import recipe_key
-    from refmerge.recipe.run import prepare_recipe
 
-    resolved, p = prepare_recipe(recipe, **options)
     figures = p.figures(estimate=True)
     expected = estimate(p) if time_it else None
     if expected is not None:
         figures |= {"seconds": expected.seconds, "needs_bytes_per_second": expected.needs_per_second}
-    listed: list[dict[str, Any]] = [
+    listed = [
         {
             "name": t.name,
             "shape": list(t.shape),
             "dtype": p.specs[t.name][0],
             "work": t.work,
-            "parameters": dict(t.params),
+            "method": resolved.method,
+            "parameters": {recipe_key(k): v for k, v in t.params.items()},
+            "from": [s.told(t.name) for s in w.read],
         }
-        for t in p.work.tensors
+        for w in p.works
+        for t in w.tensors
         if tensor and fnmatchcase(t.name, tensor)
     ]
+    listed += [
+        {"name": n, "shape": list(p.specs[n][1]), "dtype": p.specs[n][0], "method": "copy", "from": [s.told(n)]}
+        for n, s in p.copied.items()
+        if tensor and fnmatchcase(n, tensor)
+    ]
+    listed.sort(key=lambda t: str(t["name"]))
     adapters = list(dict.fromkeys(line for c in p.checkpoints for line in described(c)))
-    if json:
-        found = {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
-        click.echo(jsonlib.dumps(found, indent=2))
-        return
+    return {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
+
+
+def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
+    """What a person hears of a plan."""
+    from refmerge.recipe import describe
+
+    figures, told = facts["figures"], describe(resolved)
     tool = resolved.method.rpartition(":")[0]
     whose = {"": "the paper", "official": "the authors' code"}.get(tool, tool)
     click.echo(f"method      {resolved.method} (as {whose} has it)")
@@ -186,10 +235,27 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
         click.echo(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
         click.echo(f"base        {resolved.base}")
-    for i, line in enumerate(adapters):
+    given = [s for s in resolved.stats or () if s]
+    for i, path in enumerate(given):
+        click.echo(f"{'' if i else 'statistics':12}{path}")
+    for i, line in enumerate(facts["adapters"]):
         click.echo(f"{'adapters' if i == 0 else '':12}{line}")
     if resolved.align is not None:
         click.echo(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
+    for module in resolved.modules:
+        layers = 0
+        for s in () if module.whole else module.slices:
+            pieces = ", ".join(f"{p.model} {p.start}-{(p.stop or 0) - 1}" for p in s.everything)
+            length = (s.everything[0].stop or 0) - s.everything[0].start
+            where = "" if module.name == "default" else f" of {module.name}"
+            click.echo(f"layers      {layers}-{layers + length - 1}{where} from {pieces}")
+            layers += length
+    if told["vocabulary"] is not None:
+        v = told["vocabulary"]
+        click.echo(f"vocabulary  {v['source']}: {v['tokens']} tokens in {v['rows']} rows")
+        for t in v["tables"]:
+            all_of = ", ".join(t["models"])
+            click.echo(f"{'':12}{t['own_in_all']} are in all of {all_of}, {len(t['others'])} are given to others")
     click.echo(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
     click.echo(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
@@ -197,14 +263,40 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     click.echo(f"writes      {size(figures['bytes_written'])}")
     compiled = ", compiled programs" if figures["compiled"] else ""
     click.echo(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
-    if expected is not None:
-        disk = size(round(expected.needs_per_second))
-        click.echo(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
+    if "seconds" in figures:
+        disk = size(round(figures["needs_bytes_per_second"]))
+        click.echo(f"time        about {figures['seconds']:.1f} s here, where the disk reads {disk} a second or more")
     for note in resolved.notes:
         click.echo(f"note        {note}")
-    for t in listed:
-        values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
-        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {values}")
+    for t in facts.get("listed", ()):
+        values = " ".join(f"{k}={v}" for k, v in t.get("parameters", {}).items())
+        click.echo(f"{t['name']} {t['dtype']}{t['shape']} {t['method']}{' ' * bool(values)}{values}")
+
+
+def _plan_of_mixture(mixture: Mixture, tensor: str | None, json: bool) -> None:
+    from fnmatch import fnmatchcase
+
+    figures = mixture.figures()
+    listed = [(name, *spec) for name, spec in sorted(mixture.specs.items()) if tensor and fnmatchcase(name, tensor)]
+    if json:
+        told = [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in listed]
+        found = {**mixture.described(), "figures": figures, **({"listed": told} if tensor else {})}
+        click.echo(jsonlib.dumps(found, indent=2))
+        return
+    click.echo(f"mixture     {mixture.form.name}, {mixture.config['num_experts_per_tok']} experts a token")
+    click.echo(f"base        {mixture.base.path}")
+    for i, expert in enumerate(mixture.experts):
+        click.echo(f"{'' if i else 'experts':12}{expert.model.path}")
+    for expert in mixture.shared:
+        click.echo(f"shared      {expert.model.path}")
+    click.echo(f"routers     {mixture.gate_mode}{'' if mixture.hidden_states is None else f', {mixture.hidden_states}'}")
+    click.echo(f"tensors     {figures['tensors']}, {figures['parameters']:,} parameters")
+    click.echo(f"reads       {size(figures['bytes_read'])}")
+    click.echo(f"writes      {size(figures['bytes_written'])}")
+    for note in mixture.notes:
+        click.echo(f"note        {note}")
+    for name, dtype, shape in listed:
+        click.echo(f"{name} {dtype}{list(shape)}")
 
 
 @main.command()
@@ -321,13 +413,165 @@ def compare(
         if plot is not None:
             from refmerge.plots import draw_paths
 
-            picture = draw_paths({"": line.loss}, f"{net}: the loss from {a} to {b}")
-            try:
-                with open(plot, "w", encoding="utf-8", newline="\n") as file:
-                    file.write(picture)
-            except OSError as e:
-                raise click.UsageError(f"{plot} cannot be written: {e.strerror}") from e
+            _write(plot, draw_paths({"": line.loss}, f"{net}: the loss from {a} to {b}"))
         click.echo(line.text() if not json else jsonlib.dumps(line.told(), indent=2))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--score", required=True, metavar="COMMAND", help="gets a checkpoint's path, prints the score last")
+@click.option("--greedy", is_flag=True, help="which of the models to average, and not with what parameters")
+@click.option("--rule", type=click.Choice(["strict", "at_least", "repeats"]), help="when a model stays, with --greedy")
+@click.option("--search", "names", metavar="NAMES", help="parameters, with commas; else weight, density and t if not given")
+@click.option("--evaluations", type=click.IntRange(min=1), help="how many merges are scored (100), or --greedy repeats (20)")
+@click.option("--groups", type=click.IntRange(min=1), help="values over the layers for each parameter (1)")
+@click.option("--filter", "filters", multiple=True, metavar="TEXT", help="tensors with it in their names have own values")
+@click.option("--negative", is_flag=True, help="weights may be negative")
+@click.option("--sigma", type=float, help="the first step size (1/6)")
+@click.option("--population", type=click.IntRange(min=2), help="merges drawn at a time")
+@click.option("--log", type=click.Path(), help="a file that keeps the scores, and from which the search goes on")
+@click.option("--plot", type=click.Path(), metavar="P.SVG", help="draw the scores and the best so far")
+@click.option("--save", type=click.Path(), metavar="BEST.YML", help="write the best recipe")
+@_options(*_RUN)
+@click.option("--overwrite", is_flag=True, help="replace OUT once the best merge is complete")
+@_options("json")
+def search(
+    recipe: str, out: str, score: str, greedy: bool, rule: str | None, evaluations: int | None, names: str | None,
+    filters: tuple[str, ...], negative: bool, plot: str | None, save: str | None, json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Search for the merge of RECIPE's models that scores best, and write it to OUT.
+
+    By CMA-ES over parameters that the recipe leaves open (`refmerge methods evolutionary_merge`), or for the models that
+    are worth averaging (--greedy, `refmerge methods greedy_soup`). Trials are checkpoints beside OUT while they are scored.
+    """
+    from refmerge.recipe.search import search as run
+    from refmerge.scoring import judged
+
+    of_genes = {key: options.pop(key) for key in ("groups", "sigma", "population")}
+    of_genes |= {"search": names, "filter": filters or None, "negative": negative or None, "save": save}
+    if greedy and (wrong := sorted(key for key, value in of_genes.items() if value is not None)):
+        raise click.UsageError(f"--{wrong[0]} is for parameters, and --greedy has none")
+    if rule is not None and not greedy:
+        raise click.UsageError("--rule is for --greedy")
+    if greedy and evaluations is not None and rule != "repeats":
+        raise click.UsageError("--evaluations with --greedy is for --rule repeats: the others try each model once")
+    if plot is not None and not plot.endswith(".svg"):
+        raise click.UsageError(f"--plot writes SVG, and {plot} does not end in .svg")
+    if greedy:
+        own: dict[str, Any] = {"rule": rule, "trials": evaluations}
+    else:
+        own = {"evaluations": evaluations, "filters": filters or None, "negative": negative or None, **of_genes}
+        own |= {"names": None if names is None else [name.strip() for name in names.split(",")]}
+    own = {key: value for key, value in own.items() if value is not None and key not in ("search", "filter", "save")}
+    done: list[float] = []
+
+    def told(candidate: Any) -> float:
+        value = judged(score, candidate, "search")
+        done.append(value)
+        if not json:
+            click.echo(f"{len(done):5}  {value:.6g}", err=True)
+        return value
+
+    found = run(recipe, out, told, greedy=greedy, **own, **{k: v for k, v in options.items() if v is not None})
+    if plot is not None:
+        _write(plot, found.plot())
+    if save is not None:
+        _write(save, found.recipe)
+    best = {"ingredients": list(found.ingredients)} if greedy else {"recipe": found.recipe}
+    if json:
+        click.echo(jsonlib.dumps({"out": out, "score": found.score, "trials": [t.score for t in found.trials], **best}))
+        return
+    click.echo(f"{len(found.trials)} trials, the best {found.score:.6g}, to {out}")
+    taken = ", ".join(str(k + 1) for k in getattr(found, "ingredients", ()))
+    click.echo(f"models {taken} of the recipe" if greedy else found.recipe, nl=greedy)
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as e:
+        raise click.UsageError(f"{path} cannot be written: {e.strerror}") from e
+
+
+@main.command()
+@click.argument("paths", nargs=-1, type=click.Path(), metavar="CHECKPOINT OUT")
+@click.option("--net", metavar="NET", help="mlp, resnet, gpt2, ...; module:function; or a folder of transformers")
+@click.option("--data", metavar="DATA", help=".npz, .npy or .safetensors with inputs, labels, mask; or module:function")
+@click.option("--kinds", default="gram", show_default=True, help="gram, moments, outputs, kfac, fisher, with commas")
+@click.option(
+    "--likelihood", type=click.Choice(["exact", "sampled", "given", "next"]), default="exact", show_default=True,
+    help="whose gradient kfac and fisher take: of all classes, a drawn one, the labels, the next token",
+)
+@click.option("--layers", metavar="GLOB", default="*", help="only of the layers whose names match")
+@click.option("--samples", metavar="START:STOP", help="a part of the data, whose statistics --merge adds to the others'")
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="samples at a time")
+@click.option("--option", "options", metavar="NAME=VALUE", multiple=True, help="of the network: heads=12, activation=gelu")
+@click.option("--device", help="of torch: cuda:0")
+@_options("dtype", "seed")
+@click.option("--merge", "parts", is_flag=True, help="add statistics of parts of the data: --merge PART... OUT")
+@click.option("--overwrite", is_flag=True, help="replace OUT once the new file is complete")
+@_options("json")
+def collect(
+    paths: tuple[str, ...], net: str | None, data: str | None, kinds: str, samples: str | None, options: tuple[str, ...],
+    device: str | None, parts: bool, overwrite: bool, json: bool, seed: int | None, **choices: Any,
+) -> None:  # fmt: skip
+    """Run CHECKPOINT on data, and write statistics of what its layers read and of its gradients to OUT, a .safetensors file.
+
+    fisher, regmean and mats read them, as `stats` of a model in a recipe. A folder of transformers is its own network where
+    --net is left out.
+    """
+    import os
+
+    from refmerge.checkpoint import open_checkpoint, refuse_input
+    from refmerge.collect import gathered, option
+    from refmerge.stats import Statistics
+
+    *inputs, out = paths or ("",)
+    if not inputs or (len(inputs) > 1 and not parts):
+        raise click.UsageError("one CHECKPOINT and OUT are wanted, or --merge with parts and OUT")
+    if not out.endswith(".safetensors"):
+        raise click.UsageError(f"OUT is a file, and {out!r} does not end in .safetensors")
+    if os.path.exists(out) and not overwrite:
+        raise click.UsageError(f"output {out!r} exists; --overwrite replaces it")
+    refuse_input(out, inputs)
+    if parts:
+        if net is not None or data is not None:
+            raise click.UsageError("--merge adds what is there: --net and --data go with a CHECKPOINT")
+        found = Statistics.load(inputs[0])
+        for path in inputs[1:]:
+            found.add(Statistics.load(path))
+    else:
+        with open_checkpoint(inputs[0]) as checkpoint:
+            net = net or (str(checkpoint.directory) if checkpoint.config else None)
+            if net is None or data is None:
+                raise click.UsageError("--net and --data are wanted: what to run, and on what")
+            start, stop = _range(samples)
+            with _Counting(silent=json) as progress:
+                found = gathered(
+                    checkpoint, net, data, [k.strip() for k in kinds.split(",")], on=device, seed=seed or 0, start=start,
+                    stop=stop, options=dict(map(option, options)), progress=progress, **choices,
+                )  # fmt: skip
+    found.save(out, overwrite=overwrite)
+    names, counted = list(found), sorted({found.count(name) for name in found})
+    if json:
+        click.echo(jsonlib.dumps({"out": out, "facts": found.facts, "counts": {n: found.count(n) for n in names}}))
+        return
+    rows = f"{counted[0]:,.0f}" + (f" to {counted[-1]:,.0f}" if len(counted) > 1 else "")
+    click.echo(f"{len(names)} statistics of {rows} rows or samples to {out}: {size(sum(found[n].nbytes for n in names))}")
+
+
+def _range(samples: str | None) -> tuple[int, int | None]:
+    """`100:200`, `100:` or `:200`."""
+    start, sign, stop = (samples or ":").partition(":")
+    try:
+        found = int(start or 0), int(stop) if stop else None
+    except ValueError:
+        found = -1, None
+    if not sign or found[0] < 0 or (found[1] is not None and found[1] <= found[0]):
+        raise click.UsageError(f"--samples is START:STOP, two whole numbers, not {samples!r}")
+    return found
 
 
 @main.command()
@@ -560,6 +804,25 @@ class _Reading:
             self._bar.stop()
 
 
+class _Counting:
+    """How many samples are done, on a terminal; nothing elsewhere."""
+
+    def __init__(self, silent: bool) -> None:
+        self._shows, self._done = not silent and sys.stderr.isatty(), 0
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._advance
+
+    def _advance(self, samples: int) -> None:
+        self._done += samples
+        if self._shows:
+            click.echo(f"\r{self._done:,} samples", nl=False, err=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._shows and self._done:
+            click.echo("", err=True)
+
+
 class MergeProgress:
     """A bar in bytes that have been read, on a terminal; nothing elsewhere."""
 
@@ -569,10 +832,12 @@ class MergeProgress:
     def __enter__(self) -> None:
         if self._bar is None:
             return
-        figures, bar = self._plan.figures(estimate=True), self._bar
-        self._task: Any = bar.add_task(str(figures["method"]), total=figures["bytes_read"])
+        plans, bar = self._plan.all_plans, self._bar
+        total = sum(p.figures(estimate=True)["bytes_read"] for p in plans)
+        self._task: Any = bar.add_task(self._plan.work.method.name, total=total)
         self._shown = time.monotonic()
-        self._plan.work.progress = self._advance
+        for work in (w for p in plans for w in p.works):
+            work.progress = self._advance
         bar.start()
 
     def _advance(self, nbytes: int) -> None:
@@ -599,3 +864,8 @@ def _bar() -> Any:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), auto_refresh=False,
     )  # fmt: skip
+
+
+from refmerge.cli_experts import experts  # noqa: E402 (it imports this module inside its commands)
+
+main.add_command(experts)

@@ -285,8 +285,9 @@ def options_of(net: str, config: Mapping[str, Any] | None, heads: int | None) ->
     heads = heads or known.get("num_attention_heads") or known.get("n_head")
     if type(heads) is not int or heads < 1:
         raise UsageError(f"{net} wants the number of heads: --heads, or num_attention_heads in config.json")
-    groups = known.get("num_key_value_heads")
-    return {"heads": heads} | ({"groups": groups} if "groups" in wanted and type(groups) is int else {})
+    said = {"groups": known.get("num_key_value_heads"), "chosen": known.get("num_experts_per_tok")}
+    said["normalize"] = known.get("norm_topk_prob")
+    return {"heads": heads} | {key: x for key, x in said.items() if key in wanted and isinstance(x, int)}
 
 
 def _labelled(data: str | Path) -> tuple[np.ndarray, np.ndarray]:

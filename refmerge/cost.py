@@ -2,7 +2,8 @@
 
 A merge reads, computes and writes each entry the same way, so its time grows linearly with the number of entries. `estimate`
 merges small files of the same dtypes and row length by the same method, parameters, backend and number of processes, takes
-the time of one more entry, and multiplies. The files are in the system's cache by then: what a disk adds is for
+the time of one more entry, and multiplies. Where a method sees whole tensors, time grows faster than they do: those of the
+commonest shapes are tried smaller than they are. The files are in the system's cache by then: what a disk adds is for
 `needs_per_second` to say.
 """
 
@@ -12,6 +13,7 @@ import math
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from refmerge.checkpoint import CheckpointWriter, itemsize
 from refmerge.checkpoint.dtypes import FLOATS, encode
 from refmerge.errors import ResourceError
 from refmerge.plan import Plan
-from refmerge.sources import DiskSource, Source
+from refmerge.sources import Source
 from refmerge.work import Tensor
 
 __all__ = ["Estimate", "estimate"]
@@ -36,6 +38,8 @@ LARGEST, SMALLEST, TOGETHER = 1 << 21, 1 << 18, 1 << 23  # entries of one of the
 BRIEF = 0.15  # seconds of a larger trial that is too small for the processor's caches not to matter
 REPEATS = 3  # others on the machine only ever make a trial slower
 PATIENCE = 2.0  # seconds after which no trial is repeated
+COMMON = 3  # shapes of whole tensors that are tried
+LEAST, ENOUGH = 32, 0.2  # the shorter side of the first that is tried, and seconds of the last
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,15 @@ def estimate(plan: Plan) -> Estimate | None:
     """The time that the plan's merge from files to files takes here; None for other merges, and for what cannot be tried."""
     work = plan.work
     sources = work.read
-    if not work.tensors or work.stats or not all(isinstance(s, DiskSource) for s in sources):
+    if not work.tensors or work.stats or not all(getattr(s, "files", False) for s in sources):
         return None
     # A temporary folder without room for the trials says nothing about the merge.
+    first = sum(w.bytes_of(t, t.size) for w in plan.works for t in w.tensors)
+    entries = sum(t.size for w in plan.works for t in w.tensors)
     with suppress(ResourceError), tempfile.TemporaryDirectory(prefix="refmerge-estimate-") as folder:
+        if whole := [t for t in work.tensors if work.view(t) in ("tensor", "model") and t.size]:
+            seconds = START + _of_whole(plan, whole, sources, Path(folder))
+            return Estimate(seconds, (seconds - START) / entries * 1e9, first / seconds)
         trial = _Trial(plan, _typical(work.tensors), sources, Path(folder))
         many = MANY if trial.seconds(MANY * plan.threads) > BRIEF else 4 * MANY
         best, began = {FEW: math.inf, many: math.inf}, time.perf_counter()
@@ -65,8 +74,7 @@ def estimate(plan: Plan) -> Estimate | None:
                     best[tensors] = min(best[tensors], trial.seconds(tensors * plan.threads))
         # The difference of two sizes leaves out what does not grow: the start of processes, say.
         slope = max((best[many] - best[FEW]) / ((many - FEW) * plan.threads * trial.size), 0.0)
-        seconds = START + slope * sum(t.size for t in work.tensors) + _changes(plan)
-        first = sum(work.bytes_of(t, t.size) for t in work.tensors)
+        seconds = START + slope * entries + _changes(plan)
         return Estimate(seconds, slope * 1e9, first / seconds)
     return None
 
@@ -88,10 +96,42 @@ def _typical(tensors: Any) -> Tensor:
     return first[sizes.most_common(1)[0][0]]
 
 
+def _of_whole(plan: Plan, tensors: Sequence[Tensor], sources: list[Source], folder: Path) -> float:
+    """Seconds that tensors take of which a method needs all, on the plan's threads: those of the commonest shapes are tried,
+    others take so much less or more as decompositions do."""
+    kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+    for t in tensors:
+        kinds.setdefault((t.rows, t.work, t.out), []).append(t)
+    cubes = {kind: len(ts) * ts[0].size * min(ts[0].rows) for kind, ts in kinds.items()}
+    tried = sorted(cubes, key=lambda kind: -cubes[kind])[:COMMON]
+    each = {kind: _grown(plan, kinds[kind][0], sources, folder) for kind in tried}
+    all_tried = sum(len(kinds[kind]) * seconds for kind, seconds in each.items())
+    together = all_tried * sum(cubes.values()) / sum(cubes[kind] for kind in tried)
+    return max(together / plan.threads, *each.values())
+
+
+def _grown(plan: Plan, tensor: Tensor, sources: list[Source], folder: Path) -> float:
+    """Seconds of one tensor: of a small one of its proportions, twice as long and wide, and so on until that takes long
+    enough; each further doubling takes so many times longer as the last one did, from four to eight."""
+    halvings = max(0, int(math.log2(min(tensor.rows) / LEAST)) if min(tensor.rows) > LEAST else 0)
+    times: list[float] = []
+    for h in range(halvings, -1, -1):
+        rows, width = (max(1, n >> h) for n in tensor.rows)
+        times.append(_Trial(plan, tensor, sources, folder, (rows, width)).seconds(1, threads=1))
+        if times[-1] > ENOUGH:
+            break
+    if len(times) < 3:
+        return times[-1] * 8**h
+    before, last = times[-2] - times[0], times[-1] - times[0]  # the first is all start
+    return last * (min(max(last / before, 4.0), 8.0) if before > 0 else 8.0) ** h
+
+
 class _Trial:
     """Small files like the plan's, and their merge."""
 
-    def __init__(self, plan: Plan, tensor: Tensor, sources: list[Source], folder: Path) -> None:
+    def __init__(
+        self, plan: Plan, tensor: Tensor, sources: list[Source], folder: Path, shape: tuple[int, int] | None = None
+    ) -> None:
         self._plan, self._tensor, self._sources, self._folder = plan, tensor, sources, folder
         draw = np.random.default_rng(0)
         self._base = draw.standard_normal(1 << 18).astype(np.float32) * np.float32(0.02)
@@ -101,14 +141,15 @@ class _Trial:
 
         width = max(tensor.rows[1], 1)
         rows = max(1, max(SMALLEST, min(LARGEST, tensor.size, TOGETHER // plan.threads)) // width)
-        self._shape, self.size = (rows, width), rows * width
+        self._shape = shape or (rows, width)
+        self.size = math.prod(self._shape)
 
     def _files(self, tensors: int) -> list[Path]:
         paths = []
         for k, (source, x) in enumerate(zip(self._sources, self._tuned)):
             stored = source.dtype(self._tensor.name)
             dtype = stored if stored in FLOATS else "F32"
-            path = self._folder / f"{k}-{tensors}.safetensors"
+            path = self._folder / f"{k}-{tensors}-{dtype}-{'x'.join(map(str, self._shape))}.safetensors"
             paths.append(path)
             if path.exists():
                 continue
@@ -121,14 +162,14 @@ class _Trial:
                         writer.write(f"x{i}", start, raw[: (stop - start) * itemsize(dtype)])
         return paths
 
-    def seconds(self, tensors: int) -> float:
-        """The time to merge so many tensors."""
+    def seconds(self, tensors: int, threads: int | None = None) -> float:
+        """The time to merge so many tensors, on the plan's threads unless others are asked for."""
         work, paths = self._plan.work, self._files(tensors)
         models = paths[: len(work.models)]
         plan = prepare(
             models, work.method, base=paths[-1] if len(paths) > len(models) else None, seed=work.seed, over=work.over,
             dtype=self._tensor.work if self._tensor.work in ("float32", "float64") else None,
-            backend=self._plan.backend.name, out_dtype=self._tensor.out, threads=self._plan.threads,
+            backend=self._plan.backend.name, out_dtype=self._tensor.out, threads=threads or self._plan.threads,
             max_memory=self._plan.max_memory,
             nonfinite=work.nonfinite, params=self._tensor.params,
         )  # fmt: skip

@@ -15,10 +15,12 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
+from refmerge.blas import one_thread
 from refmerge.block import run_block, run_model
 from refmerge.errors import ResourceError
 from refmerge.fused import compiler
@@ -337,6 +339,12 @@ def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, p
     processes: compute in processes where the system can fork; sources and sinks must then be files.
     InputError for a non-finite input where the policy is "error".
     """
+    whole = any(work.view(t) in ("tensor", "model") for t in work.tensors)
+    with one_thread() if whole else nullcontext():
+        return _run(work, sinks, elements, threads, processes)
+
+
+def _run(work: Work, sinks: Mapping[str, Sink], elements: int, threads: int, processes: bool) -> Ran:
     from refmerge import executors  # it computes with this module's Context
 
     if work.tensors and work.view(work.tensors[0]) == "model":

@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -98,6 +98,9 @@ def explain(name: str | Method, /, *, base: Any = None, models: Sequence[Any] | 
 
     with _traced(inspect.unwrap(method.run).__code__, local):
         call(method, models, base, **params)
+    if method.view == "model":
+        for step in steps:
+            step.values, step.result = {k: _alone(v) for k, v in step.values.items()}, _alone(step.result)
     return steps
 
 
@@ -163,9 +166,16 @@ def _copy(value: Any) -> Any:
     """The value as it is now: later steps may rebind or fill the same arrays."""
     if isinstance(value, list | tuple):
         return type(value)(map(_copy, value))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {k: _copy(v) for k, v in value.items()}
     return host(value).copy() if hasattr(value, "dtype") else value
+
+
+def _alone(value: Any) -> Any:
+    """The one tensor of a model, for a method that is given whole models."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_alone, value))
+    return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
 
 
 # ------------------------------------------------------------------------------------------------------------- rendering

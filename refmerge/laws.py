@@ -24,7 +24,10 @@ from refmerge.work import stat_name
 __all__ = ["ALWAYS", "LAWS", "Law", "Trial", "statistics"]
 
 Tensors = dict[str, np.ndarray]
-NEUTRAL = {"lambda_": 1.0, "density": 1.0, "trim": 1.0, "gamma": 0.0, "weight": 1.0, "normalize": True, "epsilon": 0.0}
+NEUTRAL = {
+    "lambda_": 1.0, "density": 1.0, "trim": 1.0, "gamma": 0.0, "weight": 1.0, "normalize": True, "epsilon": 0.0,
+    "tolerance": 1e-12,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ one sixteenth of the block with counter (e // 16, j, 0, 0), whose four words are
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,15 +174,15 @@ class Rng:
         xp, where = array_namespace(self._like), device(self._like)
         start, stop = self._span()
         p = p() if callable(p) else p
-        if isinstance(p, float | int):
-            rest = xp.full((stop - start,), float(p), dtype=xp.float64, device=where)
-        else:
-            rest = xp.astype(xp.reshape(p, (-1,)), xp.float64)
+        number = isinstance(p, float | int)
+        rest = float(p) if number else xp.astype(xp.reshape(p, (-1,)), xp.float64)
         smaller = xp.zeros((stop - start,), dtype=xp.bool, device=where)
         open_ = xp.ones((stop - start,), dtype=xp.bool, device=where)
         for j in range(DIGITS):
+            if number and not rest:  # no digit is below those that are left
+                break
             rest = rest * 65536.0
-            limit = xp.floor(rest)
+            limit = float(math.floor(rest)) if number else xp.floor(rest)
             rest = rest - limit
             d = xp.astype(digits(key, start, stop, j, xp, where), xp.float64)
             smaller = smaller | (open_ & (d < limit))

@@ -37,6 +37,8 @@ A tool differs from a paper for good reasons and bad ones. This page says that i
 
 # What the random inputs find, in words: the shrunk example is of this kind.
 KNOWN = {
+    "fusion_bench:slerp": "a threshold of 1, of two equal tensors: NaN there, the tensor here",
+    "fusion_bench:ties": "a model without entries, an error there",
     "mergekit:arcee_fusion": "an empty tensor, of which the tool takes a quartile: ArceeEmpty",
     "mergekit:breadcrumbs": "which of several equal magnitudes are kept depends on the tool's sort",
     "mergekit:breadcrumbs_ties": "which of several equal magnitudes are kept depends on the tool's sort",
@@ -46,6 +48,10 @@ KNOWN = {
     "mergekit:sce": "which of several equal variances are kept depends on the tool's sort",
     "mergekit:slerp": "opposite directions at the end of an arc, where rounding is all that is left",
     "mergekit:ties": "which of several equal magnitudes are kept depends on the tool's sort: TiesThresholdTies",
+    "peft:magnitude_prune": "which of several equal magnitudes are kept depends on torch's topk",
+    "peft:ties": "which of several equal magnitudes are kept depends on torch's topk: TiesThresholdTies",
+    "sd_mecha:model_stock": "a tensor of one number without axes, which gets one there",
+    "sd_mecha:slerp": "opposite directions half-way, where rounding is all that is left",
 }
 
 

@@ -1,5 +1,7 @@
 """Array libraries, backends and every method as fixtures. A library that is not installed is skipped with the reason.
 
+BLAS has one thread in each test process: more would wait for each other where pytest-xdist has a process on each core.
+
 REFMERGE_TEST_BACKENDS is a comma list of names ("numpy,torch,array_api_strict,torch:cuda:0,cupy"). A backend that is named
 there and missing is a failure instead of a skip.
 """
@@ -10,6 +12,10 @@ import importlib
 import os
 from dataclasses import dataclass, field
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import ml_dtypes
 import numpy as np
@@ -170,6 +176,9 @@ VARIANTS = [
 ]
 
 
+STEPS = ("steps", "num_steps", "steps_per_layer", "iter_num")  # of descent: a few show what hundreds would
+
+
 @dataclass(frozen=True)
 class Case:
     """A method with parameters that do something."""
@@ -187,6 +196,8 @@ class Case:
                 given[key] = {float: 0.375, int: 1, bool: True, str: (p.choices or ("",))[0]}[p.type]
             elif key == "density" and key not in given:
                 given[key] = 0.25
+            elif key in STEPS and key not in given:
+                given[key] = 3
         return m, max(least, min(models, most or models)), given
 
 

@@ -525,5 +525,9 @@ def test_what_the_others_refuse():
         model_tinting(models, [{}] * 3, base, forward, [], targets="gold")
     with pytest.raises(UsageError, match="1 heads for 3 models"):
         model_tinting(models, [{}], base, forward, [])
+    for task in (3, -1):
+        with pytest.raises(UsageError, match=f"task {task} is none of 0 to 2, the places of the models") as caught:
+            model_tinting(models, [{}] * 3, base, lambda *_: 1 / 0, [(task, x[0])])
+        assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="these are coefficients of 2 models, 3 given"):
         Coefficients(("w",), np.zeros((1, 2))).recipe(["a", "b", "c"], "base")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # `pytest` alone does not look for the folder `tests` there
 
 from tests.bench import __main__ as bench  # noqa: E402
-from tests.bench import alignment, data, floors, processes  # noqa: E402
+from tests.bench import alignment, data, experts, floors, processes  # noqa: E402
 
 TINY = data.qwen2(width=128, inner=256, key_value=64, layers=2, vocabulary=96)
 
@@ -174,3 +174,18 @@ def test_a_shuffled_checkpoint_is_matched(checkpoints, tmp_path):
     assert told["found"] == 1 and told["largest"] == 256
     assert told["assigned"] > 0 and 0 < told["products"] + told["assignments"] < told["seconds"]
     assert "ratio" in alignment.report(told, 10**6)
+
+
+def test_shuffled_experts_are_merged(tmp_path):
+    sizes = {"width": 64, "inner": 40, "key_value": 64, "vocabulary": 50}
+    experts.write(tmp_path, 2, sizes)
+    told = {a: experts.run(tmp_path, tmp_path / a, 3, a) for a in ("none", "dominant")}
+    assert told["dominant"]["found"] == 1 and told["dominant"]["assigned"] == 10 and not told["none"]["assigned"]
+    assert refmerge.open_checkpoint(tmp_path / "none").config["num_local_experts"] == 3
+    assert "found            100.0%" in experts.report(told, {"none": 1, "dominant": 2}, 0.1, 10**6)
+
+
+def test_half_a_billion_parameters_are_active():
+    tensors = experts.shapes(24, **experts.SIZES)
+    assert experts.active(tensors) == pytest.approx(0.5e9, rel=0.01)
+    assert data.elements(tensors) == pytest.approx(1.72e9, rel=0.01)

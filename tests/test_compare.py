@@ -195,6 +195,8 @@ def test_networks_and_their_options():
     assert compare.options_of("gpt2", {"n_head": 2}, 3) == {"heads": 3}
     config = {"num_attention_heads": 4, "num_key_value_heads": 2}
     assert compare.options_of("llama", config, None) == {"heads": 4, "groups": 2}
+    config |= {"num_experts_per_tok": 1, "norm_topk_prob": False}
+    assert compare.options_of("moe", config, None) == {"heads": 4, "groups": 2, "chosen": 1, "normalize": False}
     for net, heads, said in (("vit", None, "--heads"), ("mlp", 2, "no heads"), ("cnn", None, "there are gpt2")):
         with pytest.raises(UsageError, match=said):
             compare.options_of(net, None, heads)

@@ -34,7 +34,7 @@ def test_the_difference_of_two_sizes_is_scaled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2])
-@pytest.mark.parametrize("name", ["linear", "ties", "mergekit:dare_ties", "widen"])
+@pytest.mark.parametrize("name", ["linear", "ties", "mergekit:dare_ties"])
 def test_a_trial_merges_what_the_plan_would(name, dtype, tmp_path, monkeypatch):
     for constant, value in {"LARGEST": 1 << 14, "SMALLEST": 1 << 12, "REPEATS": 1}.items():
         monkeypatch.setattr(cost, constant, value)
@@ -58,6 +58,33 @@ def test_a_trial_merges_what_the_plan_would(name, dtype, tmp_path, monkeypatch):
         assert {(t.out, t.rows[1]) for t in trial.work.tensors} == {(plan.work.tensors[0].out, 96)}  # most are rows of 96
         assert trial.work.bytes_of(trial.work.tensors[0], 1) == plan.work.bytes_of(plan.work.tensors[0], 1)
     assert not list(elsewhere.iterdir())
+
+
+def test_whole_tensors_are_tried_small(tmp_path, monkeypatch):
+    """Decompositions that take 50 ms and 100 ns for each of m n min(m, n): the largest is far from being made."""
+    tried = []
+
+    def seconds(trial, tensors, threads):
+        tried.append(trial._shape)
+        return 0.05 + 1e-7 * tensors * threads * trial.size * min(trial._shape)
+
+    monkeypatch.setattr(cost._Trial, "seconds", seconds)
+    for k in range(2):
+        layers = {"up": np.zeros((1024, 512), np.float16), "down": np.zeros((512, 1024), np.float16)}
+        save(layers, tmp_path / f"{k}.safetensors")
+    paths = [tmp_path / f"{k}.safetensors" for k in range(2)]
+    for threads in (1, 2):
+        found = cost.estimate(prepare(paths[1:], "iso_c", base=paths[0], threads=threads))
+        assert found is not None
+        assert found.seconds == pytest.approx(cost.START + 2e-7 * 1024 * 512 * 512 / threads, rel=0.05)
+    assert max(tried) == (256, 128)
+
+
+@pytest.mark.parametrize("name", ["widen", "tsvm", "wudi"])
+def test_whole_tensors_are_merged_as_planned(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "ENOUGH", 0.0)
+    found = cost.estimate(plan_of(tmp_path, name, threads=2))
+    assert found is not None and np.isfinite(found.seconds)
 
 
 def test_no_estimate_where_there_is_no_room_to_try(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import refmerge.rng
 import refmerge.selection
@@ -75,7 +76,7 @@ def test_any_blocks(case, coarse):
 
 def test_any_threads(case):
     """Large enough for the engine to use threads, which it does not for less."""
-    shapes = {"b": (520, 451), "a": (60, 700)}
+    shapes = {"b": (1030, 140), "a": (1000, 121)}
     m, models, base, given_ = inputs(case, shapes)
     seen = set()
     plan = planned(models, m, 16384, base=base, params=given_)
@@ -85,6 +86,35 @@ def test_any_threads(case):
     for threads in (2, 5):
         plan = planned(models, m, 16384, threads=threads, base=base, params=given_)
         assert_same(plan.run(), one)
+
+
+def test_threads_of_blas():
+    """A merge has one for each worker, whatever was set before; that is put back, also by merges within each other."""
+    draw = np.random.default_rng(0)
+    models = [{"w": draw.standard_normal((200, 300)).astype(np.float32)} for _ in range(3)]
+    seen = []
+
+    @method("outer", paper="none", view="tensor")
+    def outer(models):
+        seen.append(blas_threads())
+        merge([{"x": models[0]}], inner)
+        seen.append(blas_threads())
+        return models[0] @ models[1].T @ models[2]
+
+    @method("inner", paper="none", view="model")
+    def inner(models):
+        seen.append(blas_threads())
+        return models[0]
+
+    once = merge(models, outer)
+    with threadpool_limits(3, user_api="blas"):
+        assert_same(merge(models, outer), once)
+        assert blas_threads() == {3}
+    assert seen == [{1}] * 6
+
+
+def blas_threads():
+    return {found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"}
 
 
 def test_any_files(case, tmp_path):

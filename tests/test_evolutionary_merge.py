@@ -213,6 +213,28 @@ def test_a_command_scores(tmp_path):
         evolutionary_merge(paths, closeness, evaluations=3, out=tmp_path / "out" / "best")
 
 
+def test_an_output_in_an_input_is_refused_before_a_score(tmp_path):
+    """Also in the base, in a file of statistics, and by way of a link; nothing is written, the log neither."""
+    for k, model in enumerate(MODELS):
+        (tmp_path / f"m{k}").mkdir()
+        save_file(model, tmp_path / f"m{k}" / "model.safetensors")
+        save_file({"x.fisher": np.ones(6)}, tmp_path / f"m{k}.stats.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "m1")
+    before = sorted(tmp_path.rglob("*"))
+    paths, stats = [[tmp_path / f"m{k}{end}" for k in range(3)] for end in ("", ".stats.safetensors")]
+    options = {"evaluations": 3, "log": tmp_path / "log", "overwrite": True}
+    for out in ("m1", "m1/best", "link/best", "m2/model.safetensors", "m0/a/b"):
+        with pytest.raises(UsageError, match=r"lies in an input, .*: inputs are never written to"):
+            evolutionary_merge(paths, lambda m: 1 / 0, out=tmp_path / out, **options)
+    with pytest.raises(UsageError, match="lies in an input"):
+        evolutionary_merge(
+            paths[:2], lambda m: 1 / 0, method="task_arithmetic", base=paths[2], out=paths[2] / "best", **options
+        )
+    with pytest.raises(UsageError, match="lies in an input"):
+        evolutionary_merge(paths, lambda m: 1 / 0, method="fisher", stats=stats, out=stats[0], **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_the_plot():
     found = evolutionary_merge(MODELS, closeness, evaluations=30)
     root = ElementTree.fromstring(found.plot())

@@ -50,6 +50,7 @@ CASES = {
     "mergekit:breadcrumbs": {"weight": 0.5, "density": 0.7},
     "model_stock": {},
     "widen": {},  # whole tensors
+    "svc": {},  # and LAPACK
 }
 
 

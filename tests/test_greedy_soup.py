@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -392,6 +393,48 @@ def test_what_cannot_be_averaged_is_refused_before_anything_is_scored(folders, t
     (tmp_path / "soup").mkdir()
     with pytest.raises(UsageError, match="exists; overwrite=True replaces it"):
         greedy_soup(folders, score, out=tmp_path / "soup")
+
+
+@pytest.mark.parametrize("rule", ["strict", "repeats"])
+def test_a_search_goes_on_from_its_log(rule, tmp_path):
+    """After an interruption at any score, a half-written line included, with no score taken twice."""
+    whole = greedy_soup(SIX, positive, rule=rule)
+    log, calls = tmp_path / "log.jsonl", []
+
+    def score(soup, stop):
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return positive(soup)
+
+    for stop in (0, 2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            greedy_soup(SIX, lambda m, stop=stop: score(m, stop), rule=rule, log=log)
+        with log.open("a") as file:
+            file.write('{"models": [0')
+    found = greedy_soup(SIX, lambda m: score(m, None), rule=rule, log=log)
+    again = greedy_soup(SIX, lambda m: 1 / 0, rule=rule, log=log)
+    assert found.trials == again.trials == whole.trials and found.scores == whole.scores
+    assert len(calls) == len(log.read_text().splitlines()) - 1 == 4 + len(whole.trials) - 1
+    with pytest.raises(UsageError, match="is the log of another search"):
+        greedy_soup(SIX, positive, rule="at_least", log=log)
+    log.write_text("no log\n")
+    with pytest.raises(UsageError, match="is the log of another search"):
+        greedy_soup(SIX, positive, rule=rule, log=log)
+    assert whole.plot().count("<circle") == len(whole.trials)
+
+
+def test_a_command_scores(folders, tmp_path):
+    program = tmp_path / "score.py"
+    program.write_text(
+        "import sys, refmerge\nprint('scoring')\nprint(int((refmerge.open_checkpoint(sys.argv[1])['x'] > 0.01).sum()))\n"
+    )
+    got = greedy_soup(folders, [sys.executable, str(program)], out=tmp_path / "soup")
+    assert got.trials == greedy_soup(SIX, positive).trials
+    with pytest.raises(UsageError, match="a command scores checkpoints: give models as paths, and out"):
+        greedy_soup(folders, "evaluate")
+    with pytest.raises(UsageError, match="greedy_soup: no_such_program cannot be run: No such file"):
+        greedy_soup(folders, "no_such_program", out=tmp_path / "other")
 
 
 def test_options_of_merge(folders, tmp_path):

@@ -419,7 +419,7 @@ def test_a_broken_backend_is_named_and_the_others_listed(plugins, plugin_module)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tise", r"no method 'tise'; did you mean ties\? \(available: arcee_fusion, .*widen, wise_ft\)"),
+        ("tise", r"no method 'tise'; did you mean ties\? \(available: arcee_fusion, .*wise_ft, wudi\)"),
         ("qqqq", r"no method 'qqqq' \(available: arcee_fusion"),
         ("mergekit:widen", "mergekit has mergekit:arcee_fusion, .*; widen exists as widen, official:widen"),
         ("nobody:ties", "no entry of that tool exists; ties exists as ties, .*mergekit:ties, .*official:ties"),

@@ -5,9 +5,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from refmerge.checkpoint import save
 from refmerge.errors import UsageError
-from refmerge.nets import gpt2, llama, mlp, resnet, vgg, vit
-from refmerge.nets.layers import gelu, gelu_tanh, in_order, max_pool, relu, silu
+from refmerge.nets import gpt2, llama, mlp, moe, resnet, vgg, vit
+from refmerge.nets.layers import Layers, gelu, gelu_tanh, in_order, max_pool, relu, silu
 
 
 def images(rng, size=8):
@@ -28,6 +29,10 @@ NETS = {
     "gpt2": lambda rng: (gpt2.init(rng, 12, 1), partial(gpt2.forward, heads=3), tokens(rng)),
     "llama": lambda rng: (
         llama.init(rng, 4, 2, 1, head_norms=True, bias=True), partial(llama.forward, heads=4, groups=2), tokens(rng)
+    ),
+    "moe": lambda rng: (moe.init(rng, 4, 2, 1), partial(moe.forward, heads=4, groups=2), tokens(rng)),
+    "moe, shared": lambda rng: (
+        moe.init(rng, 4, 2, 1, style="qwen", shared=7, bias=True), partial(moe.forward, heads=4, groups=2), tokens(rng)
     ),
 }  # fmt: skip
 
@@ -226,6 +231,71 @@ def test_llama_is_that_of_transformers(torch, kind):
     with torch.no_grad():
         expected = net(torch.from_numpy(x)).logits
     np.testing.assert_allclose(llama.forward(params, x, heads=4, groups=2), expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+MIXTURES = {
+    "Mixtral": ({"num_local_experts": 4}, {}),
+    "Qwen2Moe": ({"num_experts": 4, "shared_expert_intermediate_size": 7}, {"style": "qwen", "shared": 7, "bias": True}),
+    "Qwen3Moe": ({"num_experts": 4, "norm_topk_prob": True}, {"style": "qwen", "head_norms": True}),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_are_those_of_transformers(torch, kind, tmp_path):
+    transformers, rng = pytest.importorskip("transformers"), np.random.default_rng(0)
+    given, drawn = MIXTURES[kind]
+    width = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 11}
+    size = {"intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+    config = getattr(transformers, f"{kind}Config")(**given, **width, **size, attn_implementation="eager")
+    params = moe.init(rng, 4, 2, **drawn)
+    config.architectures = [f"{kind}ForCausalLM"]
+    save({n: x.astype(np.float32) for n, x in params.items()}, tmp_path / "model", extra_files={
+        "config.json": config.to_json_string().encode()
+    })  # fmt: skip
+    net = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(tmp_path / "model").eval()
+    x = tokens(rng)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(x), output_router_logits=True)
+    taps, params = {}, {n: x.astype(np.float32).astype(np.float64) for n, x in params.items()}
+    got = moe.forward(params, x, taps, **moe.options(config.to_dict()))
+    np.testing.assert_allclose(got, expected.logits.numpy(), rtol=1e-5, atol=1e-5)
+    block = "block_sparse_moe" if kind == "Mixtral" else "mlp"
+    for i, logits in enumerate(expected.router_logits):
+        np.testing.assert_allclose(taps[f"model.layers.{i}.{block}.gate.weight"], logits.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_switch_block_is_that_of_transformers(torch):
+    transformers, rng = pytest.importorskip("transformers"), np.random.default_rng(0)
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+    block = SwitchTransformersSparseMLP(transformers.SwitchTransformersConfig(d_model=6, d_ff=9, num_experts=4)).eval()
+    params = {f"l.mlp.{n}": rng.normal(size=p.shape).astype(np.float32) for n, p in block.state_dict().items()}
+    block.load_state_dict({n.removeprefix("l.mlp."): torch.from_numpy(x) for n, x in params.items()})
+    x = rng.normal(size=(2, 20, 6)).astype(np.float32)
+    with torch.no_grad():
+        expected = block(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(moe.mixture(Layers(params), "l", x, chosen=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_by_hand():
+    """Probabilities 1/2, 1/3, 1/6; experts that multiply by 1, 2, 3 what is above 0."""
+    params = {"l.mlp.router.classifier.weight": np.log([[3.0], [2.0], [1.0]])}
+    for e in range(3):
+        params |= {f"l.mlp.experts.expert_{e}.wi.weight": np.eye(1), f"l.mlp.experts.expert_{e}.wo.weight": [[e + 1.0]]}
+    params, x = {n: np.asarray(v) for n, v in params.items()}, np.array([[1.0]])
+
+    def given(**how):
+        return float(moe.mixture(Layers(params), "l", x, **how)[0, 0])
+
+    assert given(chosen=1) == pytest.approx(1 / 2)
+    assert given(chosen=2) == pytest.approx(1 / 2 + 2 / 3)
+    assert given(chosen=2, normalize=True) == pytest.approx((3 * 1 + 2 * 2) / 5)
+    params["l.mlp.router.classifier.experts"] = np.array([2, 2, 0])
+    assert given(chosen=3) == pytest.approx(3 * 5 / 6 + 1 / 6)
+    with pytest.raises(UsageError, match="chosen = 4 of the 3 experts"):
+        given(chosen=4)
+    with pytest.raises(UsageError, match="layer 'k' has no router"):
+        moe.mixture(Layers(params), "k", x)
 
 
 def test_gpt2_is_that_of_transformers(torch):

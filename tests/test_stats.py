@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refmerge
-from refmerge.nets import mlp
+from refmerge.nets import mlp, moe
 from refmerge.stats import Statistics
 
 
@@ -158,3 +158,55 @@ def test_taps_of_a_network_are_read_by_regmean(tmp_path):
         models, "regmean", stats=[tmp_path / "0.safetensors", tmp_path / "1.safetensors"], off_diagonal=1.0
     )
     assert np.array_equal(from_files[name], merged[name])
+
+
+# --- Routers ----------------------------------------------------------------------------------------------------------
+
+
+def test_routing_by_hand():
+    """Scores (3, 1, 2), (0, 2, 2) and one of padding: with two experts a token 0 and 2, then 1 and 2 are chosen."""
+    s = Statistics()
+    s.routing("r", [[[3.0, 1.0, 2.0], [0.0, 2.0, 2.0], [9.0, 9.0, 9.0]]], 2, mask=[[1, 1, 0]])
+    assert s["r.routed"].tolist() == [0.5, 0.5, 1.0]
+    assert (2 * s["r.logit_gram"]).tolist() == [[9, 3, 6], [3, 5, 6], [6, 6, 8]]
+    top = Statistics()
+    top.routing("r", [[0.0, 2.0, 2.0]], 1)  # of equal ones the first
+    assert top["r.routed"].tolist() == [0, 1, 0]
+    said = Statistics()
+    said.routing("r", [[0.0, 2.0, 2.0]], 1, experts=[[2]])
+    assert said["r.routed"].tolist() == [0, 0, 1]
+    for chosen, experts in ((0, None), (4, None), (2, [[1]]), (1, [[3]]), (1, [[-1]])):
+        with pytest.raises(refmerge.UsageError, match="routing of 'r'"):
+            said.routing("r", [[0.0, 2.0, 2.0]], chosen, experts=experts)
+    with pytest.raises(refmerge.InputError, match="not finite"):
+        said.routing("r", [[np.nan, 2.0, 2.0]], 1)
+
+
+def test_routers_are_counted_in_parts_through_taps(tmp_path):
+    draw = np.random.default_rng(0)
+    params, batch = moe.init(draw, 2, 1, 2, experts=5), draw.integers(0, 11, (6, 7))
+    mask = np.arange(7) < draw.integers(1, 8, (6, 1))
+    routers = {f"model.layers.{i}.block_sparse_moe.gate": 2 for i in (0, 1)}
+
+    def counted(rows):
+        s = Statistics()
+        taps = s.routing_taps(routers, mask[rows])
+        moe.forward(params, batch[rows], taps, heads=2, groups=1)
+        assert not taps
+        return s
+
+    whole, parts = counted(slice(None)), counted(slice(0, 2))
+    parts.save(tmp_path / "part.safetensors")
+    parts = Statistics.load(tmp_path / "part.safetensors")
+    parts.add(counted(slice(2, 6)))
+    assert len(whole) == 4 and list(whole) == list(parts)
+    plain = {}
+    moe.forward(params, batch, plain, heads=2, groups=1)
+    for router in routers:
+        logits = plain[f"{router}.weight"][mask.reshape(-1)]
+        assert whole.count(f"{router}.routed") == mask.sum() == len(logits)
+        chosen = np.argsort(-logits, axis=1)[:, :2]
+        np.testing.assert_allclose(whole[f"{router}.routed"], np.bincount(chosen.ravel(), minlength=5) / len(logits))
+        np.testing.assert_allclose(whole[f"{router}.logit_gram"], logits.T @ logits / len(logits))
+        for key in ("routed", "logit_gram"):
+            np.testing.assert_allclose(parts[f"{router}.{key}"], whole[f"{router}.{key}"])

@@ -40,7 +40,7 @@ class TorchBackend:
 
     def put(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...], work: str, out: np.ndarray | None = None) -> Any:
         to = getattr(self._torch, work)
-        if dtype in _NATIVE and raw.flags.writeable and raw.ctypes.data % 8 == 0:
+        if dtype in _NATIVE and raw.size and raw.flags.writeable and raw.ctypes.data % 8 == 0:
             host = self._torch.from_numpy(raw).view(getattr(self._torch, _NATIVE[dtype]))
             # A copy even where dtypes agree: `raw` is a buffer that the next block will overwrite. To a device, `to` waits
             # for the copy on the current stream; out of pinned memory the device makes it by itself.
@@ -51,7 +51,7 @@ class TorchBackend:
 
     def take(self, array: Any, dtype: str, out: np.ndarray) -> None:
         flat = array.detach().reshape(-1).contiguous()
-        if dtype in _NATIVE and (flat.dtype == self._torch.float32 or dtype == "F64"):
+        if dtype in _NATIVE and out.size and (flat.dtype == self._torch.float32 or dtype == "F64"):
             self._fetch(flat.to(getattr(self._torch, _NATIVE[dtype])).view(self._torch.uint8), out)
         else:
             encode(flat.cpu().numpy(), dtype, out)

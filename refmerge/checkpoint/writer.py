@@ -99,6 +99,11 @@ class CheckpointWriter:
             self.abort()
             raise
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of weights where they are now, before commit(); the same names, in the target, after it."""
+        return [shard.path for shard in self._shards]
+
     def write(self, name: str, start: int, raw: np.ndarray | memoryview | bytes) -> None:
         """Write stored bytes (uint8, contiguous, whole elements) of a tensor from element `start` on.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ from refmerge.symmetry.axes import Nested
 __all__ = ["depth", "forward", "init", "prefix"]
 
 
-def forward(params: Params, batch: Any, taps: Any = None, *, heads: int, eps: float = 1e-5) -> Any:
+def forward(
+    params: Params, batch: Any, taps: Any = None, *, heads: int, eps: float = 1e-5, layers: Callable[..., Layers] = Layers
+) -> Any:  # fmt: skip
     """batch: tokens (samples, places). Gives scores of each token as the next one, at each place. Without lm_head the
-    embedding is the head. `taps` as in refmerge.nets.vit."""
-    net, at = Layers(params, taps), prefix(params)
+    embedding is the head. `taps` and `layers` as in refmerge.nets.vit."""
+    net, at = layers(params, taps), prefix(params)
     xp, (n, t) = array_namespace(batch), batch.shape
     embedding = params[f"{at}wte.weight"]
     d = embedding.shape[1]
@@ -31,10 +35,16 @@ def forward(params: Params, batch: Any, taps: Any = None, *, heads: int, eps: fl
         y = attention(q, k, v, heads, hidden=causal(t, x))
         y = net.conv1d(f"{block}.attn.c_proj", net.units(Nested(f"heads.{i}", f"values.{i}", d // heads), y))
         x = net.units("residual", x + y)
-        y = gelu_tanh(net.conv1d(f"{block}.mlp.c_fc", net.norm(f"{block}.ln_2", x, eps=eps)))
-        x = net.units("residual", x + net.conv1d(f"{block}.mlp.c_proj", net.units(f"ffn.{i}", y)))
+        y = net.module(f"{block}.mlp", net.norm(f"{block}.ln_2", x, eps=eps), partial(perceptron, block))
+        x = net.units("residual", x + y)
     x = net.norm(f"{at}ln_f", x, eps=eps)
     return net.linear("lm_head", x) if "lm_head.weight" in params else x @ xp.matrix_transpose(embedding)
+
+
+def perceptron(block: str, net: Layers, x: Any) -> Any:
+    """The MLP of a block."""
+    y = net.units(f"ffn.{block.rpartition('.')[2]}", gelu_tanh(net.conv1d(f"{block}.mlp.c_fc", x)))
+    return net.conv1d(f"{block}.mlp.c_proj", y)
 
 
 def prefix(params: Params) -> str:

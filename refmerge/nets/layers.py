@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ class Reads(dict[str, Any]):
     """Taps that have in `reads` too, under the name of its weight, what each linear layer and convolution reads: a row for
     each sample or place, with as many numbers as one row of the weight (outputs, inputs, ...) has.
 
-    Any taps with a method `read` are given that, with the axes of samples and places still there.
+    Any taps with a method `read` are given that, with the axes of samples and places still there. Those with a method `gave`
+    are given after it what the layer gives: the array itself, through which gradients go, the axis of its units, and whether
+    the weight is `out_in` or `in_out`.
     """
 
     def __init__(self) -> None:
@@ -44,12 +46,14 @@ class Layers:
         """W x + b, W of shape (out, in)."""
         w = self.params[f"{name}.{weight}"]
         self._in(f"{name}.{weight}", x)
-        return self._out(f"{name}.{weight}", self._plus(x @ array_namespace(w).matrix_transpose(w), f"{name}.{bias}"))
+        y = self._plus(x @ array_namespace(w).matrix_transpose(w), f"{name}.{bias}")
+        return self._out(f"{name}.{weight}", self._gave(f"{name}.{weight}", y))
 
     def conv1d(self, name: str, x: Any) -> Any:
         """x W + b, W of shape (in, out), as GPT-2 has it."""
         self._in(f"{name}.weight", x)
-        return self._out(f"{name}.weight", self._plus(x @ self.params[f"{name}.weight"], f"{name}.bias"))
+        y = self._plus(x @ self.params[f"{name}.weight"], f"{name}.bias")
+        return self._out(f"{name}.weight", self._gave(f"{name}.weight", y, layout="in_out"))
 
     def conv(self, name: str, x: Any, stride: int = 1, padding: int = 0) -> Any:
         """A convolution (out, in, height, width): for each place of the kernel, a matrix times the pixels below it."""
@@ -63,7 +67,7 @@ class Layers:
         y = xp.reshape(total, (n, w.shape[0], rows, columns))
         if f"{name}.bias" in self.params:
             y = y + self.params[f"{name}.bias"][:, None, None]
-        return self._out(f"{name}.weight", y, axis=1)
+        return self._out(f"{name}.weight", self._gave(f"{name}.weight", y, axis=1), axis=1)
 
     def norm(self, name: str, x: Any, axis: int = -1, eps: float = 1e-5) -> Any:
         """The norm that has these parameters: batch norm by its running statistics where it has them; else, over the units
@@ -85,6 +89,10 @@ class Layers:
         if f"{name}.bias" in params:
             y = y + along("bias")
         return self._out(f"{name}.weight", y, axis)
+
+    def module(self, name: str, x: Any, run: Callable[[Layers, Any], Any]) -> Any:
+        """What the layers of the module of that name make of x: run(layers, x). Upscaled layers run them otherwise."""
+        return run(self, x)
 
     def units(self, entry: Entry, x: Any, axis: int = -1) -> Any:
         """x, whose axis is one of the units of `entry`, for taps."""
@@ -110,6 +118,11 @@ class Layers:
                 x = xp.reshape(x, (*x.shape[:3], -1))
             read(name, x)
 
+    def _gave(self, name: str, y: Any, axis: int = -1, layout: str = "out_in") -> Any:
+        """y, which a linear layer gives."""
+        if gave := getattr(self.taps, "gave", None):
+            gave(name, y, axis, layout)
+        return y
 
     def _out(self, name: str, y: Any, axis: int = -1) -> Any:
         if self.taps is not None:

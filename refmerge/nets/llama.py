@@ -3,6 +3,8 @@ values in groups, and an MLP whose hidden units are gated."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,13 @@ __all__ = ["depth", "forward", "init", "prefix"]
 
 def forward(
     params: Params, batch: Any, taps: Any = None, *, heads: int, groups: int | None = None, theta: float = 10000.0,
-    eps: float = 1e-6,
+    eps: float = 1e-6, layers: Callable[..., Layers] = Layers,
 ) -> Any:  # fmt: skip
     """batch: tokens (samples, places). Gives scores of each token as the next one, at each place. groups: the number of
     heads of keys and values. In `taps`: `residual` after the embedding and after each attention and MLP, and of layer l
-    `groups.l`, `queries.l` (heads in their group) and `values.l`, all from what attention gives, and `ffn.l`."""
-    net, at, groups = Layers(params, taps), prefix(params), groups or heads
+    `groups.l`, `queries.l` (heads in their group) and `values.l`, all from what attention gives, and `ffn.l`. layers: what
+    makes the layers of the parameters; refmerge.nets.moe and refmerge.nets.upscaled have others."""
+    net, at, groups = layers(params, taps), prefix(params), groups or heads
     xp, (n, t) = array_namespace(batch), batch.shape
     embedding = params[f"{at}embed_tokens.weight"]
     x = xp.reshape(xp.take(embedding, xp.reshape(batch, (-1,)), axis=0), (n, t, embedding.shape[1]))
@@ -39,10 +42,15 @@ def forward(
         y = net.units(Nested(f"groups.{i}", inner, heads // groups * width), y)
         x = net.units("residual", x + net.linear(f"{layer}.self_attn.o_proj", y))
         y = net.norm(f"{layer}.post_attention_layernorm", x, eps=eps)
-        y = silu(net.linear(f"{layer}.mlp.gate_proj", y)) * net.linear(f"{layer}.mlp.up_proj", y)
-        x = net.units("residual", x + net.linear(f"{layer}.mlp.down_proj", net.units(f"ffn.{i}", y)))
+        x = net.units("residual", x + net.module(f"{layer}.mlp", y, partial(perceptron, layer)))
     x = net.norm(f"{at}norm", x, eps=eps)
     return net.linear("lm_head", x) if "lm_head.weight" in params else x @ xp.matrix_transpose(embedding)
+
+
+def perceptron(layer: str, net: Layers, x: Any) -> Any:
+    """The MLP of a layer."""
+    y = silu(net.linear(f"{layer}.mlp.gate_proj", x)) * net.linear(f"{layer}.mlp.up_proj", x)
+    return net.linear(f"{layer}.mlp.down_proj", net.units(f"ffn.{layer.rpartition('.')[2]}", y))
 
 
 def prefix(params: Params) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,13 @@ from refmerge.symmetry.axes import Nested
 __all__ = ["depth", "forward", "init"]
 
 
-def forward(params: Params, batch: Any, taps: Any = None, *, heads: int, eps: float = 1e-6) -> Any:
+def forward(
+    params: Params, batch: Any, taps: Any = None, *, heads: int, eps: float = 1e-6, layers: Callable[..., Layers] = Layers
+) -> Any:  # fmt: skip
     """batch: (samples, channels, height, width). In `taps`: `residual` after the embedding and after each attention and MLP,
-    and of block l `heads.l` and `values.l` (what attention gives), `keys.l` (queries, then keys) and `ffn.l`."""
-    net, size = Layers(params, taps), params["patch_embed.proj.weight"].shape[2]
+    and of block l `heads.l` and `values.l` (what attention gives), `keys.l` (queries, then keys) and `ffn.l`. layers: what
+    makes the layers of the parameters; refmerge.nets.upscaled has others."""
+    net, size = layers(params, taps), params["patch_embed.proj.weight"].shape[2]
     x = net.conv("patch_embed.proj", batch, stride=size)
     xp, (n, d, rows, columns) = array_namespace(x), x.shape
     x = xp.matrix_transpose(xp.reshape(x, (n, d, rows * columns)))
@@ -30,9 +35,15 @@ def forward(params: Params, batch: Any, taps: Any = None, *, heads: int, eps: fl
             net.units(Nested(f"heads.{i}", f"keys.{i}", d // heads), units)
         y = net.units(Nested(f"heads.{i}", f"values.{i}", d // heads), attention(q, k, v, heads))
         x = net.units("residual", x + net.linear(f"{block}.attn.proj", y))
-        y = gelu(net.linear(f"{block}.mlp.fc1", net.norm(f"{block}.norm2", x, eps=eps)))
-        x = net.units("residual", x + net.linear(f"{block}.mlp.fc2", net.units(f"ffn.{i}", y)))
+        y = net.module(f"{block}.mlp", net.norm(f"{block}.norm2", x, eps=eps), partial(perceptron, i))
+        x = net.units("residual", x + y)
     return net.linear("head", net.norm("norm", x, eps=eps)[:, 0, :])
+
+
+def perceptron(block: int, net: Layers, x: Any) -> Any:
+    """The MLP of a block."""
+    y = net.units(f"ffn.{block}", gelu(net.linear(f"blocks.{block}.mlp.fc1", x)))
+    return net.linear(f"blocks.{block}.mlp.fc2", y)
 
 
 def depth(params: Params) -> int:

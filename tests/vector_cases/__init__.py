@@ -116,8 +116,12 @@ class Hand:
         stats: list[Tensors] | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        """One input and what each entry makes of it: answers of (entry, params, expected, why). masks: of what is kept."""
+        """One input and what each entry makes of it: answers of (entry, params, expected, why). Where an entry has several,
+        those after the first have a number in their ids. masks: of what is kept."""
+        before: list[str] = []
         for entry, params, expect, why in answers:
+            before.append(entry)
+            again = f"-{before.count(entry)}" if before.count(entry) > 1 else ""
             tool = entry.partition(":")[0] if ":" in entry else ""
             source = {"how": "by hand"}
             if tool:
@@ -133,7 +137,7 @@ class Hand:
                 expect = {}
             self.tests.append(
                 Test(
-                    id=f"{self.method}-{id}" + (f"-{tool}" if tool else ""),
+                    id=f"{self.method}-{id}" + (f"-{tool}" if tool else "") + again,
                     entry=entry,
                     params=params,
                     models=[arrays(model, dtype) for model in models],

@@ -13,6 +13,7 @@ TOOLS = ("fusion_bench", "mmatena", "dataless", "mats", "wise_ft")
 CODE = {
     "fusion_bench:fisher": "tanganke/fusion_bench@54c9e8c fusion_bench/method/fisher_merging/fisher_merging.py:"
     "merging_with_fisher_weights",
+    "mergelm:fisher": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.fisher_merging",
     "mmatena:fisher": "mmatena/model_merging@46802f9 model_merging/merging.py:_merge_with_coeffs",
     "dataless:fisher": "bloomberg/dataless-model-merging@92247ae src/model_merge/avg_merger.py:"
     "FedAvgMerger.fisher_weighted_average",
@@ -53,6 +54,7 @@ def hand() -> Hand:
         ("fisher", {}, [1.0, 1.0], "both have the same norm"),
         ("mmatena:fisher", {}, [1.0, 1.0], ""),
         ("fusion_bench:fisher", {"minimal_fisher_weight": 0.0}, [1.0, 1.0], ""),
+        ("mergelm:fisher", {"minimal_fisher_weight": 0.0}, [1.0, 1.0], ""),
         ("dataless:fisher", {"fisher_smooth": 0.0}, [1.0, 1.0], ""),
         ("mats:fisher", {"model_lambda": 0.5}, [1.0, 1.0], ""),
     )
@@ -65,6 +67,7 @@ def hand() -> Hand:
         ("fisher", off, [8 / 3, 8 / 3], ""),
         ("mmatena:fisher", {}, [2.0, 2.0], ""),
         ("fusion_bench:fisher", {"minimal_fisher_weight": 0.0}, [2.0, 2.0], ""),
+        ("mergelm:fisher", {"minimal_fisher_weight": 0.0, "normalize_fisher_weight": False}, [8 / 3, 8 / 3], "if asked"),
         ("dataless:fisher", {"fisher_smooth": 0.0}, [8 / 3, 8 / 3], "not by default"),
         ("mats:fisher", {"model_lambda": 0.5}, [8 / 3, 8 / 3], "never"),
         flags="FisherNorm",
@@ -95,6 +98,12 @@ def hand() -> Hand:
             [10 / 3, 8 / 3],
             "added to both: weights 1/4 and 1/2, (1/2 + 2) / (3/4), and the other way round",
         ),
+        (
+            "mergelm:fisher",
+            {"minimal_fisher_weight": quarter, "normalize_fisher_weight": False},
+            [10 / 3, 8 / 3],
+            "added to both",
+        ),
         ("dataless:fisher", {"fisher_smooth": quarter}, [10 / 3, 8 / 3], "added to both"),
         ("mats:fisher", {"model_lambda": 0.5, "min_fisher": quarter}, [3.0, 3.0], "both are lifted"),
         flags="FisherFloor",
@@ -119,6 +128,7 @@ def hand() -> Hand:
         ("mmatena:fisher", {"normalize_fishers": False}, [2.0], ""),
         ("mmatena:fisher", {}, [float("nan")], "infinity over infinity"),
         ("fusion_bench:fisher", {}, [3.0], "equal weights"),
+        ("mergelm:fisher", {}, [3.0], "equal weights"),
         flags="FisherNothing",
     )
     case(
@@ -146,6 +156,7 @@ def hand() -> Hand:
         [None, [3.0]],
         ("fisher", {}, REFUSED, ""),
         ("fusion_bench:fisher", {}, REFUSED, ""),
+        ("mergelm:fisher", {}, REFUSED, ""),
         ("mats:fisher", {}, REFUSED, ""),
         flags="FisherMissing",
     )
@@ -157,6 +168,7 @@ def hand() -> Hand:
         ("fisher", {"weight": [3.0, 1.0]}, [1.0], ""),
         ("mmatena:fisher", {"coefficients": [0.75, 0.25]}, [1.0], ""),
         ("fusion_bench:fisher", {"fisher_scaling_coefficients": [0.75, 0.25]}, [1.0], ""),
+        ("mergelm:fisher", {"fisher_scaling_coefficients": [0.75, 0.25]}, [1.0], ""),
     )
     case("one-model", "F theta / F", [[2.0, -4.0]], [[4.0, 0.0]], ("fisher", {}, [2.0, -4.0], "the floor where F is 0"))
     case(

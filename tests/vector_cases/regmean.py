@@ -15,6 +15,7 @@ CODE = {
     "merging_with_regmean_weights",
     "dataless:regmean": "bloomberg/dataless-model-merging@92247ae src/model_merge/avg_merger.py:"
     "FedAvgMerger.regmean_mean_params",
+    "mergelm:regmean": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.regmean_merging",
     "mats:regmean": "r-three/mats@cb52c38 src/merging/regmean.py:regmean",
 }
 FLAGS = {"regmean_mats-mats-03": ["RegMeanSingular"]}
@@ -54,6 +55,7 @@ def hand() -> Hand:
         G,
         ("regmean", {"off_diagonal": 1.0}, [[0.0, 3.0]], ""),
         ("fusion_bench:regmean", {}, [[0.0, 3.0]], ""),
+        ("mergelm:regmean", {}, [[0.0, 3.0]], ""),
         ("dataless:regmean", {}, [[0.0, 3.0]], ""),
         ("mats:regmean", {}, [[0.0, 3.0]], ""),
     )
@@ -70,6 +72,7 @@ def hand() -> Hand:
         ("dataless:regmean", {"regmean_diag": True}, [[0.0, 2.0]], ""),
         ("dataless:regmean", {"regmean_reduce_nondiag": 0.5}, [[0.0, 2.5]], ""),
         ("fusion_bench:regmean", {"reduce_non_diagonal_ratio": 0.5}, [[0.0, 2.5]], ""),
+        ("mergelm:regmean", {"reduce_non_diagonal_ratio": 0.5}, [[0.0, 2.5]], ""),
         ("mats:regmean", {"model_lambda": 0.5}, [[0.0, 2.5]], ""),
         flags="RegMeanOffDiagonal",
     )
@@ -80,6 +83,7 @@ def hand() -> Hand:
         [[[1.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]]],
         ("regmean", {}, REFUSED, "no weight of input 1 is better than another"),
         ("fusion_bench:regmean", {}, REFUSED, ""),
+        ("mergelm:regmean", {}, REFUSED, ""),
         ("dataless:regmean", {}, REFUSED, ""),
         ("mats:regmean", {}, [[1.0, 0.0]], "0, though both models say 7"),
         flags="RegMeanSingular",

@@ -31,3 +31,16 @@ def _in_steps(rows):
         levels.append(np.add.reduce(rows[whole:], axis=0))
         rows = np.add.reduce(rows[:whole].reshape(-1, step, *rows.shape[1:]), axis=1)
     return total([*levels, np.add.reduce(rows, axis=0)])
+
+
+def refuse_shuffle(shuffle_order, name):
+    """UsageError: the tool draws the order from a state that the whole program shares."""
+    if shuffle_order:
+        raise UsageError(f"{name}: shuffle_order is not supported; give the models in the order that the tool drew")
+
+
+def owned_by_leaf(name, names):
+    """Whether the module that a tensor belongs to has no modules with tensors below it."""
+    prefix = name.rpartition(".")[0]
+    below = prefix + "." if prefix else ""
+    return not any(n.startswith(below) and "." in n[len(below) :] for n in names)

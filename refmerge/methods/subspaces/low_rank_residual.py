@@ -34,6 +34,17 @@ def finite(R, name):
 
 
 def decomposed(R):
-    """The thin singular value decomposition in float64: R = U diag(S) V^T, S descending."""
+    """The thin singular value decomposition in float64: R = U diag(S) V^T, S descending, U turned to its signs."""
     U, S, Vt = np.linalg.svd(R, full_matrices=False)
+    turn = signs(U)
+    U *= turn
+    Vt *= turn[:, None]
     return U, S, Vt.T
+
+
+def signs(U):
+    """-1 for the columns whose first entry of nearly the largest magnitude, up to a millionth less, is negative; else 1."""
+    size = np.abs(U)
+    large = size >= (1 - 1e-6) * np.max(size, axis=0, initial=0.0)
+    first = U[np.argmax(large, axis=0), np.arange(U.shape[1])] if U.size else np.ones(U.shape[1])
+    return np.where(first < 0, -1.0, 1.0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from refmerge.api import merge, prepare
 from refmerge.checkpoint import Checkpoint, open_checkpoint, refuse_input
 from refmerge.errors import UsageError
 from refmerge.procedure import procedure
-from refmerge.scoring import number, scored
+from refmerge.scoring import Log, Score, check_command, judged, number, scored
 
 __all__ = ["Soup", "Trial", "greedy_soup"]
 
@@ -39,31 +40,46 @@ class Soup:
     scores: tuple[float, ...]
     trials: tuple[Trial, ...]
 
+    def plot(self) -> str:
+        """The scores of the trials and the best so far, as SVG."""
+        from refmerge.plots import draw_search
+
+        return draw_search([t.score for t in self.trials])
+
 
 @procedure("greedy_soup", paper="arXiv:2203.05482")
 def greedy_soup(
     models: Sequence[Any],
-    score: Callable[[Mapping[str, Any]], float],
+    score: Score,
     *,
     rule: Literal["strict", "at_least", "repeats"] = "strict",
     trials: int = 20,
     scores: Sequence[float] | None = None,
     method: Any = "linear",
+    log: str | Path | None = None,
     out: str | Path | None = None,
     **options: Any,
 ) -> Soup:
     """Add models to an average one by one, the best first, and keep those with which it does not score worse.
 
     models: as for refmerge.merge: paths, open checkpoints, or mappings name -> array. score: a function of a mapping name ->
-    array; more is better. options: what else refmerge.merge takes.
+    array, more is better; or a command, which gets the path of a checkpoint as its last argument and prints the score as its
+    last line. options: what else refmerge.merge takes.
     """
     models = models if isinstance(models, str | Path | Mapping) else list(models)
     check(models, rule, trials, scores, method, out, options)
+    check_command(score, models, out, "greedy_soup")
+    names = [path_of(m, i) for i, m in enumerate(models)]
+    record = Log(log, {"models": names, "method": str(method), "rule": rule}, "models", "greedy_soup")
     models = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
+
+    def judge(model: Any) -> float:
+        return judged(score, model, "greedy_soup")
 
     # 1. scores of the models alone
     if scores is None:
-        alone = [number(score(m if isinstance(m, Checkpoint) else dict(m)), "greedy_soup") for m in models]
+        given = [m if isinstance(m, Checkpoint) else dict(m) for m in models]
+        alone = [record.score([k], partial(judge, m)) for k, m in enumerate(given)]
     else:
         alone = [number(s, "greedy_soup") for s in scores]
     if all(map(math.isnan, alone)):
@@ -77,19 +93,19 @@ def greedy_soup(
     order = sorted(places, key=rank)[::-1] if rule == "strict" else sorted(places, key=rank, reverse=True)
 
     # 3. trials
-    def trial(ingredients: Sequence[Any]) -> float:
+    def trial(ingredients: Sequence[int]) -> float:
         def merged(path: Path | None) -> Any:
-            return merge(ingredients, method, out=path, **options)
+            return merge([models[i] for i in ingredients], method, out=path, **options)
 
-        return scored(merged, lambda soup: number(score(soup), "greedy_soup"), out)
+        return record.score(ingredients, lambda: scored(merged, judge, out))
 
-    queue, soup, best, record = deque(order), [], -math.inf, []
+    queue, soup, best, made = deque(order), [], -math.inf, []
     most, in_vain = trials if rule == "repeats" else len(models), 0
-    while len(record) < most and in_vain < len(models):
+    while len(made) < most and in_vain < len(models):
         k = queue.popleft()
-        s = trial([models[i] for i in (*soup, k)]) if soup else alone[k]
+        s = trial([*soup, k]) if soup else alone[k]
         taken = not soup or (s > best if rule == "strict" else s >= best)
-        record.append(Trial(k, s, taken))
+        made.append(Trial(k, s, taken))
         if taken:
             soup.append(k)
             best = s
@@ -99,7 +115,7 @@ def greedy_soup(
 
     # 4. the soup
     merged = merge([models[i] for i in soup], method, out=out, **options)
-    return Soup(merged, tuple(soup), best, tuple(alone), tuple(record))
+    return Soup(merged, tuple(soup), best, tuple(alone), tuple(made))
 
 
 def check(models: Any, rule: str, trials: int, scores: Any, method: Any, out: Any, options: Mapping[str, Any]) -> None:
@@ -119,3 +135,8 @@ def check(models: Any, rule: str, trials: int, scores: Any, method: Any, out: An
     if Path(out).exists() and not options.get("overwrite", False):
         raise UsageError(f"greedy_soup: output {str(out)!r} exists; overwrite=True replaces it")
     refuse_input(out, [p for c in plan.checkpoints for p in c.paths])
+
+
+def path_of(model: Any, place: int) -> str:
+    """What a log calls a model."""
+    return str(model.path if isinstance(model, Checkpoint) else model if isinstance(model, str | Path) else place)

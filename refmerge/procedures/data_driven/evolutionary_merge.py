@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import shlex
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +18,12 @@ from refmerge.checkpoint import Checkpoint, open_checkpoint, refuse_input
 from refmerge.cmaes import CMA
 from refmerge.errors import UsageError
 from refmerge.method import Method
+from refmerge.plan import Plan
 from refmerge.procedure import procedure
 from refmerge.recipe.document import Problems
 from refmerge.recipe.parameters import Checker, recipe_key
 from refmerge.registry import get
-from refmerge.scoring import number, scored
+from refmerge.scoring import Log, check_command, judged, scored
 
 __all__ = ["Search", "Space", "Trial", "evolutionary_merge"]
 
@@ -59,7 +58,7 @@ class Search:
 class Space:
     """Where genes stand in a recipe: of each parameter in `search`, for each model (or once, if it is one value for all) and
     filter, as many as there are groups of layers, between which values are interpolated. fixed: other
-    parameters. settings: other keys of the recipe."""
+    parameters. settings: other keys of the recipe. stats: files of statistics, one for each model or none."""
 
     method: Method
     models: tuple[str, ...]
@@ -70,6 +69,7 @@ class Space:
     negative: bool
     fixed: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    stats: tuple[str | None, ...] = ()
 
     def entries(self) -> list[tuple[str, int | None, str | None]]:
         """(parameter, model or None, filter or None) of each run of `groups` genes."""
@@ -108,6 +108,8 @@ class Space:
         if self.base is not None:
             data["base_model"] = self.base
         data["models"] = [{"model": m, "parameters": p} if p else {"model": m} for m, p in zip(self.models, own)]
+        for entry, stats in zip(data["models"], self.stats):
+            entry |= {} if stats is None else {"stats": stats}
         return data | ({"parameters": shared} if shared else {}) | self.settings
 
     def params(self, genes: Sequence[float]) -> Callable[..., Mapping[str, Any]]:
@@ -151,25 +153,31 @@ def evolutionary_merge(
     space = space_of(models, base, method, search, groups, filters, negative, fixed)
     settings = {"over": options.get("over"), "work_dtype": options.get("dtype"), "out_dtype": options.get("out_dtype")}
     settings = {key: x for key, x in settings.items() if isinstance(x, str)} | ({"seed": seed} if seed else {})
-    space = replace(space, settings=settings)
+    stats = [str(s) if isinstance(s, str | Path) else None for s in options.get("stats") or ()]
+    if len(stats) > len(space.models) and stats[0] is not None:
+        settings["base_stats"] = stats[0]
+    space = replace(space, settings=settings, stats=tuple(stats[-len(space.models) :]))
     check(score, sigma, evaluations, population, out, models, options.get("overwrite", False))
-    record = Log(log, {"recipe": space.recipe(space.start()), "sigma": sigma, "population": population})
     given = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
     start = open_checkpoint(base) if isinstance(base, str | Path) else base
-    if out is not None:
-        refuse_input(out, [p for c in (*given, start) if isinstance(c, Checkpoint) for p in c.paths])
+    write = {k: options.pop(k) for k in ("max_shard_size", "overwrite") if k in options}
+
+    def planned(genes: Sequence[float]) -> Plan:
+        return prepare(given, space.method, base=start, params=space.params(genes), seed=seed, **options)
 
     def merged(genes: Sequence[float], out: Any = None) -> Any:
-        write = {k: options[k] for k in ("max_shard_size", "overwrite") if k in options}
-        kept = {k: options[k] for k in options if k not in write}
-        return prepare(given, space.method, base=start, params=space.params(genes), seed=seed, **kept).run(out, **write)
+        return planned(genes).run(out, **write)
 
-    def judge(candidate: Any) -> float:
-        return number(score(candidate) if callable(score) else run(score, candidate.path), "evolutionary_merge")
+    first = planned(space.start())
+    if out is not None:
+        refuse_input(out, [p for c in first.checkpoints for p in c.paths])
+    about = {"recipe": space.recipe(space.start()), "sigma": sigma, "population": population}
+    record = Log(log, about, "genes", "evolutionary_merge")
 
     def trial(genes: np.ndarray) -> Trial:
         x = tuple(map(float, genes))
-        return record.add(x, lambda: scored(lambda path: merged(x, path), judge, out))
+        judge = lambda candidate: judged(score, candidate, "evolutionary_merge")  # noqa: E731
+        return Trial(x, record.score(x, lambda: scored(lambda path: merged(x, path), judge, out)))
 
     # 2. the start
     trials = [trial(space.start())]
@@ -229,60 +237,7 @@ def check(
         raise UsageError(f"{who}: evaluations = {evaluations!r} is no whole number above 0")
     if population is not None and (type(population) is not int or population < 2):
         raise UsageError(f"{who}: population = {population!r} is no whole number above 1")
-    if not callable(score) and (
-        out is None or any(isinstance(m, Mapping) and not isinstance(m, Checkpoint) for m in models)
-    ):
-        raise UsageError(f"{who}: a command scores checkpoints: give models as paths, and out")
-
-
-def run(command: str | Sequence[str], path: Path) -> float:
-    """The score that a command prints of a checkpoint as its last line."""
-    argv = [*(shlex.split(command) if isinstance(command, str) else command), str(path)]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
-    lines = done.stdout.split("\n") if done.stdout else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    if done.returncode:
-        raise UsageError(f"evolutionary_merge: {argv[0]} ended with status {done.returncode}; a score ends with 0")
-    try:
-        return float(last)
-    except ValueError:
-        raise UsageError(f"evolutionary_merge: a score is a number, not {last!r}") from None
-
-
-class Log:
-    """A file of lines of JSON: what is searched, then genes and score of each trial. A search that finds its log takes the
-    scores from there, and goes on where they end."""
-
-    def __init__(self, path: str | Path | None, about: Mapping[str, Any]) -> None:
-        self.path, self.known = None if path is None else Path(path), []
-        about = json.loads(json.dumps(about))
-        if self.path is None:
-            return
-        if not self.path.exists():
-            self.path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-            return
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        whole = lines[:-1]  # a line without an end was being written when a search was stopped
-        if not whole or json.loads(whole[0]) != about:
-            raise UsageError(
-                f"evolutionary_merge: {str(self.path)!r} is the log of another search: remove it or name another"
-            )
-        self.known = [json.loads(line) for line in whole[1:]]
-        if lines[-1]:
-            self.path.write_text("\n".join([*whole, ""]), encoding="utf-8")
-
-    def add(self, genes: tuple[float, ...], score: Callable[[], float]) -> Trial:
-        """The trial of these genes, from the log or, if it ends before, scored now."""
-        if self.known:
-            found = self.known.pop(0)
-            if found["genes"] != [*genes]:
-                raise UsageError(f"evolutionary_merge: {str(self.path)!r} has other genes than this search makes")
-            return Trial(genes, float(found["score"]))
-        trial = Trial(genes, score())
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"genes": genes, "score": trial.score}) + "\n")
-        return trial
+    check_command(score, models, out, who)
 
 
 def written(data: Mapping[str, Any]) -> str:

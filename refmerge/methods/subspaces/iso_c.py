@@ -1,0 +1,46 @@
+import numpy as np
+
+from refmerge.method import method
+from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.tsvm import is_matrix, rank, whole_matrices
+from refmerge.numeric import like, mean, scores, total
+
+
+@method("iso_c", paper="arXiv:2502.04959", view=whole_matrices, domain={"tolerance": (1e-12, 0.1)})
+def iso_c(
+    models,
+    base,
+    name,
+    *,
+    lambda_: float = 1.0,
+    tolerance: float = 1e-5,
+    averaged: tuple = ("*text_projection*",),
+):
+    """Iso-C: the sum of the task vectors, all its singular values replaced by their mean.
+
+    Singular values up to `tolerance` times the largest count as zero: they stay zero and out of the mean. What is no matrix
+    is averaged, as are the matrices whose names match the globs `averaged`.
+    """
+    # 1. task vectors
+    Delta = [theta_t - base for theta_t in models]
+    # 2. average what is no matrix
+    if not is_matrix(base, name, averaged):
+        return base + lambda_ * mean(Delta)
+    # 3. sum
+    M = total(scores(Delta_t) for Delta_t in Delta)
+    # 4. singular value decomposition
+    U, S, V = spanned(decomposed(finite(M, name)), tolerance)
+    # 5. make isotropic
+    return base + lambda_ * like((isotropic(S) * U) @ V.T, base)
+
+
+def spanned(triplets, tolerance):
+    """The singular triplets (U, S, V) without those that count as zero."""
+    U, S, V = triplets
+    rho = rank(S, tolerance)
+    return U[:, :rho], S[:rho], V[:, :rho]
+
+
+def isotropic(S):
+    """The mean of the singular values, 0 of none."""
+    return float(np.mean(S)) if len(S) else 0.0

@@ -1,0 +1,58 @@
+from refmerge.method import method
+from refmerge.methods.subspaces.iso_c import isotropic, spanned
+from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
+from refmerge.numeric import like, mean, scores, total
+
+
+@method(
+    "iso_cts",
+    paper="arXiv:2502.04959",
+    view=whole_matrices,
+    domain={"common_space_fraction": (0.0, 1.0), "tolerance": (1e-12, 0.1)},
+)
+def iso_cts(
+    models,
+    base,
+    name,
+    *,
+    common_space_fraction: float = 0.8,
+    lambda_: float = 1.0,
+    tolerance: float = 1e-5,
+    averaged: tuple = ("*text_projection*",),
+):
+    """Iso-CTS: the largest singular triplets of the sum of the task vectors and, in place of the others, some that are each
+    task's own; singular vectors made orthogonal, singular values replaced by their mean.
+
+    Singular values up to `tolerance` times the largest count as zero. What is no matrix is averaged, as are the matrices
+    whose names match the globs `averaged`.
+    """
+    # 1. task vectors
+    Delta = [theta_t - base for theta_t in models]
+    # 2. average what is no matrix
+    if not is_matrix(base, name, averaged):
+        return base + lambda_ * mean(Delta)
+    # 3. common space
+    M = total(scores(Delta_t) for Delta_t in Delta)
+    U, S, V = spanned(decomposed(finite(M, name)), tolerance)
+    c, n = dimensions(len(S), len(models), common_space_fraction)
+    common = U[:, :c], S[:c], V[:, :c]
+    # 4. task-specific spaces
+    tasks = [leading(outside(U[:, :c], Delta_t), n, tolerance, name, S[0]) for Delta_t in Delta if n]
+    # 5. orthogonalise
+    U, S, V = side_by_side([*tasks, common])
+    P, Q = polar(U, tolerance), polar(V, tolerance)
+    # 6. make isotropic
+    return base + lambda_ * like((isotropic(S) * P) @ Q.T, base)
+
+
+def dimensions(r, T, fraction):
+    """Of r dimensions: (how many are common, how many are left for each of T tasks). Half a dimension is rounded to even."""
+    n = min(round((r - int(fraction * r)) / T), r // T)
+    return r - n * T, n
+
+
+def outside(U, Delta):
+    """What of a task vector the columns of U do not span."""
+    R = scores(Delta)
+    return R - U @ (U.T @ R)

@@ -1,0 +1,74 @@
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from refmerge.method import method
+from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.numeric import like, mean, scores
+
+
+def whole_matrices(ndim):
+    """A matrix must be whole; anything else is averaged, entry by entry."""
+    return "tensor" if ndim == 2 else "flat"
+
+
+@method("tsvm", paper="arXiv:2412.00081", view=whole_matrices, domain={"tolerance": (1e-12, 0.1)})
+def tsvm(
+    models,
+    base,
+    name,
+    *,
+    lambda_: float = 1.0,
+    tolerance: float = 1e-5,
+    averaged: tuple = ("*text_projection*",),
+):
+    """TSV-Merge: of each task's change of a matrix the largest singular triplets, their singular vectors made orthogonal to
+    each other across the tasks, and added.
+
+    Singular values up to `tolerance` times the largest count as zero. What is no matrix is averaged, as are the matrices
+    whose names match the globs `averaged`.
+    """
+    # 1. task vectors
+    Delta = [theta_t - base for theta_t in models]
+    # 2. average what is no matrix
+    if not is_matrix(base, name, averaged):
+        return base + lambda_ * mean(Delta)
+    # 3. task singular vectors
+    k = max(1, min(base.shape) // len(models))
+    U, S, V = side_by_side([leading(scores(Delta_t), k, tolerance, name) for Delta_t in Delta])
+    # 4. decorrelate
+    P, Q = polar(U, tolerance), polar(V, tolerance)
+    # 5. merge
+    return base + lambda_ * like((P * S) @ Q.T, base)
+
+
+def is_matrix(base, name, averaged):
+    """Whether a tensor is merged by its singular vectors."""
+    return base.ndim == 2 and not any(fnmatchcase(name, glob) for glob in averaged)
+
+
+def leading(R, k, tolerance, name, least=0.0):
+    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or `least`."""
+    U, S, V = decomposed(finite(R, name))
+    k = min(k, rank(S, tolerance, least))
+    return U[:, :k].copy(), S[:k], V[:, :k].copy()
+
+
+def rank(S, tolerance, least=0.0):
+    """How many of the singular values do not count as zero."""
+    largest = max(S[:1].max(initial=0.0), least)
+    return int(np.count_nonzero(tolerance * largest < S))
+
+
+def side_by_side(triplets):
+    """The tasks' triplets as one: U and V by columns."""
+    U, S, V = zip(*triplets)
+    return np.concatenate(U, axis=1), np.concatenate(S), np.concatenate(V, axis=1)
+
+
+def polar(X, tolerance):
+    """A B^T of X = A diag(sigma) B^T: the nearest matrix of orthonormal columns. Directions that the columns do not span,
+    whose sigma counts as zero, are left out, so that columns which are equal share one."""
+    A, sigma, B = decomposed(X)
+    rho = rank(sigma, tolerance)
+    return A[:, :rho] @ B[:, :rho].T

@@ -1,0 +1,201 @@
+"""Vectors of tsvm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Hand, Paper, Test, i64
+
+CODE = {
+    "official:tsvm": "AntoAndGar/task_singular_vectors@a6c9718 src/utils/TSVM_utils.py:compute_and_sum_svd_mem_reduction",
+    "fusion_bench:tsvm": "tanganke/fusion_bench@54c9e8c "
+    "fusion_bench/method/task_singular_vector/TSVM.py:TaskSingularVectorMerging.run",
+    "dcmerge:tsvm": "Tobeginwith/DC-Merge@3c443e4 vision_lora_merge/merging_functions.py:TSVM",
+}
+TOOLS = ("fusion_bench", "dcmerge")
+OPTIONS = {"tsvm-fusion_bench-03": {"arithmetic": "native"}}
+TOLERANCE = {"tsvm-fusion_bench-03": 2.0**-8}
+PAPER = {
+    "tsvm-official-00": Paper({}, comment="no task has a matrix of less than full rank"),
+}
+LEFT_OUT = ("tsvm-official-03", "tsvm-official-06", "tsvm-fusion_bench-00")  # large, and of what the others show
+SLACK = 1e-6  # singular vectors are rounded
+
+
+def accepts(test: Test) -> bool:
+    return test.id not in LEFT_OUT
+
+
+def hand() -> Hand:
+    h = Hand("tsvm", CODE)
+
+    def case(id: str, comment: str, models: list[Any], base: Any, *answers: Any, **more: Any) -> None:
+        h.case(id, comment, models, base, *answers, **({"tolerance": SLACK} | more))
+
+    zeros = [[0.0, 0.0], [0.0, 0.0]]
+    case(
+        "example",
+        "50 u_1 v_1^T and 25 u_2 v_2^T, u = (4, -+3)/5, v = (4, 0, -+3)/5, and what is cut off; P = (1, -+1)/sqrt(2), "
+        "Q = (1, 0, -+1)/sqrt(2)",
+        [[[32.0, 6.0, -24.0], [-24.0, 8.0, 18.0]], [[16.0, -3.0, 12.0], [12.0, 4.0, 9.0]]],
+        [[0.0] * 3] * 2,
+        ("tsvm", {}, [[37.5, 0.0, -12.5], [-12.5, 0.0, 37.5]], "25 (1, -1)(1, 0, -1) + 12.5 (1, 1)(1, 0, 1)"),
+        ("official:tsvm", {"alpha": 1.0}, [[37.5, 0.0, -12.5], [-12.5, 0.0, 37.5]], "the same"),
+        ("fusion_bench:tsvm", {"alpha": 1.0}, [[37.5, 0.0, -12.5], [-12.5, 0.0, 37.5]], "the same"),
+    )
+    case(
+        "lambda",
+        "base 1, diag(4, 1) and diag(1, 3): one triplet each, 4 and 3; half of it",
+        [[[5.0, 1.0], [1.0, 2.0]], [[2.0, 1.0], [1.0, 4.0]]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        ("tsvm", {"lambda_": 0.5}, [[3.0, 1.0], [1.0, 2.5]], "1 + 4/2, 1 + 3/2"),
+        ("official:tsvm", {"alpha": 0.5}, [[3.0, 1.0], [1.0, 2.5]], ""),
+        ("fusion_bench:tsvm", {"alpha": 0.5}, [[3.0, 1.0], [1.0, 2.5]], ""),
+    )
+    case(
+        "alpha-list",
+        "diag(4, 1) and diag(1, 3), one triplet each; vectors 2 and 4",
+        [{"w": [[4.0, 0.0], [0.0, 1.0]], "b": [2.0]}, {"w": [[1.0, 0.0], [0.0, 3.0]], "b": [4.0]}],
+        {"w": zeros, "b": [0.0]},
+        ("fusion_bench:tsvm", {"alpha": [2.0, 0.5]}, {"w": [[8.0, 0.0], [0.0, 1.5]], "b": [3.0]}, "2 4, 3/2; (2 2 + 4/2)/2"),
+        ("tsvm", {}, {"w": [[4.0, 0.0], [0.0, 3.0]], "b": [3.0]}, "tasks have no weights"),
+        flags="TsvmScales",
+    )
+    case(
+        "orthogonal",
+        "diag(4, 2, 0, 0) and diag(0, 0, 3, 1): nothing is cut off, nothing interferes",
+        [
+            [[4.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+            [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 1.0]],
+        ],
+        [[0.0] * 4] * 4,
+        ("tsvm", {}, [[4.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 1.0]], "their sum"),
+        ("official:tsvm", {"alpha": 1.0}, [[4.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 1.0]], ""),
+    )
+    case(
+        "shared-on-one-side",
+        "4 e_1 v_1^T and 2 e_1 v_2^T with v = (4, -+3)/5: P = e_1 / sqrt(2) twice, Q = (1, -+1)/sqrt(2)",
+        [[[3.2, -2.4], [0.0, 0.0]], [[1.6, 1.2], [0.0, 0.0]]],
+        zeros,
+        ("tsvm", {}, [[3.0, -1.0], [0.0, 0.0]], "(4/2 + 2/2, -4/2 + 2/2)"),
+        flags="TsvmDependent",
+    )
+    case(
+        "equal",
+        "diag(4, 1) twice: one triplet each, the same",
+        [[[4.0, 0.0], [0.0, 1.0]], [[4.0, 0.0], [0.0, 1.0]]],
+        zeros,
+        ("tsvm", {}, [[4.0, 0.0], [0.0, 0.0]], "the two share one direction: P = (e_1, e_1)/sqrt(2)"),
+        ("official:tsvm", {"alpha": 1.0}, OPEN, "diag(4, 4) or diag(4, -4): LAPACK makes up e_2"),
+        ("official:tsvm", {"alpha": 1.0, "variant": "compute_and_sum_svd_mem_reduction_2"}, [[4.0, 0.0], [0.0, 0.0]],
+         "the inverse root of the Gram matrix does not"),
+        flags="TsvmDependent",
+    )  # fmt: skip
+    case(
+        "opposite",
+        "base 1, changes diag(4, 1) and its negative: u_1 = u_2 and v_1 = -v_2",
+        [[[5.0, 1.0], [1.0, 2.0]], [[-3.0, 1.0], [1.0, 0.0]]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        ("tsvm", {}, [[1.0, 1.0], [1.0, 1.0]], "4/2 - 4/2"),
+        ("official:tsvm", {"alpha": 1.0}, OPEN, "a matrix of norm 4 sqrt(2)"),
+        flags="TsvmDependent",
+    )
+    case(
+        "zero-task",
+        "diag(4, 1), and a task that left the matrix alone",
+        [[[4.0, 0.0], [0.0, 1.0]], zeros],
+        zeros,
+        ("tsvm", {}, [[4.0, 0.0], [0.0, 0.0]], "it has no singular vectors"),
+        ("official:tsvm", {"alpha": 1.0}, OPEN, "e_1 stands in for the missing one, and turns the true: entries of +-2"),
+        flags="TsvmRank",
+    )
+    case(
+        "low-rank",
+        "4 e_1 e_1^T and 3 e_2 e_2^T, two triplets each where there is one",
+        [[[4.0, 0, 0, 0], *[[0.0] * 4] * 3], [[0.0] * 4, [0, 3.0, 0, 0], *[[0.0] * 4] * 2]],
+        [[0.0] * 4] * 4,
+        ("tsvm", {}, [[4.0, 0, 0, 0], [0, 3.0, 0, 0], *[[0.0] * 4] * 2], "their sum"),
+        (
+            "official:tsvm",
+            {"alpha": 1.0},
+            OPEN,
+            "where e_2 stands in for the second triplet of the first, e_2 is there twice",
+        ),
+        ("dcmerge:tsvm", {"rank_per_task": 1}, [[4.0, 0, 0, 0], [0, 3.0, 0, 0], *[[0.0] * 4] * 2], "the rank is known"),
+        flags="TsvmRank",
+    )
+    case(
+        "tolerance",
+        "one model, diag(1, 2^-20)",
+        [[[1.0, 0.0], [0.0, 2.0**-20]]],
+        zeros,
+        ("tsvm", {}, [[1.0, 0.0], [0.0, 0.0]], "2^-20 < 1e-5: counts as zero"),
+        ("tsvm", {"tolerance": 1e-7}, [[1.0, 0.0], [0.0, 2.0**-20]], "2^-20 > 1e-7"),
+        ("official:tsvm", {"alpha": 1.0}, [[1.0, 0.0], [0.0, 2.0**-20]], ""),
+        flags="TsvmRank",
+        tolerance=2.0**-24,
+    )
+    case(
+        "many-tasks",
+        "(3, 4) and (3, -4) as 1 x 2 matrices: 5 v^T with v = (3, +-4)/5, u = 1 for both",
+        [[[3.0, 4.0]], [[3.0, -4.0]]],
+        [[0.0, 0.0]],
+        ("tsvm", {}, [[5.0, 0.0]], "P = (1, 1)/sqrt(2), Q = (1, +-1)/sqrt(2): 5/2 (1, 1) + 5/2 (1, -1)"),
+        ("official:tsvm", {"alpha": 1.0}, [[0.0, 0.0]], "int(1 * (1/2)) = 0 triplets each: the base"),
+        ("fusion_bench:tsvm", {"alpha": 1.0}, [[0.0, 0.0]], "the same"),
+        flags="TsvmManyTasks",
+    )
+    names = ("text_projection", "w")
+    mixed, averaged = [[4.0, 0.0], [0.0, 3.0]], [[2.5, 0.0], [0.0, 2.0]]
+    case(
+        "projection",
+        "diag(4, 1) and diag(1, 3), by names",
+        [{n: [[4.0, 0.0], [0.0, 1.0]] for n in names}, {n: [[1.0, 0.0], [0.0, 3.0]] for n in names}],
+        dict.fromkeys(names, zeros),
+        ("tsvm", {}, {"text_projection": averaged, "w": mixed}, "averaged"),
+        ("tsvm", {"averaged": ["w"]}, {"text_projection": mixed, "w": averaged}, ""),
+        ("official:tsvm", {"alpha": 1.0}, {"text_projection": averaged, "w": mixed}, ""),
+        ("fusion_bench:tsvm", {"alpha": 1.0}, dict.fromkeys(names, mixed), "none by itself"),
+        (
+            "fusion_bench:tsvm",
+            {"alpha": 1.0, "exclude_keys": ["w"]},
+            {"text_projection": mixed, "w": averaged},
+            "by exact names",
+        ),
+        flags="TsvmProjection",
+    )
+    case(
+        "no-matrices",
+        "a vector, a number, a kernel (1, 1, 1, 2), nothing, integers",
+        [
+            {"b": [1.0, 3.0], "s": 4.0, "k": [[[[2.0, 0.0]]]], "e": [], "ids": i64(3)},
+            {"b": [3.0, 5.0], "s": -2.0, "k": [[[[0.0, 1.0]]]], "e": [], "ids": i64(3)},
+        ],
+        {"b": [0.0, 2.0], "s": 0.0, "k": [[[[0.0, 0.0]]]], "e": [], "ids": i64(3)},
+        (
+            "tsvm",
+            {"lambda_": 2.0},
+            {"b": [4.0, 6.0], "s": 2.0, "k": [[[[2.0, 1.0]]]], "e": [], "ids": i64(3)},
+            "twice the mean",
+        ),
+        tolerance=0.0,
+    )
+    case("empty-matrix", "shapes (0, 3) and (1, 1)", [{"e": _none(), "w": [[3.0]]}], {"e": _none(), "w": [[1.0]]},
+         ("tsvm", {}, {"e": _none(), "w": [[3.0]]}, "one model"))  # fmt: skip
+    case("unchanged", "two models that equal the base", [zeros, zeros], zeros, ("tsvm", {}, zeros, ""), tolerance=0.0)
+    for id, x in (("nan", float("nan")), ("infinite", float("inf"))):
+        case(id, "it has no singular values", [[[x, 2.0], [1.0, 1.0]]], zeros, ("tsvm", {}, REFUSED, ""))
+    for id, t in (("tolerance-zero", 0.0), ("tolerance-large", 0.5)):
+        case(id, "outside of the domain", [zeros], zeros, ("tsvm", {"tolerance": t}, REFUSED, ""))
+    case(
+        "alpha-count", "two values for one model", [zeros], zeros, ("fusion_bench:tsvm", {"alpha": [1.0, 2.0]}, REFUSED, "")
+    )
+    case("no-base", "a task vector is a difference from a base", [zeros], None, ("tsvm", {}, REFUSED, ""))
+    case("no-models", "nothing to merge", [], zeros, ("tsvm", {}, REFUSED, ""))
+    return h
+
+
+def _none() -> Any:
+    return np.zeros((0, 3), np.float32)

@@ -1,0 +1,157 @@
+"""Vectors of wudi."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vector_cases import REFUSED, Hand, Paper, i64
+
+CODE = {
+    "official:wudi": "nathanielyvo/WUDI-Merging@dc3cd12 vit/wudi_main.py:get_redundant_task_vector",
+    "fusion_bench:wudi": "tanganke/fusion_bench@54c9e8c fusion_bench/method/wudi/wudi.py:wudi_merging",
+}
+TOOLS = ("fusion_bench",)
+LAYERS = ["*attn.in_proj_weight", "*attn.out_proj.weight", "*mlp.c_fc.weight", "*mlp.c_proj.weight"]
+FLAGS = {
+    "wudi-official-00": ["WudiOtherTensors"],
+    "wudi-fusion_bench-00": ["WudiOtherTensors"],
+}
+PAPER = {"wudi-official-00": Paper({"layers": LAYERS}, comment="the authors' four kinds of matrices by name")}
+NAME = "visual.mlp.c_fc.weight"
+SMALL = 1e-7  # Adam's 1e-8 beside the gradient
+
+
+def hand() -> Hand:
+    h = Hand("wudi", CODE)
+
+    def named(x: Any, **more: Any) -> dict[str, Any]:
+        return {NAME: x, **more}
+
+    tau_1, tau_2 = [[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+    zeros, ones = [[0.0] * 3] * 2, [[1.0] * 3] * 2
+    two = "tau_1 = (2, 0) (1, 0, 0)^T, tau_2 = (0, 1) (1, 1, 0)^T"
+    h.case(
+        "one-step",
+        f"{two}: the gradient at their sum is 2 (1, 1, 0; 1, 0, 0); Adam's first step goes lr = 1/2 against its sign",
+        [tau_1, tau_2],
+        zeros,
+        ("wudi", {"steps": 1, "lr": 0.5}, [[1.5, -0.5, 0.0], [0.5, 1.0, 0.0]], "a gradient of 0 moves nothing"),
+        dtype="F64",
+        tolerance=SMALL,
+    )
+    h.case(
+        "exact",
+        f"{two}: (1, 0, 0) is to give (2, 0), (1, 1, 0) is to give (0, 2), and the rest nothing",
+        [tau_1, tau_2],
+        zeros,
+        ("wudi", {"solver": "exact"}, [[2.0, -2.0, 0.0], [0.0, 2.0, 0.0]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "no-steps",
+        "base 1; the sum is where Adam begins",
+        [[[3.0, 1.0, 1.0], [1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0], [2.0, 2.0, 1.0]]],
+        ones,
+        ("wudi", {"steps": 0}, [[3.0, 1.0, 1.0], [2.0, 2.0, 1.0]], ""),
+    )
+    h.case(
+        "one-model",
+        "the gradient at the task vector itself is 0",
+        [[[3.0, -1.0], [0.5, 2.0]]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        ("wudi", {}, [[3.0, -1.0], [0.5, 2.0]], ""),
+    )
+    h.case(
+        "same-models-exact",
+        "two equal models, and a third that doubles what they change: 1 + 1, 1 + 1 and 2 + 2 on one direction, with weights "
+        "that the lengths have divided out",
+        [[[1.0, 0.0]], [[1.0, 0.0]], [[2.0, 0.0]]],
+        [[0.0, 0.0]],
+        ("wudi", {"solver": "exact"}, [[4 / 3, 0.0]], "(1 + 1 + 2) / 3"),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    large = 1024.0
+    h.case(
+        "steps",
+        "tau = 1024 and 2048 on one direction: the sum is 3072, the minimum 1536, the gradient hardly changes on the way, "
+        "and each step goes 1e-5",
+        [named([[large, 0.0]]), named([[2 * large, 0.0]])],
+        named([[0.0, 0.0]]),
+        ("wudi", {}, named([[3 * large - 0.003, 0.0]]), "300 steps"),
+        ("official:wudi", {}, named([[3 * large - 0.003, 0.0]]), "300 steps"),
+        ("fusion_bench:wudi", {"iter_num": 400}, named([[3 * large - 0.004, 0.0]]), "400 steps"),
+        flags="WudiSteps",
+        dtype="F64",
+        tolerance=1e-11,
+    )
+    h.case(
+        "zero-task-vector",
+        "the second model is the base",
+        [named([[3.0, 0.0], [0.0, 1.0]]), named([[0.0, 0.0], [0.0, 0.0]])],
+        named([[0.0, 0.0], [0.0, 0.0]]),
+        ("wudi", {}, named([[3.0, 0.0], [0.0, 1.0]]), "it has no inputs to protect"),
+        ("official:wudi", {}, named([[math.nan] * 2] * 2), "0 / 0 is in the loss"),
+        ("fusion_bench:wudi", {}, named([[math.nan] * 2] * 2), "0 / 0 is in the loss"),
+        flags="WudiZeroTaskVector",
+    )
+    h.case(
+        "other-tensors",
+        "a bias, with changes 2 and 4, and a matrix that is none of CLIP's four kinds; no steps",
+        [{"proj.bias": [3.0], "proj.weight": [[3.0]]}, {"proj.bias": [5.0], "proj.weight": [[5.0]]}],
+        {"proj.bias": [1.0], "proj.weight": [[1.0]]},
+        ("wudi", {"steps": 0}, {"proj.bias": [1.0], "proj.weight": [[7.0]]}, "vectors stay, matrices are merged"),
+        ("official:wudi", {"iter_num": 0}, {"proj.bias": [1.0], "proj.weight": [[1.0]]}, "both stay the base's"),
+        ("fusion_bench:wudi", {"iter_num": 0}, {"proj.bias": [4.0], "proj.weight": [[7.0]]}, "1 + (2 + 4) / 2"),
+        flags="WudiOtherTensors",
+    )
+    h.case(
+        "layers",
+        "of two matrices the globs name one",
+        [{"a.q": [[2.0]], "a.k": [[2.0]]}, {"a.q": [[3.0]], "a.k": [[3.0]]}],
+        {"a.q": [[1.0]], "a.k": [[1.0]]},
+        ("wudi", {"steps": 0, "layers": ["*.q"]}, {"a.q": [[4.0]], "a.k": [[1.0]]}, "1 + 1 + 2; the base's"),
+    )
+    h.case(
+        "tolerance",
+        "inputs (1, 0) and (1, 2^-20), nearly the same: of the unit rows' singular values, near sqrt(2) and 2^-20 / sqrt(2) "
+        "the second does not count",
+        [[[1.0, 0.0]], [[3.0, 3 * 2.0**-20]]],
+        [[0.0, 0.0]],
+        ("wudi", {"solver": "exact"}, [[2.0, 2.0**-20]], "(1 + 3) / 2 on the direction between the two"),
+        dtype="F64",
+        tolerance=1e-9,
+    )
+    h.case(
+        "tolerance-zero",
+        "inputs (1, 0) and (1, 2^-20), nearly the same, and both count",
+        [[[1.0, 0.0]], [[3.0, 3 * 2.0**-20]]],
+        [[0.0, 0.0]],
+        ("wudi", {"solver": "exact", "tolerance": 0.0}, [[1.0, 2.0**21]], "1, and (3 - 1) / 2^-20 to meet the other"),
+        dtype="F64",
+        tolerance=1e-9,
+    )
+    h.case(
+        "convolution",
+        "shape (2, 1, 2): a 2 x 2 matrix",
+        [[[[2.0, 0.0]], [[0.0, 0.0]]], [[[0.0, 0.0]], [[1.0, 1.0]]]],
+        [[[0.0, 0.0]], [[0.0, 0.0]]],
+        ("wudi", {"solver": "exact"}, [[[2.0, -2.0]], [[0.0, 2.0]]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "empty-and-integers",
+        "no entries; a vector; integers",
+        [{"e": [], "v": [2.0], "ids": i64(3)}],
+        {"e": [], "v": [1.0], "ids": i64(3)},
+        ("wudi", {}, {"e": [], "v": [1.0], "ids": i64(3)}, ""),
+    )
+    h.case("nan", "NaN has no length", [[[math.nan, 1.0]]], [[0.0, 0.0]], ("wudi", {}, REFUSED, ""))
+    h.case("infinite", "infinity has no length", [[[math.inf, 1.0]]], [[0.0, 0.0]], ("wudi", {}, REFUSED, ""))
+    h.case("steps-negative", "-1 steps", [[[1.0]]], [[0.0]], ("wudi", {"steps": -1}, REFUSED, ""))
+    h.case("no-base", "a task vector is a difference from a base", [[[1.0]]], None, ("wudi", {}, REFUSED, ""))
+    h.case("no-models", "nothing to merge", [], [[0.0]], ("wudi", {}, REFUSED, ""))
+    return h
