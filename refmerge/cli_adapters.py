@@ -37,11 +37,17 @@ _weight = click.option("--weight", "weights", type=float, multiple=True, help="o
 @_energy
 @click.option("--only", default="", metavar="REGEX", help="extract only modules whose names it is found in")
 @click.option(
-    "--embeddings", metavar="GLOB", multiple=True, default=TABLES,
+    "--embeddings",
+    metavar="GLOB",
+    multiple=True,
+    default=TABLES,
     help="modules that are tables of words (default: names that are usual for them)",
 )
 @click.option(
-    "--rest", type=click.Choice(["error", "skip", "save"]), default="error", show_default=True,
+    "--rest",
+    type=click.Choice(["error", "skip", "save"]),
+    default="error",
+    show_default=True,
     help="changes of what is no matrix, or that --only leaves out: refused, lost, or saved whole",
 )
 @click.option("--fan-in-fan-out", is_flag=True, help="matrices are stored as in x out (GPT-2)")
@@ -118,7 +124,11 @@ def adapter() -> None:
 @click.argument("out", type=click.Path())
 @_weight
 @click.option(
-    "--type", "kind", metavar="TYPE", default="svd", show_default=True,
+    "--type",
+    "kind",
+    metavar="TYPE",
+    default="svd",
+    show_default=True,
     help="PEFT's: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of these four with _svd",
 )
 @click.option(
@@ -164,11 +174,17 @@ def merge(
 @click.argument("adapters", type=click.Path(), nargs=-1, required=True)
 @click.argument("out", type=click.Path())
 @click.option(
-    "--operation", type=click.Choice(["add", "negate", "analogy"]), default="add", show_default=True,
+    "--operation",
+    type=click.Choice(["add", "negate", "analogy"]),
+    default="add",
+    show_default=True,
     help="A + B + ..., -A, or A + B - C",
 )
 @click.option(
-    "--on", type=click.Choice(["product", "factors"]), default="product", show_default=True,
+    "--on",
+    type=click.Choice(["product", "factors"]),
+    default="product",
+    show_default=True,
     help="the changes themselves, exactly, so that ranks add up; or factor by factor, as published",
 )
 @_weight
