@@ -10,11 +10,13 @@ import pytest
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
+from refmerge.adapters import Adapter, Factors, write_adapter
 from refmerge.checkpoint import open_checkpoint, save
 from refmerge.checkpoint.reader import Checkpoint
 from refmerge.cli import main
 from refmerge.recipe import load_recipe
 from refmerge.recipe.run import prepare_recipe, run_recipe
+from refmerge.verify import verify
 from tests.tiny_models import write
 
 RECIPE = """\
@@ -241,6 +243,19 @@ def test_a_plan_of_vocabularies(folder):
     assert found["others"]["x"] == {"id": 0, "in": ["e"], "from": [{"model": "d", "row": 0}]}
     run_recipe("r.yml", "out")
     assert json.loads((folder / "out/refmerge_report.json").read_text())["vocabulary"]["tables"] == [found]
+
+
+def test_a_recipe_beside_the_weights_finds_its_models_from_there(folder):
+    """A native recipe's paths are relative to its folder, those of adapters too, also behind an absolute one."""
+    shape = open_checkpoint("a")["lm_head.weight"].shape
+    factors = Factors(np.ones((1, shape[1]), np.float32), np.ones((shape[0], 1), np.float32), 1.0)
+    write_adapter(Adapter({"lm_head": factors}), folder / "lora")
+    models = f"[{{model: {folder}/a+./lora}}, {{model: ./b+lora}}]"
+    (folder / "r.yml").write_text(f"refmerge: 1\nmerge_method: linear\nmodels: {models}\n")
+    run_recipe("r.yml", "deep/out")
+    found = YAML(typ="safe", pure=True).load((folder / "deep/out/refmerge_config.yaml").read_text())
+    assert [m["model"] for m in found["models"]] == [f"{folder}/a+../../lora", "../../b+../../lora"]
+    assert verify("deep/out").exact
 
 
 def test_all_that_is_wrong_with_the_inputs_at_once(folder):

@@ -124,12 +124,12 @@ def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], ke
         return {k: v if k == "parameters" else _moved(v, source, to, names, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_moved(v, source, to, names, key) for v in value]
-    if key not in _PATHS or not isinstance(value, str) or value in names or os.path.isabs(value):
+    if key not in _PATHS or not isinstance(value, str) or value in names:
         return value
     if not (source / value).exists():  # a word, or a name of the Hub, or models put together by a plus
         parts = value.split("+")
         return value if len(parts) == 1 else "+".join(_moved(part, source, to, names, key) for part in parts)
-    return os.path.relpath(source / value, to)
+    return value if os.path.isabs(value) else os.path.relpath(source / value, to)
 
 
 def _tensors(plan: Plan, names: Mapping[str, str]) -> dict[str, Any]:
