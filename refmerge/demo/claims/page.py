@@ -25,8 +25,9 @@ Results = Mapping[str, Any]
 INTRO = """\
 # The papers' claims, in small
 
-What the papers on model merging say, tried on small networks that read handwritten digits: a row for each system, and the
-accuracy of every method on the same eight tasks. This page is made by one command, from nothing but the seeds:
+What the papers on model merging say, tried on small networks that read handwritten digits: a row for nearly every
+system, and the accuracy of every method on the same eight tasks. This page is made by one command, from nothing but the
+seeds:
 
     python -m refmerge.demo.claims spec             numbers into spec/results.json, and this page of them; three minutes
                                                     of a processor
