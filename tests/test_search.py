@@ -53,7 +53,7 @@ def test_it_is_the_procedure_on_the_recipes_models(folder):
     names = [str(folder / f"m{k}.safetensors") for k in range(3)]
     expected = registry.procedure("evolutionary_merge")(names, closeness, evaluations=20, out="again.safetensors")
     assert found.trials == expected.trials and found.recipe == expected.recipe
-    write("t.yml", "\"mergekit:ties\"", "base_model: m3.safetensors\nparameters: {density: 0.75, lambda: 0.5}\nseed: 3\n")
+    write("t.yml", '"mergekit:ties"', "base_model: m3.safetensors\nparameters: {density: 0.75, lambda: 0.5}\nseed: 3\n")
     found = search("t.yml", "ties.safetensors", closeness, evaluations=5)
     assert len(found.trials[0].genes) == 3, "the weights; density and lambda are given"
     for line in ("density: 0.75", "lambda: 0.5", "seed: 3"):
