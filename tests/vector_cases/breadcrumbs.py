@@ -203,4 +203,14 @@ def hand() -> Hand:
     h.case("gamma-above-one", "gamma 3/2", [[1.0]], [0.0], ("breadcrumbs", {"gamma": 1.5}, REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("breadcrumbs", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("breadcrumbs", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "tau = 5, 10, ... 1000, two hundred entries: int(0.006 * 200) = 1 is removed, 1000, and int(0.15 * 200) = 30 stay, "
+        "850 to 995, a fifth of each is added",
+        [[5.0 * k for k in range(1, 201)]],
+        [0.0] * 200,
+        ("breadcrumbs", {}, [float(k) if 170 <= k < 200 else 0.0 for k in range(1, 201)], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

@@ -154,4 +154,11 @@ def hand() -> Hand:
     h.case("gamma-above-one", "gamma 3/2", [[1.0]], [0.0], ("breadcrumbs_ties", {"gamma": 1.5}, REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("breadcrumbs_ties", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("breadcrumbs_ties", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "tau = 1, 2, ... 200: int(0.006 * 200) = 1 is removed, 200, and int(0.15 * 200) = 30 stay, 170 to 199",
+        [[float(k) for k in range(1, 201)]],
+        [0.0] * 200,
+        ("breadcrumbs_ties", {}, [float(k) if 170 <= k < 200 else 0.0 for k in range(1, 201)], "lambda is 1 by default"),
+    )
     return h

@@ -68,7 +68,7 @@ def hand() -> Hand:
             "of the last task 2 against 2 at entry 5 is not greater",
         ),
     )
-    h.tests[-1].id += "-two"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-two"
     h.case(
         "equal",
         "tau = 2, 2, 2: sum 6; 2 against half of 4",
@@ -97,7 +97,7 @@ def hand() -> Hand:
         ),
         flags="ConsensusTiesSum",
     )
-    h.tests[-1].id += "-half"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-half"
     ten = [float(x) for x in range(1, 11)]
     h.case(
         "ties-keeps-one-more",
@@ -131,7 +131,7 @@ def hand() -> Hand:
         ("official:consensus", official(1), [3.0, 1.0], ""),
         ("consensus", plain(2), [1.0, 1.0], "k = 2 of one task: the base"),
     )
-    h.tests[-1].id += "-two"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-two"
     h.case(
         "empty-scalar-integers",
         "tau = 4 and 4 of a number: sum 8, 4 against half of 4; integers are the base's",
@@ -145,4 +145,11 @@ def hand() -> Hand:
     h.case("thresholds-too-many", "2 thresholds, 1 task", [[1.0]], [0.0], ("consensus", plain(1, [0.5, 0.5]), REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0], [2.0]], None, ("consensus", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("consensus", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "sum (12, 10); the first task takes 4 > 0.4 * 6 but not 2 > 0.4 * 10, the second both: two tasks agree on one entry",
+        [[2.0, 4.0], [10.0, 6.0]],
+        [0.0, 0.0],
+        ("consensus", {}, [0.0, 10.0], "k is 2, threshold 0.4 and lambda 1 by default"),
+    )
     return h

@@ -194,4 +194,14 @@ def hand() -> Hand:
     h.case("density-above-one", "probability 3/2", [[1.0]], [0.0], ("dare_linear", {"density": 1.5}, REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("dare_linear", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("dare_linear", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "9 / 0.9 = 10 where it is kept; 1 is the weight and lambda",
+        [[9.0, 9.0]],
+        [0.0, 0.0],
+        ("dare_linear", {}, [10.0, 0.0], "density is 0.9 by default"),
+        masks=[[1, 0]],
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

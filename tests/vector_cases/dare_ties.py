@@ -152,4 +152,14 @@ def hand() -> Hand:
     )
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("dare_ties", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("dare_ties", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "of five entries the draws leave 9, 18, 27 and 36, of which int(5 * 0.2) = 1 stays: 36 / 0.9 = 40",
+        [[9.0, 18.0, 27.0, 36.0, 45.0]],
+        [0.0] * 5,
+        ("dare_ties", {}, [0.0, 0.0, 0.0, 40.0, 0.0], "density is 0.9 and trim 0.2 by default"),
+        masks=[[1, 1, 1, 1, 0]],
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

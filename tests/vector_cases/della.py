@@ -211,4 +211,22 @@ def hand() -> Hand:
     h.case("density-negative", "probability -1/4", [[1.0]], [0.0], ("della", plain(-0.25, 0.0), REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("della", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("della", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "density 0.7 and epsilon 0.07: q = 0.63 and 0.77, 6.3 / 0.63 = 7.7 / 0.77 = 10; lambda is 1.1",
+        [[6.3, 7.7]],
+        [0.0, 0.0],
+        ("della", {}, [11.0, 11.0], ""),
+        masks=[[1, 1]],
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "negative-probability",
+        "1/4 - 1/2 is no probability",
+        [[1.0, 2.0]],
+        [0.0, 0.0],
+        ("della", plain(0.25, 0.5), REFUSED, ""),
+        masks=[[1, 1]],
+    )
     return h

@@ -107,7 +107,7 @@ def hand() -> Hand:
         ("ema", {"mu": 0.5}, [math.inf, math.inf], ""),
         ("ema", {"mu": 1.0}, [math.nan, math.nan], ""),
     )
-    h.tests[-1].id += "-mu-one"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-mu-one"
     h.case(
         "shapes",
         "0-d, empty and 3-d: (1 + 3) / 2",

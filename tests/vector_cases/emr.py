@@ -107,8 +107,8 @@ def hand() -> Hand:
         flags="EmrAverage",
         tolerance=1e-6,
     )
-    h.tests[-4].id += "-tensors"
-    h.tests[-2].id += "-flat"
+    h.tests[-4].id = h.tests[-4].id[:-2] + "-tensors"
+    h.tests[-2].id = h.tests[-2].id[:-2] + "-flat"
     nan, inf = float("nan"), float("inf")
     h.case(
         "no-change",

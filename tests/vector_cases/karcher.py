@@ -154,4 +154,110 @@ def hand() -> Hand:
         ("karcher", {"weight": [2.0, -1.0]}, REFUSED, ""),
     )
     h.case("no-weight", "weights that are all 0", [[1.0], [2.0]], None, ("karcher", {"weight": 0.0}, REFUSED, ""))
+    turned = math.pi / 8
+    h.case(
+        "one-step-suffices",
+        "on a circle the mean's angle is that of the angles: (3 * 0 + 90) / 4 = 22.5 degrees, found in one step, and the "
+        "second stays; zero has no direction and no part in it, but in the mean length (3 + 1 + 0) / 8",
+        [[1, 0], [0, 1], [0, 0]],
+        None,
+        ("karcher", {"weight": [3.0, 1.0, 4.0], "max_iter": 2}, [math.cos(turned) / 2, math.sin(turned) / 2], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    start = [math.atan2(1, 3), math.atan2(3, 1)]
+    f = [0.75 * start[0] / math.sin(start[0]), 0.25 * start[1] / math.sin(start[1])]
+    early = [x / math.hypot(*f) for x in f]
+    h.case(
+        "tol-reached",
+        "weights 3/4 and 1/4 at a right angle: the walk starts at (3, 1) / sqrt 10, 18.43 and 71.57 degrees from the two; in "
+        "one step the cosines change by less than 1/8 and so the direction is that of (3 w_1 / sin w_1, w_2 / sin w_2)",
+        [[1, 0], [0, 1]],
+        None,
+        ("karcher", {"weight": [3.0, 1.0], "tol": 0.125}, early, ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "nearly-opposite",
+        "weights 15 and 1; the second is 180 degrees less 1/2048 from the first, and no more than 1/1000 from the opposite of "
+        "where the walk starts: the straight mean, 14/16 of 2048 and 1/16",
+        [[2048, 0], [-2048, 1]],
+        None,
+        ("karcher", {"weight": [15.0, 1.0]}, [1792.0, 0.0625], ""),
+        dtype="F64",
+        tolerance=1e-12,
+    )
+    h.case(
+        "obtuse",
+        "weights 15 and 1 at 120 degrees, in the plane of (1, -1, 0) and (0, 1, -1): 7.5 degrees from the first",
+        [[1, -1, 0], [0, 1, -1]],
+        None,
+        (
+            "karcher",
+            {"weight": [15.0, 1.0]},
+            [
+                math.sin(math.radians(112.5)) / math.sin(math.radians(120)),
+                (math.sin(math.radians(7.5)) - math.sin(math.radians(112.5))) / math.sin(math.radians(120)),
+                -math.sin(math.radians(7.5)) / math.sin(math.radians(120)),
+            ],
+            "sin 112.5 / sin 120 of the first and sin 7.5 / sin 120 of the second",
+        ),
+        dtype="F64",
+        tolerance=1e-13,
+    )
+    h.case(
+        "near-one-model",
+        "weights 4095 and 1 at a right angle: 90/4096 degrees from the first; that it starts near the first is no reason for "
+        "the straight mean",
+        [[1, 0], [0, 1]],
+        None,
+        (
+            "karcher",
+            {"weight": [4095.0, 1.0]},
+            [math.cos(math.pi / 8192), math.sin(math.pi / 8192)],
+            "",
+        ),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "no-minimum",
+        "three directions at 120 degrees with weights 6, 5 and 5: the walk stays at the first, where sum alpha w cot w = "
+        "(6 - 10 * 2.094 * 0.577) / 16 is negative: the straight mean, a / 16 since b + c = -a",
+        [[2, -1, -1], [-1, 2, -1], [-1, -1, 2]],
+        None,
+        ("karcher", {"weight": [6.0, 5.0, 5.0]}, [0.125, -0.0625, -0.0625], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    side = math.asin(0.6)
+    f = [8.0, 3 * math.pi / 2, 5 * side / 0.6]
+    to = [f[0] + 0.8 * f[2], f[1] - 0.6 * f[2]]
+    h.case(
+        "angle-zero",
+        "weights 8, 3, 5 of (1, 0), (0, 1), (4, -3) / 5: the walk starts at the first, whose w / sin w is 1; after one step "
+        "the direction is that of 8 (1, 0) + 3 (w_2 / sin w_2) (0, 1) + 5 (w_3 / sin w_3) (4, -3) / 5, with w_2 = 90 degrees "
+        "and sin w_3 = 3/5; the mean length is (8 + 3 + 5 * 5) / 16",
+        [[1, 0], [0, 1], [4, -3]],
+        None,
+        (
+            "karcher",
+            {"weight": [8.0, 3.0, 5.0], "max_iter": 1},
+            [36 / 16 * x / math.hypot(*to) for x in to],
+            "",
+        ),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "cosine-past-one",
+        "(1, 1, 1) and -5 times it, weights 2 and 1: a cosine that may be rounded to less than -1; the straight mean, "
+        "(2 - 5) / 3",
+        [[1, 1, 1], [-5, -5, -5]],
+        None,
+        ("karcher", {"weight": [2.0, 1.0]}, [-1.0, -1.0, -1.0], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

@@ -173,4 +173,11 @@ def hand() -> Hand:
         ("linear", {"weight": [1.0] * 3}, REFUSED, ""),
     )
     h.case("no-models", "nothing to average", [], None, ("linear", {}, REFUSED, ""))
+    h.case(
+        "negative-sum",
+        "weights 1 and -2, of sum -1: -1 and 2, so -4 + 2*8 = 12",
+        [[4.0], [8.0]],
+        None,
+        ("linear", {"weight": [1.0, -2.0]}, [12.0], "any sum but 0 divides"),
+    )
     return h

@@ -146,4 +146,18 @@ def hand() -> Hand:
     h.case("no-blocks", "blocks 0", [[1.0]], [0.0], ("lines", plain(0, 0.5, 0.5), REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("lines", plain(2, 0.5, 0.5), REFUSED, ""))
     h.case("no-models", "nothing to scale", [], [0.0], ("lines", plain(2, 0.5, 0.5), REFUSED, ""))
+    h.case(
+        "block-past-the-last",
+        "block 2 of 2, which are counted from 0",
+        [{"h.2.w": [1.0]}],
+        {"h.2.w": [0.0]},
+        ("lines", {"blocks": 2, "alpha": 0.5, "beta": 0.5}, REFUSED, ""),
+    )
+    h.case(
+        "second-number-larger",
+        "the first number says the block, 0: half of 4",
+        [{"h.0.e.5.w": [4.0]}],
+        {"h.0.e.5.w": [0.0]},
+        ("lines", {"blocks": 2, "alpha": 0.5, "beta": 0.5}, {"h.0.e.5.w": [2.0]}, ""),
+    )
     return h

@@ -124,4 +124,19 @@ def hand() -> Hand:
     case("rank-negative", "rank -1", [[1.0]], [[0.0]], -1, REFUSED)
     h.case("two-models", "one fine-tune at a time", [[1.0], [2.0]], [0.0], ("low_rank_residual", {"rank": 1}, REFUSED, ""))
     h.case("no-base", "a residual is a difference from a base", [[1.0]], None, ("low_rank_residual", {}, REFUSED, ""))
+    h.case(
+        "rank-default",
+        "diag(10, 9, ..., 1): the eight largest singular values stay",
+        [np.diag([10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])],
+        np.zeros((10, 10)),
+        ("low_rank_residual", {}, {"x": np.diag([10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 0.0, 0.0])}, "rank is 8 by default"),
+        tolerance=1e-14,
+    )
+    h.case(
+        "no-rows",
+        "a matrix of no rows and three columns",
+        [np.zeros((0, 3))],
+        np.zeros((0, 3)),
+        ("low_rank_residual", {}, {"x": np.zeros((0, 3))}, ""),
+    )
     return h

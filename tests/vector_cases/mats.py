@@ -144,4 +144,76 @@ def hand() -> Hand:
     case("missing", "model 1 has none", W, [G[0], {}], ("mats", {"objective": "gram"}, REFUSED, ""))
     case("wrong-size", "3 for 2 inputs", W, [{"l.gram": np.eye(3)}] * 2, ("mats", {"objective": "gram"}, REFUSED, ""))
     case("no-statistics", "nothing matters", W, None, ("mats", {}, REFUSED, ""))
+    case(
+        "tolerance",
+        "the right-hand side is 3/2, and so is the residual at 0",
+        [[[1.5]]],
+        [{"l.gram": [[1.0]]}],
+        (
+            "mats",
+            {"objective": "gram", "start": "zero", "tolerance": 1.125},
+            [[0.0]],
+            "less than 9/8 of 3/2: the start",
+        ),
+        (
+            "mats",
+            {"objective": "gram", "start": "zero", "tolerance": 1.0},
+            [[1.5]],
+            "not less than 3/2: one step",
+        ),
+    )
+    case(
+        "lambda-default",
+        "no step: the start, 2 + 0.3 (12 - 2)",
+        [[[12.0]]],
+        [{"l.gram": [[1.0]]}],
+        ("mats", {"objective": "gram", "start": "task_arithmetic", "iterations": 0}, [[5.0]], ""),
+        base=[[2.0]],
+    )
+    case(
+        "off-diagonal",
+        "W_1 G_1 = (6, 6), W_2 G_2 = (-6, 6), the sum of both times 1/4, since G_1 + G_2 = 4",
+        [[[2.0, 2.0]], [[-2.0, 2.0]]],
+        [{"l.gram": [[2.0, 1.0], [1.0, 2.0]]}, {"l.gram": [[2.0, -1.0], [-1.0, 2.0]]}],
+        ("mats", {"objective": "gram", "solver": "direct"}, [[0.0, 3.0]], "what is off the diagonal counts whole by default"),
+    )
+    case(
+        "one-direct",
+        "one model is the solution, 3 W / 3",
+        [[[1.0, 5.0]]],
+        [{"l.gram": [[3.0, 0.0], [0.0, 3.0]], "l.weight.fisher": [[3.0, 3.0]]}],
+        ("mats", {"objective": "fisher", "solver": "direct"}, [[1.0, 5.0]], ""),
+        ("mats", {"objective": "gram", "solver": "direct"}, [[1.0, 5.0]], ""),
+    )
+    case(
+        "fisher-fraction",
+        "(3 * 1 + 0) / (3 + 1)",
+        [[[1.0]], [[0.0]]],
+        [{"l.weight.fisher": [[3.0]]}, {"l.weight.fisher": [[1.0]]}],
+        ("mats", {"objective": "fisher", "solver": "direct"}, [[0.75]], ""),
+    )
+    case(
+        "fisher-zero",
+        "0 / 0 for the second entry",
+        [[[1.0, 1.0]], [[0.0, 2.0]]],
+        [{"l.weight.fisher": [[3.0, 0.0]]}] * 2,
+        ("mats", {"objective": "fisher", "solver": "direct"}, REFUSED, "no entry of it matters to any model"),
+    )
+    case(
+        "fisher-missing",
+        "model 1 has none",
+        [[[1.0]], [[0.0]]],
+        [{"l.weight.fisher": [[3.0]]}, {}],
+        ("mats", {"objective": "fisher"}, REFUSED, ""),
+    )
+    h.case(
+        "fisher-none",
+        "l.weight has statistics, (3 + 0) / (3 + 1), and m.weight none: (1 + 3) / 2",
+        [{"l.weight": [[1.0]], "m.weight": [[1.0]]}, {"l.weight": [[0.0]], "m.weight": [[3.0]]}],
+        None,
+        ("mats", {"objective": "fisher"}, {"l.weight": [[0.75]], "m.weight": [[2.0]]}, "the average"),
+        dtype="F64",
+        stats=[{"l.weight.fisher": np.array([[3.0]])}, {"l.weight.fisher": np.array([[1.0]])}],
+        tolerance=1e-12,
+    )
     return h

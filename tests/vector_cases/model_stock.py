@@ -251,4 +251,21 @@ def hand() -> Hand:
     )
     h.case("one-model", "one model has no angle", [[1.0]], [0.0], ("model_stock", {}, REFUSED, ""))
     h.case("no-base", "the angle is seen from the base", [[1.0], [2.0]], None, ("model_stock", {}, REFUSED, ""))
+    h.case(
+        "cosine-past-one",
+        "equal deltas (1, 1, 1): 3 / (sqrt 3 sqrt 3) is rounded to a little more than 1; the angle is 0, t = 2 / 2",
+        [[2.0, 3.0, 4.0], [2.0, 3.0, 4.0]],
+        [1.0, 2.0, 3.0],
+        ("model_stock", {}, [2.0, 3.0, 4.0], ""),
+        dtype="F64",
+    )
+    h.case(
+        "opposite-past-one",
+        "deltas (3, 3, 3) and (-1, -1, -1): the cosine is rounded to less than -1; 180 degrees are the pole of the ratio, "
+        "the base, and not half way to the mean (1, 1, 1)",
+        [[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]],
+        [0.0, 0.0, 0.0],
+        ("model_stock", {}, [0.0, 0.0, 0.0], ""),
+        dtype="F64",
+    )
     return h

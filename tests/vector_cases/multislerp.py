@@ -173,4 +173,49 @@ def hand() -> Hand:
         ("multislerp", {}, {"p": 4.0, "n": -2.0, "e": []}, ""),
         **exact,
     )
+    h.case(
+        "eps-of-weights",
+        "two weights of 64: the sum of the directions (1, 0) and (-1, 1/1024) is 64/1024 = 1/16 long, less than 1/1000 of "
+        "128: it cancels, and the straight sum is (0, 64)",
+        [[1024.0, 0.0], [-1024.0, 1.0]],
+        None,
+        ("multislerp", {"weight": 64.0, "normalize": False}, [0.0, 64.0], ""),
+        dtype="F64",
+        tolerance=1e-12,
+    )
+    h.case(
+        "no-weights",
+        "weights of 0, not normalised: nothing is as long as nothing, so the straight sum, 0",
+        [[1.0, 0.0], [0.0, 1.0]],
+        None,
+        ("multislerp", {"weight": 0.0, "normalize": False}, [0.0, 0.0], ""),
+    )
+    h.case(
+        "weight-default",
+        "weights are 1: the direction (1, 1) / sqrt 2 at the length 2 + 2",
+        [[2.0, 0.0], [0.0, 2.0]],
+        None,
+        ("multislerp", {"normalize": False}, [math.sqrt(8), math.sqrt(8)], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "zero-beside-two",
+        "directions (1, 0), (0, 1) and none: the mean direction is (1, 1) / sqrt 2, the mean length (1 + 1 + 0) / 3",
+        [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]],
+        None,
+        ("multislerp", {}, [math.sqrt(2) / 3, math.sqrt(2) / 3], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "square-below-zero",
+        "three directions at 120 degrees, whose sum is 0; its square may be rounded to less. The mean of (1, -1, 0), (0, 1, "
+        "-1) and (-3, 0, 3)",
+        [[1.0, -1.0, 0.0], [0.0, 1.0, -1.0], [-3.0, 0.0, 3.0]],
+        None,
+        ("multislerp", {}, [-2 / 3, 0.0, 2 / 3], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

@@ -92,4 +92,13 @@ def hand() -> Hand:
     )
     h.case("no-base", "what is near is seen from the base", [[1.0]], None, ("nearswap", {}, REFUSED, ""))
     h.case("two-models", "one after another", [[1.0], [2.0]], [0.0], ("nearswap", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "2^-16 is less than 1e-4 and is taken, 1 is not",
+        [[1.0 + 2.0**-16, 2.0]],
+        [1.0, 1.0],
+        ("nearswap", {}, [1.0 + 2.0**-16, 1.0001], "t is 1e-4 by default"),
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

@@ -144,7 +144,7 @@ def hand() -> Hand:
         ("pcb", plain(0.5, lambda_=0.0), [1.0] * 4, "the base"),
         tolerance=SLACK,
     )
-    h.tests[-1].id += "-zero"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-zero"
     six = [[5.0, 3.0, -1.0, 1.0, 1.0, 1.0], [3.0, -3.0, -3.0, 1.0, 1.0, 1.0]]
     six_tau = [[x - 1 for x in m] for m in six]
     a, b = scores(six_tau)
@@ -193,6 +193,15 @@ def hand() -> Hand:
     h.case("density-negative", "density -1/4", [[1.0]], [0.0], ("pcb", plain(-0.25), REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("pcb", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("pcb", {}, REFUSED, ""))
+    h.case(
+        "density-default",
+        "the larger an entry of one model, the larger its weight: of ten the largest stays, and has no other to share with",
+        [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 16.0]],
+        [0.0] * 10,
+        ("pcb", {}, [0.0] * 9 + [16.0], "density is 0.1 by default"),
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h
 
 

@@ -104,4 +104,12 @@ def hand() -> Hand:
     h.case("epsilon-negative", "no magnitude is below 0", [[1.0]], [0.0], paper(REFUSED, "", epsilon=-1.0))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("ram", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("ram", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "2^-17 is no change and 2^-16 is one, since epsilon is 1e-5 by default: 4 alone, and (2^-16 + 4) / 2",
+        [[2.0**-17, 2.0**-16], [4.0, 4.0]],
+        [0.0, 0.0],
+        ("ram", {}, [4.0, 2.0 + 2.0**-17], ""),
+        dtype="F64",
+    )
     return h

@@ -123,4 +123,49 @@ def hand() -> Hand:
     case("not-finite", "NaN", W, [[[float("nan"), 0.0], [0.0, 1.0]], G[1]], ("regmean", {}, REFUSED, ""))
     case("no-statistics", "nothing to solve", W, None, ("regmean", {}, REFUSED, ""))
     case("no-matching-statistics", "of another layer", W, [None, None], ("regmean", {}, REFUSED, ""))
+    S = [[2.0, 1.0], [1.0, 2.0]]
+    case(
+        "square",
+        "one model is the solution, and not its transpose, whatever the layout",
+        [[[1.0, 2.0], [3.0, 4.0]]],
+        [S],
+        ("regmean", {}, [[1.0, 2.0], [3.0, 4.0]], ""),
+        ("regmean", {"layout": "in_out"}, [[1.0, 2.0], [3.0, 4.0]], ""),
+    )
+    case(
+        "three-axes",
+        "the numbers of solved, the weight of shape (1, 2, 1)",
+        [[[[2.0], [2.0]]], [[[-2.0], [2.0]]]],
+        G,
+        ("regmean", {"off_diagonal": 1.0}, [[[0.0], [3.0]]], ""),
+    )
+    case(
+        "nearly-symmetric",
+        "entries that differ by 2^-8 beside 100 are the same up to rounding; the weight 0 comes back",
+        [[[0.0, 0.0]]],
+        [[[100.0, 1.0], [1.0 + 2.0**-8, 100.0]]],
+        ("regmean", {}, [[0.0, 0.0]], ""),
+    )
+    case(
+        "not-symmetric-small",
+        "entries that differ by 2^-14 beside 1/2, more than 1e-4 of it",
+        [[[0.0, 0.0]]],
+        [[[0.5, 0.25], [0.25 + 2.0**-14, 0.5]]],
+        ("regmean", {}, REFUSED, ""),
+    )
+    case(
+        "tiny",
+        "a Gram matrix of 2^-60 is as good as one of 1",
+        [[[1.0, 2.0]]],
+        [[[2.0**-60, 0.0], [0.0, 2.0**-60]]],
+        ("regmean", {}, [[1.0, 2.0]], ""),
+    )
+    case(
+        "singular-up-to-rounding",
+        "v v^T with v = (1/3, 1/5) has rank 1, and times 2^40 rounding leaves an eigenvalue of 4e-6 beside 1.7e11",
+        [[[1.0, 2.0]]],
+        [[[2.0**40 * (1 / 3 * (1 / 3)), 2.0**40 * (1 / 3 * (1 / 5))], [2.0**40 * (1 / 3 * (1 / 5)), 2.0**40 * (1 / 5 * (1 / 5))]]],
+        ("regmean", {"off_diagonal": 1.0}, REFUSED, ""),
+    )
+    case("no-inputs", "a weight of one output and no inputs", [np.zeros((1, 0))], [np.zeros((0, 0))], ("regmean", {}, np.zeros((1, 0)), ""))
     return h

@@ -227,4 +227,30 @@ def hand() -> Hand:
     h.case("density-above-one", "no fraction", [[1.0], [2.0]], [0.0], paper(1.5, REFUSED))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("sce", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("sce", {}, REFUSED, ""))
+    h.case(
+        "one-model",
+        "no variance over one model; at density 1 nothing is asked about it",
+        [[5.0, -2.0]],
+        [1.0, 0.0],
+        ("sce", {"density": 1.0}, [5.0, -2.0], "the model"),
+    )
+    h.case(
+        "agreed-kept",
+        "deltas (4, 4) and (4, 12): at density 1 the first entry stays, on which both agree; squares 32 and 160, weights "
+        "1/6 and 5/6: 4 / 6 + 60 / 6",
+        [[4.0, 4.0], [4.0, 12.0]],
+        [0.0, 0.0],
+        ("sce", {"density": 1.0}, [4.0, 64 / 6], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "defaults",
+        "ten entries with a variance, int(0.1 * 10) = 1 is selected, the first, 8 and -2; the sum is 6, so 8 alone agrees",
+        [[8.0] + [1.0] * 9, [-2.0] + [2.0] * 9],
+        [0.0] * 10,
+        ("sce", {}, [8.0] + [0.0] * 9, "density is 0.1 by default"),
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

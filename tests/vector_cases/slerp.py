@@ -271,6 +271,30 @@ def hand() -> Hand:
     )
     h.case("one-model", "an arc needs two ends", [[1.0]], None, ("slerp", {}, REFUSED, ""))
     h.case("three-models", "an arc has two ends", [[1.0], [2.0], [3.0]], None, ("slerp", {}, REFUSED, ""))
+    h.case(
+        "eps-reached",
+        "w = 90 degrees and eps = 1: the sine is not above eps, so the line (3/4, 1/4)",
+        [[1.0, 0.0], [0.0, 1.0]],
+        None,
+        ("slerp", {"t": 0.25, "eps": 1.0}, [0.75, 0.25], ""),
+        dtype="F64",
+    )
+    h.case(
+        "cosine-past-one",
+        "3 / (sqrt 3 sqrt 3) is rounded to a little more than 1, and -3 over it to less than -1: angles of 0 and 180 "
+        "degrees, the line (3/4 + 1/4) a and (3/4 - 1/4) a",
+        [{"p": [1.0, 1.0, 1.0], "n": [1.0, 1.0, 1.0]}, {"p": [1.0, 1.0, 1.0], "n": [-1.0, -1.0, -1.0]}],
+        None,
+        both(0.25, {"p": [1.0, 1.0, 1.0], "n": [0.5, 0.5, 0.5]}),
+        dtype="F64",
+    )
+    h.case(
+        "nan",
+        "a length that is NaN is not zero: there is an angle, NaN, and all is NaN",
+        [[math.nan, 1.0], [1.0, 1.0]],
+        None,
+        both(0.5, [math.nan, math.nan]),
+    )
     return h
 
 

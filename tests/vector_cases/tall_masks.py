@@ -175,7 +175,7 @@ def hand() -> Hand:
         ),
         flags="TallMasksTopK",
     )
-    h.tests[-1].id += "-50"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-50"
     h.case(
         "disjoint",
         "tau = (4, 0, 0), (0, -2, 1): no entry is shared, and each model comes back",
@@ -222,4 +222,18 @@ def hand() -> Hand:
     h.case("threshold-negative", "threshold -1/4", [[1.0]], [0.0], ("tall_masks", plain(0, -0.25), REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0], [2.0]], None, ("tall_masks", {}, REFUSED, ""))
     h.case("no-models", "nothing to recover", [], [0.0], ("tall_masks", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "sum (12, 10); the first task takes 4 > 0.4 * 6 but not 2 > 0.4 * 10",
+        [[2.0, 4.0], [10.0, 6.0]],
+        [0.0, 0.0],
+        ("tall_masks", {}, [0.0, 10.0], "task is 0 and threshold 0.4 by default"),
+    )
+    h.case(
+        "ties-signs",
+        "sums 1/4 and -2: what agrees with their signs is 1/2 and -3; threshold 0 takes both",
+        [[0.5, -3.0], [-0.25, 1.0]],
+        [0.0, 0.0],
+        ("tall_masks", {"multitask": "ties", "density": 1.0, "threshold": 0.0}, [0.5, -3.0], ""),
+    )
     return h

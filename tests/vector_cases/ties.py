@@ -320,4 +320,11 @@ def hand() -> Hand:
     )
     h.case("no-base", "a task vector is a difference from a base", [[1.0], [2.0]], None, ("ties", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("ties", {}, REFUSED, ""))
+    h.case(
+        "defaults",
+        "int(5 * 0.2) = 1 entry of each model is kept: 5 and -8, each alone at its place",
+        [[5.0, 1.0, 2.0, 3.0, 4.0], [1.0, 2.0, -8.0, 3.0, 4.0]],
+        [0.0] * 5,
+        ("ties", {}, [5.0, 0.0, -8.0, 0.0, 0.0], "density is 0.2 and lambda 1 by default"),
+    )
     return h

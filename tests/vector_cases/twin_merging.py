@@ -117,8 +117,8 @@ def hand() -> Hand:
         ("twin_merging", plain([0.0, 1.0], "bernoulli", 1.0), models[1], "the second model"),
         tolerance=SLACK,
     )
-    h.tests[-2].id += "-magnitude"
-    h.tests[-1].id += "-bernoulli"
+    h.tests[-2].id = h.tests[-2].id[:-2] + "-magnitude"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-bernoulli"
     flat = [[8.0, 0.0, 0.0, -4.0]], [[0.0, 2.0, -4.0, 0.0]]
     h.case(
         "magnitude",
@@ -130,8 +130,8 @@ def hand() -> Hand:
         ("twin_merging", plain([0.25, 0.75], "magnitude"), [[2.0, 1.0, -3.0, -2.0]], "(4, 0, 2, 0) times 1/4 - 3/4"),
         ("twin_merging", plain([1.0, 0.0], "magnitude", 0.0), [[4.0, 1.0, -2.0, -2.0]], "the shared model"),
     )
-    h.tests[-2].id += "-weights"
-    h.tests[-1].id += "-none"
+    h.tests[-2].id = h.tests[-2].id[:-2] + "-weights"
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-none"
     h.case(
         "bernoulli",
         "base 0, tau = (8, 0, 0, -4), (0, 2, -4, 0); lambda 1/2: shared (4, 1, -2, -2), remainders (4, -1, 2, -2) and its "
@@ -223,6 +223,67 @@ def hand() -> Hand:
     h.case("density-negative", "density -1/4", [[1.0]], [0.0], ("twin_merging", plain(1.0, density=-0.25), REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("twin_merging", plain(1.0), REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("twin_merging", plain(1.0), REFUSED, ""))
+    h.case(
+        "two-of-four",
+        "int(4/2) = 2 singular terms of diag(8, 4, 2, 1)",
+        [np.diag([8.0, 4.0, 2.0, 1.0])],
+        np.zeros((4, 4)),
+        (
+            "twin_merging",
+            {"weight": 1.0, "density": 0.5, "lambda_": 0.0},
+            {"x": np.diag([8.0, 4.0, 0.0, 0.0])},
+            "",
+        ),
+        tolerance=1e-14,
+    )
+    h.case(
+        "defaults",
+        "ten entries 10 k: the shared model has 3 k, of the remainders 7 k int(0.1 * 10) = 1 stays: 30 + 70",
+        [[[10.0, 20.0, 30.0, 40.0, 50.0], [60.0, 70.0, 80.0, 90.0, 100.0]]],
+        [[0.0] * 5] * 2,
+        (
+            "twin_merging",
+            {"weight": 1.0, "sparsify": "magnitude"},
+            [[3.0, 6.0, 9.0, 12.0, 15.0], [18.0, 21.0, 24.0, 27.0, 100.0]],
+            "density is 0.1 and lambda 0.3 by default",
+        ),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "bernoulli-three-quarters",
+        "what is kept is divided by 3/4: 3 becomes 4",
+        [[[3.0, 3.0], [3.0, 3.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        (
+            "twin_merging",
+            {"weight": 1.0, "sparsify": "bernoulli", "density": 0.75, "lambda_": 0.0},
+            [[4.0, 0.0], [4.0, 4.0]],
+            "",
+        ),
+        masks=[[[1, 0], [1, 1]]],
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "bernoulli-zero",
+        "no remainder: the shared model, half of 4",
+        [[[4.0, 4.0], [4.0, 4.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        (
+            "twin_merging",
+            {"weight": 1.0, "sparsify": "bernoulli", "density": 0.0, "lambda_": 0.5},
+            [[2.0, 2.0], [2.0, 2.0]],
+            "",
+        ),
+    )
+    h.case(
+        "nan-uncompressed",
+        "at density 1 no singular values are asked for, so NaN stays where it is; 1/2 + (1 - 1/2) = 1",
+        [[[float("nan"), 1.0], [1.0, 1.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("twin_merging", {"weight": 1.0, "density": 1.0, "lambda_": 0.5}, [[float("nan"), 1.0], [1.0, 1.0]], ""),
+    )
     return h
 
 

@@ -170,4 +170,45 @@ def hand() -> Hand:
     refused = "w_1 + w_2 = 0 divides w_2"
     h.case("weights-cancel", refused, [[1.0], [2.0], [3.0]], [0.0], plain(REFUSED, weight=[1.0, -1.0, 2.0]))
     h.case("weights-zero", "0 / 0", [[1.0], [2.0]], [0.0], plain(REFUSED, weight=[0.0, 0.0]))
+    half = math.sqrt(0.5)
+    h.case(
+        "layers-apart",
+        "h.0.a and h.0.b are one layer, at a right angle: half way, sqrt(1/2) of each. h.1.a is another, and parallel: the line",
+        [{"h.0.a": [1.0], "h.0.b": [0.0], "h.1.a": [2.0]}, {"h.0.a": [0.0], "h.0.b": [1.0], "h.1.a": [4.0]}],
+        {"h.0.a": [0.0], "h.0.b": [0.0], "h.1.a": [0.0]},
+        ("warp", {}, {"h.0.a": [half], "h.0.b": [half], "h.1.a": [3.0]}, ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "cancelled-line",
+        "task vectors (1024, 0) and (-1024, 1), within 1/1000 of opposite: the line, (0, 1/2), which is little beside them "
+        "and so has no direction; with the third, (3, 0), the line again: 2/3 of it and 1/3 of the third",
+        [[1024.0, 0.0], [-1024.0, 1.0], [3.0, 0.0]],
+        [0.0, 0.0],
+        ("warp", {}, [1.0, 1 / 3], ""),
+        dtype="F64",
+        tolerance=1e-10,
+    )
+    for id, width, why in (
+        ("cancelled-arc", 800, "1 / (2 * 800^2) is less than 1e-6, so it is a difference of long vectors: the line"),
+        ("arc-not-cancelled", 512, "1 / (2 * 512^2) is more than 1e-6: a right angle, sin 60 and sin 30 degrees of the two"),
+    ):
+        c = 1 / (2 * math.sin(math.atan2(1, width) / 2))
+        h.case(
+            id,
+            f"task vectors ({width}, 0) and (-{width}, 1): half way along the arc is (0, c) with c = 1 / (2 cos(w/2)) = 1 / (2 "
+            f"sin(atan(1/{width}) / 2)); its square is c^2 and the parts' squares {width}^2 c^2 each. {why}",
+            [[float(width), 0.0], [-float(width), 1.0], [3.0, 0.0]],
+            [0.0, 0.0],
+            ("warp", {}, [1.0, c * 2 / 3] if width == 800 else [1.5, c * math.sqrt(0.75)], ""),
+            dtype="F64",
+            tolerance=1e-6,
+        )
+    for id, comment, weight, deltas, expect in (
+        ("sum-of-minus-one-first", "lambda_2 = 3/2 with sums -1 and 2: -2/2 + 3*4/2", [-1.0, 3.0], [2.0, 4.0], 5.0),
+        ("negative-weight", "lambda_2 = -3 / -2 with sums 1 and -2: -2/2 + 3*4/2", [1.0, -3.0], [2.0, 4.0], 5.0),
+        ("last-alone", "lambda_2 = 0 though the sum is 0, lambda_3 = 1", [0.0, 0.0, 1.0], [2.0, 4.0, 6.0], 6.0),
+    ):
+        h.case(id, comment, [[d] for d in deltas], [0.0], ("warp", {"weight": weight}, [expect], ""))
     return h

@@ -140,4 +140,109 @@ def hand() -> Hand:
     )
     h.case("no-base", "importance is the distance from the base", [[[1.0, 2.0]]], None, ("widen", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [[1.0, 2.0]], ("widen", {}, REFUSED, ""))
+    # Columns against (4, 0): cosines 1, 3/5, 5/13, -4/5, 0, norms 5, 10, 13, 25, 30. Magnitudes and directions both rank
+    # 0, 1, 2, and then 3, 4 and 4, 3.
+    moved = [[5.0, 6.0, 5.0, -20.0, 0.0], [0.0, 8.0, 12.0, 15.0, 30.0]]
+    fixed = [[4.0] * 5, [0.0] * 5]
+    delta = [[x - y for x, y in zip(row, row_0)] for row, row_0 in zip(moved, fixed)]
+
+    def weighed(w: list[float]) -> list[list[float]]:
+        return [[y + w_j * d for y, w_j, d in zip(row_0, w, row)] for row, row_0 in zip(delta, fixed)]
+
+    def turned_over(rows: list[list[float]]) -> list[list[float]]:
+        return [list(column) for column in zip(*rows)]
+
+    for id, comment, name, shape in (
+        ("directions", "two axes", "w", lambda x: x),
+        ("three-axes", "shape (2, 5, 1) is the matrix of two rows", "w", lambda x: [[[v] for v in row] for row in x]),
+        ("embedding", "five tokens, so that the columns are its rows", "model.embed_tokens.weight", turned_over),
+    ):
+        h.case(
+            id,
+            "five columns against (4, 0), of norms 5 10 13 25 30 and cosines 1, 3/5, 5/13, -4/5, 0: magnitudes rank 0 1 2 3 "
+            "4, directions 0 1 2 4 3; one model's softmax is 1. " + comment,
+            [{name: shape(moved)}],
+            {name: shape(fixed)},
+            (
+                "widen",
+                {"score_calibration_value": 3.0, "above_average_value_ratio": 0.875},
+                {name: shape(weighed([1.0, 1.0, 3.0, 3.0, 3.0]))},
+                "2 r > 3.5 for r = 2, 3, 4",
+            ),
+            (
+                "widen",
+                {"score_calibration_value": 3.0, "above_average_value_ratio": 1.25},
+                {name: shape(weighed([1.0, 1.0, 1.0, 3.0, 3.0]))},
+                "2 r > 5 for r = 3, 4",
+            ),
+            (
+                "widen",
+                {"score_calibration_value": 3.0, "above_average_value_ratio": 1.75},
+                {name: shape(weighed([1.0, 1.0, 1.0, 2.0, 2.0]))},
+                "2 r > 7 for r = 4: (1 + 3) / 2 for both",
+            ),
+            dtype="F64",
+            tolerance=1e-14,
+        )
+    h.case(
+        "three-axes-no-embedding",
+        "a tensor of three axes is no embedding, whatever its name",
+        [{"w": [[[v] for v in row] for row in moved]}],
+        {"w": [[[v] for v in row] for row in fixed]},
+        (
+            "widen",
+            {"score_calibration_value": 3.0, "above_average_value_ratio": 1.25, "embeddings": ["w"]},
+            {"w": [[[v] for v in row] for row in weighed([1.0, 1.0, 1.0, 3.0, 3.0])]},
+            "",
+        ),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "zero-columns",
+        "columns (0, 0) to (0, 0), (0, 0) to (1/2, 0), (3/4, 0) to (0, 0), (1, 0) to (13/8, 0): magnitudes 0, 1/2, 3/4, 5/8 "
+        "rank 0 1 3 2; the first three have no direction and rank last in order, 1 2 3, behind the 0 of the fourth. "
+        "2 r > 5.25 for r = 3: the third alone, by both",
+        [[[0.0, 0.5, 0.0, 1.625], [0.0] * 4]],
+        [[0.0, 0.0, 0.75, 1.0], [0.0] * 4],
+        (
+            "widen",
+            {"score_calibration_value": 3.0, "above_average_value_ratio": 1.75},
+            [[0.0, 0.5, 0.75 - 3 * 0.75, 1.625], [0.0] * 4],
+            "",
+        ),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "both-zero-first",
+        "columns (1, 0) to (1.25, 0) and (0, 0) to (0, 0): magnitudes 1/4 and 0 rank 1 0, directions 0 and none rank 0 1; 2 r "
+        "> 1 for r = 1, so both have (1 + 3) / 2",
+        [[[1.25, 0.0], [0.0, 0.0]]],
+        [[1.0, 0.0], [0.0, 0.0]],
+        ("widen", {"score_calibration_value": 3.0}, [[1.5, 0.0], [0.0, 0.0]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    tiny = [[5.0, 6.0, 7.0, 8.0], [m * k * 2.0**-32 for m, k in zip((5, 6, 7, 8), (4, 3, 2, 1))]]
+    h.case(
+        "direction-noise-float64",
+        "as direction-noise, but turned by k 2^-32: 1 - cos = k^2 2^-65, which float64 does not resolve beside 1",
+        [tiny],
+        [[4.0] * 4, [0.0] * 4],
+        ("widen", {"score_calibration_value": 3.0}, [[6.0, 8.0, 10.0, 12.0], [2 * x for x in tiny[1]]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "unit-columns",
+        "against (1, 0): (0, 1) of norm 1 and (3, 0): magnitudes 0 and 2 rank 0 1, directions 1 and 0 rank 1 0: (1 + 3) / 2 "
+        "for both",
+        [[[0.0, 3.0], [1.0, 0.0]]],
+        [[1.0, 1.0], [0.0, 0.0]],
+        ("widen", {"score_calibration_value": 3.0}, [[-1.0, 5.0], [2.0, 0.0]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case("number", "a number of one model, none of whose entries is above its average", [3.0], 1.0, ("widen", {}, 3.0, ""))
     return h
