@@ -72,8 +72,13 @@ def _fail(message: str, status: int) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print for people. Names come out of files that nobody has vetted: what could steer a terminal is escaped."""
-    click.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), err=err)
+    """Print for people."""
+    click.echo(plain(text), err=err)
+
+
+def plain(text: str) -> str:
+    """The text with all escaped that could steer a terminal: names come out of files that nobody has vetted."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @click.group(cls=Lines, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -121,13 +121,13 @@ def show(model: str, stats: str | None, groups: int | None, json: bool, **option
 
 
 def _line(mixture: Mixture) -> str:
-    from refmerge.cli import _plain, size
+    from refmerge.cli import plain, size
 
     count = f"{len(mixture.experts)} experts"
     if mixture.shared:
         count += f" for {len(mixture.slots)} scores"
     style = mixture.rule.name
-    return f"{_plain(mixture.layer)}: {count} of {mixture.units} hidden units, {size(mixture.nbytes)} each ({style})"
+    return f"{plain(mixture.layer)}: {count} of {mixture.units} hidden units, {size(mixture.nbytes)} each ({style})"
 
 
 def _group(g: Grouped, group: int) -> str:

@@ -68,8 +68,8 @@ class Gguf(Checkpoint):
     """A GGUF file, mapped into memory by the gguf package. What is quantised is kept in bfloat16 where nothing else is asked
     for."""
 
-    def __init__(self, *checkpoint: Any) -> None:
-        *checkpoint, self._arrays = checkpoint
+    def __init__(self, *given: Any) -> None:
+        *checkpoint, self._arrays = given
         super().__init__(*checkpoint)
 
     def fingerprint(self) -> list[list[Any]]:

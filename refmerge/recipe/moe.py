@@ -72,7 +72,8 @@ def prepare_moe(
 ) -> Mixture | None:
     """Check a recipe of a mixture and the checkpoints that it names, without reading a weight; None for other recipes.
 
-    seed goes before the recipe's own. download: fetch models of the Hub that are not in its cache. options: of `prepare_recipe`; UsageError for one that is set: weights are copied.
+    seed goes before the recipe's own. download: fetch models of the Hub that are not in its cache. options: of
+    `prepare_recipe`; UsageError for one that is set: weights are copied.
     """
     text, source = read_text(recipe)
     document = read_document(text, source)
