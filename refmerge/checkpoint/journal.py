@@ -19,7 +19,7 @@ from typing import Any
 from refmerge.checkpoint.files import PositionedFile, create_exclusive, open_for_writing, shown
 from refmerge.errors import UsageError
 
-__all__ = ["Journal", "take_up", "unfinished"]
+__all__ = ["Journal", "beside", "take_up", "unfinished"]
 
 PATIENCE = 10.0  # seconds: the workers of a run that was killed end a little later than it
 _SUFFIX = ".journal"
@@ -36,7 +36,7 @@ class Journal:
     @classmethod
     def create(cls, partial: Path, merge: Mapping[str, str]) -> Journal:
         """Begin the journal of an output that is laid out and has no tensors yet."""
-        journal = cls(partial, create_exclusive(_beside(partial)), merge, set(), 0)
+        journal = cls(partial, create_exclusive(beside(partial)), merge, set(), 0)
         journal._file.lock()
         journal._append({"refmerge": _FORMAT, "merge": journal.merge})
         return journal
@@ -60,7 +60,7 @@ class Journal:
         """The output is finished, or gone."""
         self.close()
         with contextlib.suppress(OSError):
-            _beside(self.partial).unlink()
+            beside(self.partial).unlink()
 
 
 def unfinished(target: Path) -> list[Path]:
@@ -140,7 +140,8 @@ def _opened(path: Path) -> Journal:
         raise
 
 
-def _beside(partial: Path) -> Path:
+def beside(partial: Path) -> Path:
+    """Where the journal of a partial output lies."""
     return partial.with_name(partial.name + _SUFFIX)
 
 

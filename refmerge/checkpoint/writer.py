@@ -35,7 +35,7 @@ from refmerge.checkpoint.files import (
     sync_directory,
 )
 from refmerge.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, build_header
-from refmerge.checkpoint.journal import Journal, take_up
+from refmerge.checkpoint.journal import Journal, beside, take_up
 from refmerge.checkpoint.layout import INDEXES, WEIGHTS
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
@@ -207,7 +207,9 @@ class CheckpointWriter:
             return
         _remove(self.partial)
         if self._journal is not None:
-            self._journal.remove()
+            self._journal.close()
+        if self._merge is not None:
+            _remove(beside(self.partial))  # which may be there without being known: an interrupt comes between any two lines
         for folder in self._made:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 folder.rmdir()
