@@ -10,6 +10,8 @@ from refmerge.numeric import scores
 from refmerge.procedure import procedure
 from refmerge.sources import dtype_name, rounded
 
+STRETCH = 1 << 20  # entries that are compared at a time
+
 
 @procedure("lora_extraction", paper="arcee-ai/mergekit@a6e4028 mergekit/scripts/extract_lora.py")
 def lora_extraction(
@@ -46,7 +48,7 @@ def lora_extraction(
         module = name.removesuffix(".weight")
         is_float = {dtype_name(x, name), dtype_name(y, name)} <= FLOATS
         if not (is_float and module != name and x.ndim > 1 and re.search(only, module)):
-            if not np.array_equal(scores(x), scores(y), equal_nan=True):
+            if not same(x, y):
                 others.append(name)
             continue
         dtype = promote({dtype_name(x, name), dtype_name(y, name)})
@@ -78,7 +80,7 @@ def lora_extraction(
             "keeps them whole in the adapter, rest='skip' loses the change"
         )
     if rest == "save":
-        saved = {name: np.asarray(rounded(scores(model[name]), dtype_name(model[name], name))) for name in others}
+        saved = {name: as_stored(model[name], name) for name in others}
         if bad := [n for n in others if "." not in n or dtype_name(model[n], n) not in FLOATS]:
             raise InputError(f"lora_extraction: {listed(bad)} are no weights of a module and cannot be saved in an adapter")
     return Adapter(modules, {"fan_in_fan_out": fan_in_fan_out}, saved), fits
@@ -97,6 +99,18 @@ def check(scale, rest, arithmetic, randomized, rank):
         raise UsageError(
             "lora_extraction: randomized needs rank: the energy of singular values that are not computed is unknown"
         )
+
+
+def same(x, y):
+    """Whether both hold the same values, NaN being NaN, looked at in stretches: tables are large."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    stretches = (slice(i, i + STRETCH) for i in range(0, x.shape[0], STRETCH))
+    return all(np.array_equal(scores(x[at]), scores(y[at]), equal_nan=True) for at in stretches)
+
+
+def as_stored(x, name):
+    """An array of any library as NumPy's, in its own type."""
+    return x if isinstance(x, np.ndarray) else np.asarray(rounded(scores(x), dtype_name(x, name)))
 
 
 def sketched(D, columns, iterations, seed):
