@@ -53,7 +53,8 @@ def merge(
     """Merge models into one.
 
     models: in the caller's order, all of one kind: paths of checkpoints (or open ones), or mappings name -> array of one
-        array library. The path "model+adapter" is a model with a LoRA adapter in it. base: the model that task vectors are taken from, where the method needs one.
+        array library. The path "model+adapter" is a model with a LoRA adapter in it. base: the model that task vectors are
+        taken from, where the method needs one.
     method: a registry name, "ties" for the paper's method or "mergekit:ties" for another tool's, or a Method.
     stats: per model a mapping or a path of named statistics, for methods that read some.
     over: what `group` ranges over: "tensor", "model", or a function tensor name -> label; None is the method's choice.
