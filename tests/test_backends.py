@@ -253,7 +253,7 @@ DEVICE = ("host", "lane", "threads")
 
 def test_a_backend_has_six_members(backend):
     opened = registry.open_backend(backend.spec)
-    public = {name for name in dir(opened) if not name.startswith("_")}
+    public = {name for name in dir(opened) if not name.startswith("_")} - {"without"}  # dtypes that a device may lack
     on_device = backend.name in ("torch:cuda:0", "cupy")
     assert public == {"name", "xp", "put", "take", "block_bytes", "kernels", *(DEVICE if on_device else ())}
     assert opened.name.partition(":")[0] == backend.name.partition(":")[0]

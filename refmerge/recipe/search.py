@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from refmerge.checkpoint import hub
 from refmerge.errors import RecipeError, UsageError
 from refmerge.recipe.plan import Resolved, load_recipe, method_of, resolve
 from refmerge.registry import get, procedure
@@ -21,13 +22,14 @@ OF_ALL = ("backend", "dtype", "threads", "max_memory", "nonfinite", "integers", 
 
 def search(
     recipe: str | os.PathLike[str], out: str | os.PathLike[str], score: Score, *, greedy: bool = False,
-    seed: int | None = None, names: Sequence[str] | None = None, **options: Any,
+    seed: int | None = None, names: Sequence[str] | None = None, download: bool = False, allow_pickle: bool = False,
+    **options: Any,
 ) -> Any:  # fmt: skip
     """Search for the merge of a recipe's models that scores best, and write it to `out`.
 
     Without `greedy` by evolutionary_merge, over the parameters `names`, or those of weight, density and t that the method
     has and the recipe does not give; what it gives is fixed. With `greedy` by greedy_soup of the models, averaged by the
-    recipe's method. options: theirs. Gives what they give. RecipeError for a recipe that says more than a search takes.
+    recipe's method. download: fetch models of the Hub that are not in its cache. options: theirs. Gives what they give. RecipeError for a recipe that says more than a search takes.
     """
     loaded = load_recipe(recipe)
     method = method_of(loaded)
@@ -38,11 +40,12 @@ def search(
     folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
 
     def place(path: str) -> str:
-        return str((folder / Path(path).expanduser()).absolute())
+        return str(hub.find(path, folder, download=download).absolute())
 
     models = [place(m) for m in resolved.models]
     base = None if resolved.base is None else place(resolved.base)
     shared: dict[str, Any] = {key: options.pop(key) for key in OF_ALL if options.get(key) is not None}
+    shared |= {"allow_pickle": True} if allow_pickle else {}
     shared |= {"over": resolved.over, "out_dtype": resolved.out_dtype}
     shared["dtype"] = shared.get("dtype") or resolved.work_dtype
     if resolved.stats is not None:
