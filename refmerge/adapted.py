@@ -36,7 +36,9 @@ class Adapted(Checkpoint):
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]) -> None:
         self.__dict__.update(base.__dict__)
         self._of, self.adapters = base, tuple(adapters)
-        self._changes = Changes({n: (t.dtype, t.shape) for n, t in base.tensors.items()}, adapters)
+        self.rewritten, self.note = base.rewritten, base.note
+        self._shapes = {n: (t.dtype, t.shape) for n, t in base.tensors.items()}
+        self._changes = Changes(self._shapes, adapters)
 
     @property
     def nbytes_kept(self) -> int:
@@ -49,7 +51,7 @@ class Adapted(Checkpoint):
 
     @property
     def paths(self) -> list[Path]:
-        return [*self._of.paths, *(Path(label) for label, _, _ in self.adapters)]
+        return [*self._of.paths, *(path for label, _, _ in self.adapters if (path := Path(label)).exists())]
 
     def kept_as(self, name: str) -> str:
         return self._of.kept_as(name)
@@ -77,10 +79,11 @@ class Adapted(Checkpoint):
             return 0.0
         name = max(sizes, key=lambda n: sizes[n])
         count = min(sizes[name], TRIAL)
+        changes = Changes(self._shapes, self.adapters)  # others, which may keep what they make of a base that is none
         best = math.inf
         for _ in range(3):
             start = time.perf_counter()
-            self._changes.stretch(name, 0, count, lambda i, j: np.ones(j - i))
+            changes.stretch(name, 0, count, lambda i, j: np.ones(j - i))
             best = min(best, time.perf_counter() - start)
         return best / count * sum(sizes.values())
 
@@ -126,18 +129,25 @@ def adapted(
 
 
 def open_model(
-    path: str | Path, folder: Path = Path(), *, download: bool = False, allow_pickle: bool = False, as_stored: bool = False
+    path: str | Path,
+    folder: Path = Path(),
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    values: bool = True,
 ) -> Checkpoint:
-    """The checkpoint at a path, of the Hub's name, or what `base+adapter` means; relative paths start from `folder`.
+    """The checkpoint at a path, or what `base+adapter` means; relative paths start from `folder`.
 
-    download: fetch a model of the Hub that is not in its cache. allow_pickle: open pickled weights. as_stored: do not
-    multiply 8-bit weights by their scales.
+    download: fetch what is a model of the Hub and not in its cache. allow_pickle: read torch's own files. values: where
+    weights of 8 bits have scales, what they mean.
     """
     base, *adapters = reference(str(path), folder)
     found = hub.find(base if adapters else path, folder, download=download)
     opened = open_checkpoint(found, allow_pickle=allow_pickle)
-    opened = opened if as_stored else as_values(opened)
-    return adapted(opened, *(folder / Path(a).expanduser() for a in adapters)) if adapters else opened
+    opened = as_values(opened) if values or adapters else opened
+    if not adapters:
+        return opened
+    return adapted(opened, *(hub.find(a, folder, download=download) for a in adapters))
 
 
 def reference(text: str, folder: Path = Path()) -> list[str]:

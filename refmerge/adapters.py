@@ -38,7 +38,7 @@ from refmerge.checkpoint import DTYPES, FLOATS, CheckpointWriter, name_of, open_
 from refmerge.checkpoint.files import listed, shown
 from refmerge.checkpoint.layout import contained, read_json
 from refmerge.errors import InputError, UsageError
-from refmerge.foreign import file_of, matched, parts_of
+from refmerge.foreign import file_of, matched, matches, parts_of
 from refmerge.numeric import scores
 from refmerge.sources import dtype_name, rounded
 
@@ -243,8 +243,8 @@ def adapter_from(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], l
         raise InputError(f"{label}: factors without their other half: {listed(lone)}")
     modules, wrong = {}, []
     for module, x in parts.items():
-        r = _matched(config.get("rank_pattern"), module, config["r"])
-        alpha = _matched(config.get("alpha_pattern"), module, config["lora_alpha"])
+        r = _matched(config.get("rank_pattern"), module, config["r"], label)
+        alpha = _matched(config.get("alpha_pattern"), module, config["lora_alpha"], label)
         try:
             more = {key: x[key].reshape(-1) for key in ("magnitude", "bias") if key in x}
             f = Factors(x["A"], x["B"], alpha, bool(config.get("use_rslora")), module in tables, **more)
@@ -312,12 +312,12 @@ def opened(adapters: Iterable[Any], method: str) -> list[Adapter]:
     return found
 
 
-def same_modules(adapters: Sequence[Adapter], method: str) -> list[str]:
-    """The modules of all adapters. InputError lists those that some adapters do not have."""
+def same_modules(adapters: Sequence[Adapter], method: str, otherwise: str = "") -> list[str]:
+    """The modules of all adapters. InputError lists those that some adapters do not have, and ends with `otherwise`."""
     union = {module for a in adapters for module in a.modules}
     lacking = [f"adapter {n}: {listed(rest)}" for n, a in enumerate(adapters) if (rest := sorted(union - set(a.modules)))]
     if lacking:
-        raise InputError(f"{method}: modules are missing in {'; '.join(lacking)}")
+        raise InputError(f"{method}: modules are missing in {'; '.join(lacking)}{otherwise}")
     return sorted(union)
 
 
@@ -437,8 +437,14 @@ def _understood(config: Mapping[str, Any], label: str) -> None:
     if kind != "LORA":
         raise InputError(f"{label}: an adapter of type {kind!r}; only LORA is understood")
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or isinstance(config[key], bool):
+        if _no_number(config.get(key)):
             raise InputError(f"{label}: {CONFIG} has no number {key!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(patterns := config.get(key) or {}, Mapping) or any(map(_no_number, patterns.values())):
+            raise InputError(f"{label}: {key} in {CONFIG} is no mapping of patterns to numbers")
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list | tuple) or not all(isinstance(name, str) for name in whole):
+        raise InputError(f"{label}: modules_to_save in {CONFIG} is no list of names")
     if on := [key for key in OTHER_CHANGES if config.get(key)]:
         raise InputError(f"{label}: {CONFIG} sets {listed(on)}: its weights do not change by B A alone")
     start = config.get("init_lora_weights")
@@ -448,12 +454,13 @@ def _understood(config: Mapping[str, Any], label: str) -> None:
         )
 
 
-def _matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern, a regular expression, that is the module's name or its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _no_number(x: Any) -> bool:
+    return not isinstance(x, int | float) or isinstance(x, bool) or not math.isfinite(x)
+
+
+def _matched(patterns: Mapping[str, Any] | None, module: str, default: Any, label: str = "") -> Any:
+    """The value of the first pattern that fits the module."""
+    return next((value for pattern, value in (patterns or {}).items() if matches(pattern, module, label)), default)
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

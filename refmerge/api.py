@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,11 @@ from refmerge.checkpoint import Checkpoint, check_target, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
 from refmerge.checkpoint.scaled import as_values
 from refmerge.engine import check_memory, default_threads
-from refmerge.errors import InputError, UsageError
+from refmerge.errors import InputError, RefmergeError, UsageError, together
 from refmerge.method import Method, Over
 from refmerge.plan import ARRAYS_BLOCK_BYTES, Plan
 from refmerge.registry import get, open_backend
-from refmerge.sources import ArraySource, DiskSource, HostSource, Source
+from refmerge.sources import ArraySource, DiskSource, HostSource, Source, StitchedSource
 from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["call", "merge", "prepare"]
@@ -55,7 +56,8 @@ def merge(
     """Merge models into one.
 
     models: in the caller's order, all of one kind: paths of checkpoints (or open ones), or mappings name -> array of one
-        array library. base: the model that task vectors are taken from, where the method needs one.
+        array library. The path "model+adapter" is a model with a LoRA adapter in it.
+    base: the model that task vectors are taken from, where the method needs one.
     method: a registry name, "ties" for the paper's method or "mergekit:ties" for another tool's, or a Method.
     stats: per model a mapping or a path of named statistics, for methods that read some.
     over: what `group` ranges over: "tensor", "model", or a function tensor name -> label; None is the method's choice.
@@ -120,11 +122,11 @@ def call(
 
 
 def prepare(
-    models: Sequence[Model],
+    models: Sequence[Model | StitchedSource],
     method: str | Method,
     /,
     *,
-    base: Model | None = None,
+    base: Model | StitchedSource | None = None,
     stats: Sequence[Model | None] | None = None,
     seed: int = 0,
     over: Over | None = None,
@@ -149,8 +151,8 @@ def prepare(
 
     As `merge`, and: `params` may be a function (tensor name, all names) -> parameters, and `read_dtype` a safetensors
     dtype to which every input value is rounded as it is read (another tool's `dtype:`). `donor` is the input whose config
-    and tokenizer files the result gets: the base, else the first model. `out` is where the result is to be, if that is to
-    be checked already.
+    and tokenizer files the result gets: the base, else the first model. Models may be StitchedSources, of that dtype already
+    and of this backend. `out` is where the result is to be, if that is to be checked already.
     """
     m = get(method) if isinstance(method, str) else method
     if not isinstance(m, Method):
@@ -178,12 +180,14 @@ def prepare(
     everything = [*models, *([] if base is None else [base])]
     sources, used, example = _sources(everything, len(models), backend, read_dtype, allow_pickle)
     base_source = sources[-1] if base is not None else None
-    names, copied = _names(sources, base_source, missing)
-    whole = _integers([n for n in names if n not in copied], sources, base_source, integers)
+    problems: list[RefmergeError] = []
+    names, copied = _names(sources, base_source, missing, problems)
+    whole = _integers([n for n in names if n not in copied], sources, base_source, integers, problems)
     copied |= whole
     floats = [n for n in names if n not in copied]
     for n in floats:
-        _same_shape(n, sources)
+        with _noted(problems):
+            _same_shape(n, sources)
 
     scaled = [s.label for s in sources if isinstance(s, DiskSource) and s.checkpoint.rewritten]
     if arithmetic == "native" and scaled:
@@ -203,12 +207,17 @@ def prepare(
             # One dtype for all that share a group: a k-th largest compares values of all its tensors.
             needed = "float64" if stored[n] == "F64" or (wide and over != "tensor") else "float32"
             work_dtype = m.work or dtype or needed
-        given = params(n, floats) if callable(params) else params
-        bound = m.bind(given, len(models))
+        bound = dict[str, Any]()
+        with _noted(problems):
+            bound = m.bind(params(n, floats) if callable(params) else params, len(models))
+        if problems:
+            continue
         least = m.least_for(bound)
         kept[n] = out_name or promote([stored[n], OUTPUTS[least]] if least else [stored[n]])
         tensors.append(Tensor(n, sources[0].shape(n), work_dtype, bound, kept[n]))
 
+    if problems:
+        raise together(problems)
     for t in tensors:
         if (reason := getattr(used, "without", {}).get(t.work)) is not None:
             raise UsageError(
@@ -235,9 +244,10 @@ def prepare(
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
     statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
-    if donor is not None:
-        known = (c for x, c in zip(everything, opened) if x is donor or same_path(x, donor))
-        given_by = next(known, None) or _opened(donor, allow_pickle)
+    if isinstance(donor, Checkpoint):
+        given_by = donor
+    elif donor is not None:
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor, allow_pickle)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -257,6 +267,15 @@ def same_path(model: Any, path: Any) -> bool:
     return isinstance(model, str | Path) and isinstance(path, str | Path) and Path(model) == Path(path)
 
 
+@contextmanager
+def _noted(problems: list[RefmergeError]) -> Iterator[None]:
+    """An error within is put to the problems, so that what comes after is looked at, too."""
+    try:
+        yield
+    except RefmergeError as e:
+        problems.append(e)
+
+
 def _one_of(what: str, value: Any, *allowed: Any) -> None:
     if value not in allowed:
         raise UsageError(f"{what} = {value!r} is none of {', '.join(map(repr, allowed))}")
@@ -266,6 +285,8 @@ def _sources(
     everything: Sequence[Any], models: int, backend: str | None, read_dtype: str | None, allow_pickle: bool
 ) -> tuple[list[Source], Any, Any]:
     """(models and base as sources, the backend that computes their blocks or None, an example of arrays in memory)."""
+    if any(isinstance(x, StitchedSource) for x in everything):
+        return list(everything), open_backend(backend or "numpy"), None
     on_disk = [isinstance(x, str | Path | Checkpoint) for x in everything]
     if any(on_disk) and not all(on_disk):
         raise UsageError("models and base are a mixture of checkpoints on disk and arrays in memory: give all as one kind")
@@ -288,21 +309,24 @@ def _opened(model: Any, allow_pickle: bool = False) -> Checkpoint:
 
 
 def _integers(
-    names: Sequence[str], sources: Sequence[Source], base: Source | None, policy: str
-) -> dict[str, Source]:  # fmt: skip
-    """The tensors that are not floating-point everywhere, with the source they are copied from. InputError if the dtypes are
+    names: Sequence[str], sources: Sequence[Source], base: Source | None, policy: str, problems: list[RefmergeError]
+) -> dict[str, Source]:
+    """The tensors that are not floating-point everywhere, with the source they are copied from. A problem if the dtypes are
     of two kinds and the policy is not "base"."""
     keeper, copied = base or sources[0], {}
     for name in names:
         kinds = [s.dtype(name) in FLOATS for s in sources]
         if all(kinds):
             continue
-        _same_shape(name, sources)
+        copied[name] = keeper
+        if len({s.shape(name) for s in sources}) > 1:
+            with _noted(problems):
+                _same_shape(name, sources)
+            continue
         if policy == "equal" and any(kinds):
             listed = ", ".join(f"{s.dtype(name)} in {s.label}" for s in sources)
             problem = f"tensor {name!r} is integer in one model and floating in another ({listed})"
-            raise InputError(f"{problem}; {_TAKES_ONE}")
-        copied[name] = keeper
+            problems.append(InputError(f"{problem}; {_TAKES_ONE}"))
     return copied
 
 
@@ -435,7 +459,9 @@ def _refuse_tied(partial: Sequence[str], everywhere: set[str], sources: Sequence
                 )
 
 
-def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tuple[list[str], dict[str, Source]]:
+def _names(
+    sources: Sequence[Source], base: Source | None, missing: str, problems: list[RefmergeError]
+) -> tuple[list[str], dict[str, Source]]:
     """The tensors of the result, and those of them that are copied because not all models have them."""
     everywhere = set.intersection(*(s.names() for s in sources)) if sources else set()
     anywhere = set.union(*(s.names() for s in sources)) if sources else set()
@@ -451,8 +477,11 @@ def _names(sources: Sequence[Source], base: Source | None, missing: str) -> tupl
     has = [s.label for s in sources if first in s.names()]
     lacks = [s.label for s in sources if first not in s.names()]
     more = f" (and {len(partial) - 1} more: {', '.join(map(repr, partial[1:4]))}{', ...' if len(partial) > 4 else ''})"
-    raise InputError(
-        f"tensor {first!r}{more if len(partial) > 1 else ''} is missing from {', '.join(lacks)} and present in "
-        f"{', '.join(has)}; missing='base' (--missing base) copies such tensors, missing='skip' leaves them out, "
-        "as is right for a tied one that some models store twice"
+    problems.append(
+        InputError(
+            f"tensor {first!r}{more if len(partial) > 1 else ''} is missing from {', '.join(lacks)} and present in "
+            f"{', '.join(has)}; missing='base' (--missing base) copies such tensors, missing='skip' leaves them out, "
+            "as is right for a tied one that some models store twice"
+        )
     )
+    return sorted(everywhere), {}

@@ -178,7 +178,7 @@ def report_nonfinite(source: Source, t: Tensor) -> None:
     assert first is not None
     index = tuple(int(i) for i in np.unravel_index(first[0], t.shape))
     raise InputError(
-        f"{source.label}: tensor {t.name!r} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
+        f"{source.told(t.name)} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
         f"{index}; nonfinite='propagate' (--nonfinite propagate) merges them"
     )
 

@@ -174,9 +174,7 @@ class Changes:
             x, before = change.applied(x, start, stop, before, read), partial(_then, change, before, read)
         return x
 
-    def _products(
-        self, base: Shapes, label: str, adapter: Adapter, module: str, f: Factors, weight: float
-    ) -> None:
+    def _products(self, base: Shapes, label: str, adapter: Adapter, module: str, f: Factors, weight: float) -> None:
         name = f"{module}.weight"
         if f.magnitude is not None and weight != 1:
             raise UsageError(f"{label}: module {module!r} is DoRA's, which has no fraction: its weight is 1, not {weight!r}")

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from refmerge.cli_adapters import COMMANDS
+from refmerge.terminal import say
 
 if TYPE_CHECKING:
     from refmerge.plan import Plan
     from refmerge.procedures.experts.moe_from_dense import Mixture
+    from refmerge.recipe.plan import Resolved
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -69,16 +71,6 @@ def _with_notes(message: str, error: BaseException) -> str:
 def _fail(message: str, status: int) -> None:
     say(f"refmerge: {message}", err=True)
     sys.exit(status)
-
-
-def say(text: str, *, err: bool = False) -> None:
-    """Print for people."""
-    click.echo(plain(text), err=err)
-
-
-def plain(text: str) -> str:
-    """The text with all escaped that could steer a terminal: names come out of files that nobody has vetted."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @click.group(cls=Lines, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -137,10 +129,12 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
 @click.option("--resume", is_flag=True, help="go on where this merge was interrupted, and keep what is done if it is again")
+@click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
-    recipe: str, out: str, max_shard_size: str, overwrite: bool, resume: bool, quiet: bool, json: bool, **options: Any
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, resume: bool, hashes: bool | None, quiet: bool, json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors.
 
@@ -154,18 +148,21 @@ def merge(
     start = time.perf_counter()
     plan: Any = prepare_moe(recipe, **options)
     resolved, bar = plan, cast(Any, contextlib.nullcontext)
+    given: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    if plan is not None and (hashes or resume):
+        raise click.UsageError("--hash and --resume are for merges, not for mixtures of experts")
     if plan is None:
-        resolved, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
+        resolved, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, hashes=hashes, **options)
+        given |= {"resume": resume}
         bar = partial(MergeProgress, plan, silent=quiet or json)
-    elif resume:
-        raise click.UsageError("--resume is for merges: a mixture of experts copies weights, and starts anew")
     if not quiet:
+        for stage in getattr(plan, "stages", ()):
+            for note in stage.recipe.notes:
+                say(f"note: {stage.name}: {note}", err=True)
         for note in resolved.notes:
             say(f"note: {note}", err=True)
     with bar():
-        plan.run(
-            out, max_shard_size=max_shard_size, overwrite=overwrite, **({"resume": True} if resume else {})
-        )
+        plan.run(out, **given)
     wall = time.perf_counter() - start
     figures = plan.figures()
     if json:
@@ -186,39 +183,69 @@ def merge(
 @_options("json")
 def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: Any) -> None:
     """Check RECIPE and its checkpoints, and print what a merge would read, compute and write."""
-    from fnmatch import fnmatchcase
-
-    from refmerge.adapted import described
-    from refmerge.cost import estimate
-    from refmerge.recipe import describe
     from refmerge.recipe.moe import prepare_moe
-    from refmerge.recipe.parameters import recipe_key
     from refmerge.recipe.run import prepare_recipe
 
     if (mixture := prepare_moe(recipe, **options)) is not None:
         _plan_of_mixture(mixture, tensor, json)
         return
-    resolved, p = prepare_recipe(recipe, **options)
+    resolved, last = prepare_recipe(recipe, **options)
+    parts = [*((stage.name, stage.recipe, stage.plan) for stage in last.stages), (None, resolved, last)]
+    found = [_told(r, p, tensor, time_it) for _, r, p in parts]
+    if json:
+        stages = [{"name": name, **facts} for (name, *_), facts in zip(parts[:-1], found)]
+        click.echo(jsonlib.dumps({**found[-1], **({"stages": stages} if stages else {})}, indent=2))
+        return
+    for (name, r, _), facts in zip(parts, found):
+        if last.stages:
+            say(f"--- {name or 'the result'}")
+        _show_plan(r, facts)
+
+
+def _told(resolved: Resolved, p: Plan, tensor: str | None, time_it: bool) -> dict[str, Any]:
+    """What a program hears of a plan."""
+    from fnmatch import fnmatchcase
+
+    from refmerge.adapted import described
+    from refmerge.cost import estimate
+    from refmerge.recipe import describe
+    from refmerge.recipe.parameters import recipe_key
+
     figures = p.figures(estimate=True)
     expected = estimate(p) if time_it else None
     if expected is not None:
         figures |= {"seconds": expected.seconds, "needs_bytes_per_second": expected.needs_per_second}
-    listed: list[dict[str, Any]] = [
+    listed = [
         {
             "name": t.name,
             "shape": list(t.shape),
             "dtype": p.specs[t.name][0],
             "work": t.work,
-            "parameters": dict(t.params),
+            "method": resolved.method,
+            "parameters": {recipe_key(k): v for k, v in t.params.items()},
+            "from": [s.told(t.name) for s in w.read],
         }
-        for t in p.work.tensors
+        for w in p.works
+        for t in w.tensors
         if tensor and fnmatchcase(t.name, tensor)
     ]
+    listed += [
+        {"name": n, "shape": list(p.specs[n][1]), "dtype": p.specs[n][0], "method": "copy", "from": [s.told(n)]}
+        for n, s in p.copied.items()
+        if tensor and fnmatchcase(n, tensor)
+    ]
+    listed.sort(key=lambda t: str(t["name"]))
     adapters = list(dict.fromkeys(line for c in p.checkpoints for line in described(c)))
-    if json:
-        found = {**describe(resolved), "adapters": adapters, "figures": figures, **({"listed": listed} if tensor else {})}
-        click.echo(jsonlib.dumps(found, indent=2))
-        return
+    read_as = [c.note for c in p.checkpoints if c.note]
+    found = {**describe(resolved), "adapters": adapters, "read_as": read_as, "figures": figures}
+    return {**found, **({"listed": listed} if tensor else {})}
+
+
+def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
+    """What a person hears of a plan."""
+    from refmerge.recipe import describe
+
+    figures, told = facts["figures"], describe(resolved)
     tool = resolved.method.rpartition(":")[0]
     whose = {"": "the paper", "official": "the authors' code"}.get(tool, tool)
     say(f"method      {resolved.method} (as {whose} has it)")
@@ -229,10 +256,24 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     given = [s for s in resolved.stats or () if s]
     for i, path in enumerate(given):
         say(f"{'' if i else 'statistics':12}{path}")
-    for i, line in enumerate(adapters):
+    for i, line in enumerate(facts["adapters"]):
         say(f"{'adapters' if i == 0 else '':12}{line}")
     if resolved.align is not None:
         say(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
+    for module in resolved.modules:
+        layers = 0
+        for s in () if module.whole else module.slices:
+            pieces = ", ".join(f"{p.model} {p.start}-{(p.stop or 0) - 1}" for p in s.everything)
+            length = (s.everything[0].stop or 0) - s.everything[0].start
+            where = "" if module.name == "default" else f" of {module.name}"
+            say(f"layers      {layers}-{layers + length - 1}{where} from {pieces}")
+            layers += length
+    if told["vocabulary"] is not None:
+        v = told["vocabulary"]
+        say(f"vocabulary  {v['source']}: {v['tokens']} tokens in {v['rows']} rows")
+        for t in v["tables"]:
+            all_of = ", ".join(t["models"])
+            say(f"{'':12}{t['own_in_all']} are in all of {all_of}, {len(t['others'])} are given to others")
     say(f"tensors     {figures['tensors']} merged, {figures['copied']} copied, {figures['parameters']:,} parameters")
     say(
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
@@ -240,14 +281,16 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     say(f"writes      {size(figures['bytes_written'])}")
     compiled = ", compiled programs" if figures["compiled"] else ""
     say(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
-    if expected is not None:
-        disk = size(round(expected.needs_per_second))
-        say(f"time        about {expected.seconds:.1f} s here, where the disk reads {disk} a second or more")
-    for note in (*resolved.notes, *(c.note for c in p.checkpoints if c.note)):
+    if "seconds" in figures:
+        disk = size(round(figures["needs_bytes_per_second"]))
+        say(f"time        about {figures['seconds']:.1f} s here, where the disk reads {disk} a second or more")
+    for note in facts["read_as"]:
         say(f"note        {note}")
-    for t in listed:
-        values = " ".join(f"{recipe_key(k)}={v}" for k, v in t["parameters"].items())
-        say(f"{t['name']} {t['dtype']}{t['shape']} {values}")
+    for note in resolved.notes:
+        say(f"note        {note}")
+    for t in facts.get("listed", ()):
+        values = " ".join(f"{k}={v}" for k, v in t.get("parameters", {}).items())
+        say(f"{t['name']} {t['dtype']}{t['shape']} {t['method']}{' ' * bool(values)}{values}")
 
 
 def _plan_of_mixture(mixture: Mixture, tensor: str | None, json: bool) -> None:
@@ -258,7 +301,7 @@ def _plan_of_mixture(mixture: Mixture, tensor: str | None, json: bool) -> None:
     if json:
         told = [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in listed]
         found = {**mixture.described(), "figures": figures, **({"listed": told} if tensor else {})}
-        click.echo(jsonlib.dumps(found, indent=2))
+        say(jsonlib.dumps(found, indent=2))
         return
     say(f"mixture     {mixture.form.name}, {mixture.config['num_experts_per_tok']} experts a token")
     say(f"base        {mixture.base.path}")
@@ -306,7 +349,7 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
 
     from refmerge.adapted import open_model
 
-    with open_model(path, allow_pickle=allow_pickle, as_stored=True) as c:
+    with open_model(path, allow_pickle=allow_pickle, values=False) as c:
         infos = list(c.tensors.values())
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:
@@ -459,9 +502,9 @@ def search(
     if json:
         click.echo(jsonlib.dumps({"out": out, "score": found.score, "trials": [t.score for t in found.trials], **best}))
         return
-    click.echo(f"{len(found.trials)} trials, the best {found.score:.6g}, to {out}")
+    say(f"{len(found.trials)} trials, the best {found.score:.6g}, to {out}")
     taken = ", ".join(str(k + 1) for k in getattr(found, "ingredients", ()))
-    click.echo(f"models {taken} of the recipe" if greedy else found.recipe, nl=greedy)
+    say(f"models {taken} of the recipe" if greedy else found.recipe.rstrip("\n"))
 
 
 def _write(path: str, text: str) -> None:
@@ -536,7 +579,7 @@ def collect(
         click.echo(jsonlib.dumps({"out": out, "facts": found.facts, "counts": {n: found.count(n) for n in names}}))
         return
     rows = f"{counted[0]:,.0f}" + (f" to {counted[-1]:,.0f}" if len(counted) > 1 else "")
-    click.echo(f"{len(names)} statistics of {rows} rows or samples to {out}: {size(sum(found[n].nbytes for n in names))}")
+    say(f"{len(names)} statistics of {rows} rows or samples to {out}: {size(sum(found[n].nbytes for n in names))}")
 
 
 def _range(samples: str | None) -> tuple[int, int | None]:
@@ -805,10 +848,12 @@ class MergeProgress:
     def __enter__(self) -> None:
         if self._bar is None:
             return
-        figures, bar = self._plan.figures(estimate=True), self._bar
-        self._task: Any = bar.add_task(str(figures["method"]), total=figures["bytes_read"])
+        plans, bar = self._plan.all_plans, self._bar
+        total = sum(p.figures(estimate=True)["bytes_read"] for p in plans)
+        self._task: Any = bar.add_task(self._plan.work.method.name, total=total)
         self._shown = time.monotonic()
-        self._plan.work.progress = self._advance
+        for work in (w for p in plans for w in p.works):
+            work.progress = self._advance
         bar.start()
 
     def _advance(self, nbytes: int) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refmerge.terminal import say
+
 if TYPE_CHECKING:
     from refmerge.adapters import Adapter, Fit
 
@@ -35,11 +37,17 @@ _weight = click.option("--weight", "weights", type=float, multiple=True, help="o
 @_energy
 @click.option("--only", default="", metavar="REGEX", help="extract only modules whose names it is found in")
 @click.option(
-    "--embeddings", metavar="GLOB", multiple=True, default=TABLES,
+    "--embeddings",
+    metavar="GLOB",
+    multiple=True,
+    default=TABLES,
     help="modules that are tables of words (default: names that are usual for them)",
 )
 @click.option(
-    "--rest", type=click.Choice(["error", "skip", "save"]), default="error", show_default=True,
+    "--rest",
+    type=click.Choice(["error", "skip", "save"]),
+    default="error",
+    show_default=True,
     help="changes of what is no matrix, or that --only leaves out: refused, lost, or saved whole",
 )
 @click.option("--fan-in-fan-out", is_flag=True, help="matrices are stored as in x out (GPT-2)")
@@ -53,7 +61,8 @@ def extract(
 ) -> None:  # fmt: skip
     """Write what fine-tuning made of BASE in TUNED to OUT, as a LoRA adapter in PEFT's layout.
 
-    The nearest change of a low rank for each matrix, with the error that is made. --rank or --energy says of which rank.
+    The nearest change of a low rank for each matrix that changed, with the error that is made. --rank or --energy says of
+    which rank.
     """
     from fnmatch import fnmatchcase
 
@@ -67,6 +76,9 @@ def extract(
             model, origin, rank=rank, energy=energy, only=only, embeddings=tables, rest=rest,
             fan_in_fan_out=fan_in_fan_out, randomized=randomized, seed=seed,
         )  # fmt: skip
+        same = {m for m, fit in fits.items() if not fit.size}
+        adapter = adapter.with_modules({m: f for m, f in adapter.modules.items() if m not in same})
+        fits = {m: fit for m, fit in fits.items() if m not in same}
         _write(adapter, out, overwrite, inputs=[*model.paths, *origin.paths])
     _tell(out, adapter, fits, json)
 
@@ -99,7 +111,7 @@ def apply(
     if json:
         click.echo(jsonlib.dumps({"out": out, "tensors": len(model), "changed": changed}))
     else:
-        click.echo(f"{len(model)} tensors to {out}, {changed} of them changed by {count}")
+        say(f"{len(model)} tensors to {out}, {changed} of them changed by {count}")
 
 
 @click.group()
@@ -112,7 +124,11 @@ def adapter() -> None:
 @click.argument("out", type=click.Path())
 @_weight
 @click.option(
-    "--type", "kind", metavar="TYPE", default="svd", show_default=True,
+    "--type",
+    "kind",
+    metavar="TYPE",
+    default="svd",
+    show_default=True,
     help="PEFT's: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of these four with _svd",
 )
 @click.option(
@@ -158,11 +174,17 @@ def merge(
 @click.argument("adapters", type=click.Path(), nargs=-1, required=True)
 @click.argument("out", type=click.Path())
 @click.option(
-    "--operation", type=click.Choice(["add", "negate", "analogy"]), default="add", show_default=True,
+    "--operation",
+    type=click.Choice(["add", "negate", "analogy"]),
+    default="add",
+    show_default=True,
     help="A + B + ..., -A, or A + B - C",
 )
 @click.option(
-    "--on", type=click.Choice(["product", "factors"]), default="product", show_default=True,
+    "--on",
+    type=click.Choice(["product", "factors"]),
+    default="product",
+    show_default=True,
     help="the changes themselves, exactly, so that ranks add up; or factor by factor, as published",
 )
 @_weight
@@ -249,16 +271,16 @@ def _tell(out: str, adapter: Adapter, fits: Mapping[str, Fit], json: bool) -> No
     low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
     span = f"rank {low}" if low == high else f"ranks {low} to {high}"
     saved = f", {len(adapter.saved)} tensors whole" if adapter.saved else ""
-    click.echo(f"{len(ranks)} modules of {span}{saved} to {out}")
+    say(f"{len(ranks)} modules of {span}{saved} to {out}")
     if not fits:
         return
     whole = math.sqrt(math.fsum(f.size**2 for f in fits.values()))
     error = math.sqrt(math.fsum(f.error**2 for f in fits.values()))
     middle = statistics.median(f.relative for f in fits.values())
     share = f"{error / whole:.3g}" if whole else "0"
-    click.echo(f"error {share} of the change in the Frobenius norm; of a module {middle:.3g} in the median, at most:")
+    say(f"error {share} of the change in the Frobenius norm; of a module {middle:.3g} in the median, at most:")
     for module, f in sorted(fits.items(), key=lambda entry: -entry[1].relative)[:WORST]:
-        click.echo(f"  {f.relative:.3g}  rank {f.rank}  {module}")
+        say(f"  {f.relative:.3g}  rank {f.rank}  {module}")
 
 
 def _error(fit: Fit | None) -> dict[str, float]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refmerge.terminal import say
+
 if TYPE_CHECKING:
     from refmerge.experts import Mixture
     from refmerge.procedures.experts.msmoe import Grouped
@@ -105,29 +107,29 @@ def show(model: str, stats: str | None, groups: int | None, json: bool, **option
         click.echo(jsonlib.dumps(told, indent=2))
         return
     for layer, mixture in mixtures.items():
-        click.echo(_line(mixture))
+        say(_line(mixture))
         if found is not None:
             for group in range(len(found[layer].dominant)):
-                click.echo(_group(found[layer], group))
+                say(_group(found[layer], group))
         elif layer in usage:
             shares = sorted(enumerate(usage[layer]), key=lambda item: -item[1])
-            click.echo("  " + ", ".join(f"{e} {u:.1%}" for e, u in shares))
+            say("  " + ", ".join(f"{e} {u:.1%}" for e, u in shares))
     if found is not None:
         gone = {layer: len(mixtures[layer].experts) - len(g.dominant) for layer, g in found.items()}
         less = sum(count * mixtures[layer].nbytes for layer, count in gone.items())
         before = sum(len(m.experts) for m in mixtures.values())
         after = before - sum(gone.values())
-        click.echo(f"{before} experts to {after}: {size(nbytes)} to {size(nbytes - less)}, shared or reduced")
+        say(f"{before} experts to {after}: {size(nbytes)} to {size(nbytes - less)}, shared or reduced")
 
 
 def _line(mixture: Mixture) -> str:
-    from refmerge.cli import plain, size
+    from refmerge.cli import size
 
     count = f"{len(mixture.experts)} experts"
     if mixture.shared:
         count += f" for {len(mixture.slots)} scores"
     style = mixture.rule.name
-    return f"{plain(mixture.layer)}: {count} of {mixture.units} hidden units, {size(mixture.nbytes)} each ({style})"
+    return f"{mixture.layer}: {count} of {mixture.units} hidden units, {size(mixture.nbytes)} each ({style})"
 
 
 def _group(g: Grouped, group: int) -> str:
@@ -153,9 +155,9 @@ def _facts(mixture: Mixture, usage: Any, g: Grouped | None) -> dict[str, Any]:
 @click.argument("model", type=click.Path())
 @click.argument("tokens", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="samples that go through together")
+@click.option("--batch", type=click.IntRange(min=1), help="samples that go through together; else 4096 tokens")
 @_quiet
-def route(model: str, tokens: str, out: str, batch: int, quiet: bool) -> None:
+def route(model: str, tokens: str, out: str, batch: int | None, quiet: bool) -> None:
     """Run MODEL on TOKENS, an .npz with `inputs` (samples, places) and, where some are padding, `mask`, and write where its
     routers send them to OUT, a file that ends in .safetensors.
 
@@ -191,7 +193,7 @@ def route(model: str, tokens: str, out: str, batch: int, quiet: bool) -> None:
         raise UsageError(f"{out}: cannot be written: {error}") from None
     if not quiet:
         routers = [name for name in found if name.endswith(".routed")]
-        click.echo(f"{len(routers)} routers, {found.count(routers[0]):.0f} tokens, to {out}")
+        say(f"{len(routers)} routers, {found.count(routers[0]):.0f} tokens, to {out}")
 
 
 @experts.command()
@@ -228,7 +230,7 @@ def merge(model: str, out: str, stats: str, quiet: bool, json: bool, **options: 
     def progress(layer: str, group: int) -> None:
         if not (quiet or json) and layer not in seen:
             seen.add(layer)
-            click.echo(layer, err=True)
+            say(layer, err=True)
 
     found = msmoe(model, stats, out, progress=progress, **_options(options))
     if json:
@@ -292,4 +294,4 @@ def restore(stored: str, out: str, quiet: bool, rule: str | None, **options: Any
 def _done(what: str, out: str, nbytes: int, start: float) -> None:
     from refmerge.cli import size
 
-    click.echo(f"{what}: {out}, {size(nbytes)} in {time.perf_counter() - start:.1f} s")
+    say(f"{what}: {out}, {size(nbytes)} in {time.perf_counter() - start:.1f} s")

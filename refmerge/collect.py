@@ -228,12 +228,12 @@ class _Gradients:
         self.twins: dict[str, str] = forward.twins(params) if hasattr(forward, "twins") else {}
         self.params = {}
         for name, x in params.items():
-            x = x.detach() if is_torch_array(x) else torch.from_numpy(np.array(host(x)))
             if name not in self.twins:
-                self.params[name] = x.clone().requires_grad_(True) if x.is_floating_point() else x
+                self.params[name] = x.detach() if is_torch_array(x) else torch.from_numpy(np.array(host(x)))
         known = forward.trained(params) if hasattr(forward, "trained") else [
             n for n, x in self.params.items() if x.is_floating_point() and not n.endswith(BUFFERS)
         ]  # fmt: skip
+        self.params |= {n: self.params[n].clone().requires_grad_(True) for n in known}
         self.trained = [n for n in known if fnmatchcase(n, layers) or fnmatchcase(n.rpartition(".")[0], layers)]
         self.by_taps: set[str] | None = None  # tensors all of whose gradient goes through taps
 
@@ -242,41 +242,43 @@ class _Gradients:
 
         z = self.outputs(batch, taps)
         losses, p = self.log_likelihoods(z, batch, first)
-        calls = [call for call in taps.calls if call.y.requires_grad]
+        calls, part = [call for call in taps.calls if call.y.requires_grad], Statistics()
+        masks = [taps.mask_of(call.x.shape, call.module) if "kfac" in self.kinds else None for call in calls]
         for call in calls:
-            if len(call.x) != len(batch) and len(batch) > 1:
-                raise UsageError(
-                    f"layer {call.module!r} reads {len(call.x)} rows of {len(batch)} samples, and whose they are is not "
-                    f"known; batches of one sample (--batch 1) have no such doubt"
-                )
-            call.x = call.x if len(call.x) == len(batch) else call.x[None]
-        slopes: list[list[Any]] = [[] for _ in calls]
-        for value in losses if calls else []:
+            call.x = scores(call.x)
+            if len(call.x) != len(batch):
+                if len(batch) > 1:
+                    raise UsageError(
+                        f"layer {call.module!r} reads {len(call.x)} rows of {len(batch)} samples, and whose they are is not "
+                        f"known; batches of one sample (--batch 1) have no such doubt"
+                    )
+                call.x = call.x[None]
+        for c, value in enumerate(losses if calls else []):
             found = torch.autograd.grad(value, [call.y for call in calls], retain_graph=True, allow_unused=True)
-            for call, g, mine in zip(calls, found, slopes):
-                g = torch.moveaxis(torch.zeros_like(call.y) if g is None else g, call.axis, -1)
-                mine.append(g if len(g) == len(batch) else g[None])
-        stacked = [torch.stack(mine, dim=1) for mine in slopes]  # samples, classes, places ..., units
-        if "kfac" in self.kinds:
-            for call, g in zip(calls, stacked):
-                mask = taps.mask_of(call.x.shape, call.module)
-                self.statistics.gradient_gram(call.module, g if p is not None else g[:, 0], mask, p)
+            slopes = [_like_inputs(g, call) for g, call in zip(found, calls)]
+            weights = None if p is None else p[:, c : c + 1]
+            if "kfac" in self.kinds:
+                for call, g, mask in zip(calls, slopes, masks):
+                    part.gradient_gram(call.module, g if p is None else g[:, None], mask, weights)
+            if "fisher" in self.kinds:
+                layers = by_layer(calls, slopes)
+                if self.by_taps is None:
+                    self.by_taps = self.whole(layers, value)
+                for weight in layers.keys() & self.by_taps:
+                    call, x, g = layers[weight]
+                    part.fisher(
+                        call.module, x, g if p is None else g[:, None], weights, bias=call.bias in self.by_taps,
+                        layout=call.layout, shape=tuple(self.params[weight].shape),
+                    )  # fmt: skip
+        for name in part:
+            if count := part.count(name):
+                self.statistics.sum(name, part[name] * count, count / len(losses))
         if "fisher" not in self.kinds:
             return
-        layers = self.by_layer(calls, stacked, len(batch))
-        if self.by_taps is None:
-            self.by_taps = self.whole(layers, losses)
-        for weight, (call, x, g) in layers.items():
-            if weight in self.by_taps:
-                self.statistics.fisher(
-                    call.module, x, g if p is not None else g[:, 0], p, bias=call.bias in self.by_taps, layout=call.layout,
-                    shape=tuple(self.params[weight].shape),
-                )  # fmt: skip
-        ran = {name for weight, (call, _, _) in layers.items() for name in (weight, call.bias)}
-        for name in self.by_taps:
-            if name not in ran:  # no sample went through it: gradients of 0
+        for name in self.by_taps or ():
+            if f"{name}.fisher" not in part:  # no sample went through it: gradients of 0
                 self.statistics.sum(f"{name}.fisher", np.zeros(tuple(self.params[name].shape)), len(batch))
-        if rest := [name for name in self.trained if name not in self.by_taps]:
+        if rest := [name for name in self.trained if name not in (self.by_taps or ())]:
             for i in range(len(batch)):
                 self.sample(batch.part(i, i + 1), rest, first + i)
 
@@ -341,23 +343,7 @@ class _Gradients:
             found = np.where(both, found, -1)
         return found
 
-    def by_layer(self, calls: Sequence[_Call], slopes: Sequence[Any], samples: int) -> dict[str, tuple[_Call, Any, Any]]:
-        """For each weight its first call, and inputs (samples, places, in) and gradients (samples, classes, places, out) of
-        all of its calls."""
-        import torch
-
-        found: dict[str, tuple[_Call, Any, Any]] = {}
-        for call, g in zip(calls, slopes):
-            x = call.x.reshape(samples, -1, call.x.shape[-1])
-            g = g.reshape(samples, g.shape[1], -1, g.shape[-1])
-            if call.weight in found:
-                before = found[call.weight]
-                x, g = torch.cat([before[1], x], dim=1), torch.cat([before[2], g], dim=2)
-                call = before[0]
-            found[call.weight] = call, x, g
-        return found
-
-    def whole(self, layers: Mapping[str, tuple[_Call, Any, Any]], losses: Sequence[Any]) -> set[str]:
+    def whole(self, layers: Mapping[str, tuple[_Call, Any, Any]], value: Any) -> set[str]:
         """The weights and biases whose gradient is all in what taps were told of: not those that are read elsewhere too."""
         import torch
 
@@ -365,17 +351,17 @@ class _Gradients:
         for weight, (call, x, g) in layers.items():
             if weight.rpartition(".")[2] != "weight" or weight not in self.trained:
                 continue
-            mine = torch.einsum("npo,npi->oi", g[:, 0], x), g[:, 0].sum(dim=(0, 1))
-            most = torch.einsum("npo,npi->oi", g[:, 0].abs(), x.abs()), g[:, 0].abs().sum(dim=(0, 1))
+            x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+            mine, most = (g.T @ x, g.sum(axis=0)), (np.abs(g).T @ np.abs(x), np.abs(g).sum(axis=0))
             same = []
             for name, part, bound in zip((weight, call.bias), mine, most):
                 if name not in self.trained:
                     continue
                 if call.layout == "in_out" and name == weight:
                     part, bound = part.T, bound.T
-                total = torch.autograd.grad(losses[0], self.params[name], retain_graph=True, allow_unused=True)[0]
-                apart = part if total is None else part - total.reshape(part.shape)
-                if bool((apart.abs() <= 1e4 * torch.finfo(part.dtype).eps * bound).all()):
+                total = torch.autograd.grad(value, self.params[name], retain_graph=True, allow_unused=True)[0]
+                apart = part if total is None else part - scores(total).reshape(part.shape)
+                if np.all(np.abs(apart) <= 1e4 * torch.finfo(self.params[name].dtype).eps * bound):
                     same.append(name)
             found |= {*same} if weight in same else set()
         return found
@@ -403,6 +389,25 @@ class _Gradients:
             if (there := f"{twin}.fisher") in self.statistics:
                 count = self.statistics.count(there)
                 self.statistics.sum(f"{name}.fisher", self.statistics[there] * count, count)
+
+
+def _like_inputs(g: Any, call: _Call) -> np.ndarray:
+    """The gradient by what a call gave, None for zeros, in float64: its units last, and samples first as in its inputs."""
+    xp = array_namespace(call.y)
+    slope = scores(xp.moveaxis(xp.zeros_like(call.y) if g is None else g, call.axis, -1))
+    return slope if len(slope) == len(call.x) else slope[None]
+
+
+def by_layer(calls: Sequence[_Call], slopes: Sequence[np.ndarray]) -> dict[str, tuple[_Call, np.ndarray, np.ndarray]]:
+    """For each weight its first call, and inputs (samples, places, in) and gradients (samples, places, out) of all."""
+    found: dict[str, tuple[_Call, np.ndarray, np.ndarray]] = {}
+    for call, g in zip(calls, slopes):
+        x, g = (v.reshape(len(v), -1, v.shape[-1]) for v in (call.x, g))
+        if call.weight in found:
+            first, x_before, g_before = found[call.weight]
+            call, x, g = first, np.concatenate([x_before, x], axis=1), np.concatenate([g_before, g], axis=1)
+        found[call.weight] = call, x, g
+    return found
 
 
 def _beside(inputs: Any, params: Mapping[str, Any]) -> Any:

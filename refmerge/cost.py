@@ -27,7 +27,7 @@ from refmerge.checkpoint import CheckpointWriter, itemsize
 from refmerge.checkpoint.dtypes import FLOATS, encode
 from refmerge.errors import ResourceError
 from refmerge.plan import Plan
-from refmerge.sources import DiskSource, Source
+from refmerge.sources import Source
 from refmerge.work import Tensor
 
 __all__ = ["Estimate", "estimate"]
@@ -56,11 +56,11 @@ def estimate(plan: Plan) -> Estimate | None:
     """The time that the plan's merge from files to files takes here; None for other merges, and for what cannot be tried."""
     work = plan.work
     sources = work.read
-    if not work.tensors or work.stats or not all(isinstance(s, DiskSource) for s in sources):
+    if not work.tensors or work.stats or not all(getattr(s, "files", False) for s in sources):
         return None
     # A temporary folder without room for the trials says nothing about the merge.
-    first = sum(work.bytes_of(t, t.size) for t in work.tensors)
-    entries = sum(t.size for t in work.tensors)
+    first = sum(w.bytes_of(t, t.size) for w in plan.works for t in w.tensors)
+    entries = sum(t.size for w in plan.works for t in w.tensors)
     with suppress(ResourceError), tempfile.TemporaryDirectory(prefix="refmerge-estimate-") as folder:
         if whole := [t for t in work.tensors if work.view(t) in ("tensor", "model") and t.size]:
             seconds = START + _of_whole(plan, whole, sources, Path(folder))

@@ -5,6 +5,10 @@ Every message says what is wrong, in which file or tensor, and what would allow 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+MAX_TOLD = 20  # problems of one error
+
 
 class RefmergeError(Exception):
     """Base class; `status` is the command line's exit status."""
@@ -32,3 +36,12 @@ class ResourceError(RefmergeError):
     """Not enough disk or memory."""
 
     status = 5
+
+
+def together(errors: Sequence[RefmergeError]) -> RefmergeError:
+    """One error for all: itself where it is the only one, else a line for each, as an error of the first one's kind."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = list(dict.fromkeys(map(str, errors)))
+    more = [f"and {len(lines) - MAX_TOLD} more"] if len(lines) > MAX_TOLD else []
+    return type(errors[0])("\n  ".join([f"{len(lines)} problems", *lines[:MAX_TOLD], *more]))

@@ -43,6 +43,7 @@ SLOTS = "experts"  # <router>.experts: the expert of each score, where several s
 KIND = "refmerge_stored_as"  # in config.json: what a checkpoint is that other tools must not take for a model
 FACTORS = "refmerge_low_rank_experts"  # model_type, and a key of the metadata, of experts that are stored in factors
 SHARED = "refmerge_shared_experts"  # model_type of a checkpoint whose routers' scores share experts
+TOKENS = 4096  # that go through a model together
 CHUNK = 1 << 22  # bytes that are copied together
 
 
@@ -306,27 +307,27 @@ def routing_of(
 
 class Wide(Mapping[str, np.ndarray]):
     """A model whose tensors are at least float32 when they are read, each anew: what a forward pass on an open checkpoint
-    takes."""
+    takes. others: tensors in place of the model's."""
 
-    def __init__(self, model: Mapping[str, Any]) -> None:
-        self._model = model
+    def __init__(self, model: Mapping[str, Any], others: Mapping[str, np.ndarray]) -> None:
+        self._model, self._others = model, others
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return host(self._model[name])
+        return self._others[name] if name in self._others else host(self._model[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._model)
+        return iter({*self._model, *self._others})
 
     def __len__(self) -> int:
-        return len(self._model)
+        return len({*self._model, *self._others})
 
 
-def route(model: Any, tokens: Any, mask: Any = None, *, batch: int = 64) -> Statistics:
+def route(model: Any, tokens: Any, mask: Any = None, *, batch: int | None = None) -> Statistics:
     """Where the routers of a language model send tokens: one of Mixtral's or Qwen-MoE's kind, with a config.json.
 
     model: a path or an open checkpoint, of which one tensor at a time is in memory. tokens: whole numbers (samples, places).
-    mask: of that shape, 1 where a place counts. batch: samples that go through together. UsageError for other models, whose
-    statistics a framework's own forward pass can write (`Statistics.routing`).
+    mask: of that shape, 1 where a place counts. batch: samples that go through together, else as many as have 4096 places.
+    UsageError for other models, whose statistics a framework's own forward pass can write (`Statistics.routing`).
     """
     model = opened(model)
     mixtures, config = find(model), getattr(model, "config", None)
@@ -341,9 +342,10 @@ def route(model: Any, tokens: Any, mask: Any = None, *, batch: int = 64) -> Stat
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
         raise UsageError(f"experts: tokens are whole numbers (samples, places), not {tokens.dtype} of {list(tokens.shape)}")
     embedding = f"{llama.prefix(model)}embed_tokens.weight"
-    if embedding not in model:
-        raise InputError(f"experts: tensor {embedding!r} is missing")
-    words = getattr(model, "tensors", model)[embedding].shape[0]
+    shape: tuple[int, ...] = getattr(model, "tensors", model)[embedding].shape if embedding in model else ()
+    if len(shape) != 2:
+        raise InputError(f"experts: tensor {embedding!r} is {f'of shape {list(shape)}' if shape else 'missing'}")
+    words, width = shape
     if not 0 <= tokens.min() <= tokens.max() < words:
         raise UsageError(
             f"experts: tokens are from 0 to {words - 1}, and here they are from {tokens.min()} to {tokens.max()}"
@@ -355,11 +357,13 @@ def route(model: Any, tokens: Any, mask: Any = None, *, batch: int = 64) -> Stat
         raise UsageError(f"experts: a mask of shape {list(np.shape(mask))} for tokens of {list(tokens.shape)}")
     found = Statistics()
     routers = {m.router: options["chosen"] for m in mixtures.values()}
+    batch = batch or max(1, TOKENS // tokens.shape[1])
+    mute = Wide(model, {"lm_head.weight": np.zeros((1, width), np.float32)})  # nobody asks which word comes next
     for start in range(0, len(tokens), batch):
         rows = slice(start, start + batch)
         taps = found.routing_taps(routers, None if mask is None else np.asarray(mask)[rows])
         try:
-            moe.forward(Wide(model), tokens[rows], taps, **options)
+            moe.forward(mute, tokens[rows], taps, **options)
         except (KeyError, ValueError, TypeError, IndexError) as error:
             reason = f"tensor {error} is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(f"experts: the model cannot be run: {reason}") from error

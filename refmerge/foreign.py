@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refmerge.checkpoint.files import listed
+from refmerge.checkpoint.files import listed, shown
 from refmerge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from refmerge.adapters import Adapter
 
-__all__ = ["file_of", "matched", "parts_of"]
+__all__ = ["file_of", "matched", "matches", "parts_of"]
 
 # The part of a pipeline that a name begins with, in kohya's layout and in diffusers'.
 KOHYA = {
@@ -74,20 +74,47 @@ def parts_of(
         raise InputError(f"{label}: {listed(odd)} are no LoRA factors in PEFT's, kohya's or diffusers' layout")
     if lone := [module for module, x in found.items() if not {"A", "B"} <= {*x}]:
         raise InputError(f"{label}: factors without their other half: {listed(lone)}")
-    told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return {module: (x, _alpha(module, x, told)) for module, x in found.items()}
+    told = _told(metadata.get("lora_adapter_metadata", "{}"), label)
+    return {module: (x, _alpha(module, x, told, label)) for module, x in found.items()}
 
 
-def _alpha(module: str, x: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> float | None:
+def _told(text: str, label: str) -> dict[str, Any]:
+    """diffusers' metadata. InputError where they are none, or say that the weights change by more than alpha / r B A."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise InputError(f"{label}: lora_adapter_metadata is not a JSON object")
+    if on := [k for k, v in told.items() if v and k.rpartition(".")[2] in ("use_rslora", "use_dora", "lora_bias")]:
+        raise InputError(f"{label}: lora_adapter_metadata sets {listed(on)}, which is understood in PEFT's folders alone")
+    return told
+
+
+def matches(pattern: str, module: str, label: str) -> bool:
+    """PEFT's rule: a pattern is a regular expression that is the module's name or its end after a dot. InputError where it
+    is none."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except (re.error, OverflowError) as error:
+        raise InputError(f"{label}: pattern {shown(pattern)} is no regular expression: {error}") from None
+
+
+def _alpha(module: str, x: Mapping[str, np.ndarray], told: Mapping[str, Any], label: str) -> float | None:
     """As the file has it beside the factors, or in diffusers' metadata; else None, which is the rank."""
     if "alpha" in x:
+        if x["alpha"].size != 1:
+            raise InputError(f"{label}: '{module}.alpha' is {list(x['alpha'].shape)}, and no number")
         return float(np.asarray(x["alpha"], np.float64).reshape(-1)[0])
     part, _, rest = module.partition(".")
-    for pattern, alpha in (told.get(f"{part}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", rest):
-            return float(alpha)
-    alpha = told.get(f"{part}.lora_alpha")
-    return None if alpha is None else float(alpha)
+    patterns = told.get(f"{part}.alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{label}: {part}.alpha_pattern is no mapping")
+    alphas = [alpha for pattern, alpha in patterns.items() if matches(pattern, rest, label)]
+    alpha = alphas[0] if alphas else told.get(f"{part}.lora_alpha")
+    if not isinstance(alpha, int | float | None):
+        raise InputError(f"{label}: alpha of {shown(module)} is {shown(alpha)}, and no number")
+    return alpha
 
 
 def file_of(adapter: Adapter) -> dict[str, np.ndarray]:

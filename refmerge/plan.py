@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,13 @@ from array_api_compat import is_numpy_array
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, refuse_input
 from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.engine import MASKS, Ran, block_elements, run
-from refmerge.errors import UsageError
+from refmerge.errors import ResourceError, UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
 from refmerge.identity import of_merge
 from refmerge.method import Method, Over
 from refmerge.registry import is_ours
-from refmerge.sources import ArraySink, ArraySource, DiskSink, DiskSource, HostSink, Source, StagedSink
+from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["Plan"]
@@ -34,8 +37,23 @@ LARGER_BLOCK_BYTES = 1 << 20
 WORTH_COMPILING = 1 << 25  # entries; fewer are merged before a compiler has started
 INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
+_NOT_RESUMED = (
+    "resume is for models on disk that are merged into one model, as they are: "
+    "not for arrays, several outputs, align, adapters, slices or several recipes in one file"
+)
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 _CONFIG_WORDS = {name: word for word, name in OUTPUTS.items()}
+
+
+@dataclass
+class Stage:
+    """A merge whose result is an input of another: `take` is called with the folder that it was written to. recipe: what
+    it was planned from."""
+
+    name: str
+    plan: Plan
+    take: Callable[[Path], None]
+    recipe: Any = None
 
 
 @dataclass
@@ -49,7 +67,11 @@ class Plan:
     result gets. out_dtype: the dtype that was asked for. block_bytes: of a block in the work dtype, as the backend has it.
     max_memory: what all blocks may take, in bytes. elements: of a block; None leaves it to what computes. fused: whether
     blocks of files are computed by compiled programs; None where they are worth compiling. before: what is done to the
-    inputs before the first block is read.
+    inputs before the first block is read. rest: works beside the first, of the same method on other numbers of models.
+    stages: merges that come first, and whose results are inputs of this one.
+    config: of the result, where it is not the donor's. sidecars: files that are copied, the donor's where None. files: name
+    -> content of what else lies in a folder beside the weights. report: called with the files of weights when all is
+    written, for more such files. metadata: of the files of weights.
     """
 
     work: Work
@@ -66,7 +88,23 @@ class Plan:
     donor: Checkpoint | None = None
     out_dtype: str | None = None
     before: Callable[[], None] | None = None
+    rest: Sequence[Work] = ()
+    stages: Sequence[Stage] = ()
+    config: dict[str, Any] | None = None
+    sidecars: Sequence[Path] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    report: Callable[[Sequence[Path]], Mapping[str, bytes]] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
     ran: Ran | None = None
+
+    @property
+    def works(self) -> list[Work]:
+        return [self.work, *self.rest]
+
+    @property
+    def all_plans(self) -> list[Plan]:
+        """Those of the stages, in order, and this one."""
+        return [*(stage.plan for stage in self.stages), self]
 
     def run(
         self,
@@ -79,6 +117,29 @@ class Plan:
     ) -> Any:
         """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
         outputs = self.work.method.outputs or ("",)
+        if self.stages and out is not None:  # what would be refused in the end is refused now
+            refuse_input(out, [path for p in self.all_plans for c in p.checkpoints if not c.coming for path in c.paths])
+            if resume:
+                raise UsageError(_NOT_RESUMED)
+            CheckpointWriter(out, {}, overwrite=overwrite).abort()
+        with self.staged(out, max_shard_size=max_shard_size):
+            return self._run(outputs, out, max_shard_size, overwrite, resume, {**self.metadata, **(metadata or {})})
+
+    @contextmanager
+    def staged(self, out: str | Path | None = None, **options: Any) -> Iterator[None]:
+        """Within it the stages have been run, to a folder beside `out` or in the system's temporary one."""
+        with ExitStack() as stack:
+            if self.stages:
+                folder = stack.enter_context(_beside(None if out is None else Path(out)))
+                for stage in self.stages:
+                    stage.plan.run(folder / stage.name, **options)
+                    stage.take(folder / stage.name)
+            yield
+
+    def _run(
+        self, outputs: Sequence[str], out: str | Path | None, max_shard_size: int | str, overwrite: bool, resume: bool,
+        metadata: Mapping[str, str],
+    ) -> Any:  # fmt: skip
         if out is None:
             if resume:
                 raise UsageError("resume goes on with what an earlier run left on the disk: give out")
@@ -89,16 +150,13 @@ class Plan:
         target = Path(out)
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
-        refuse_input(target, [p for c in self.checkpoints for p in c.paths])
+        refuse_input(target, [p for c in self.checkpoints if not c.coming for p in c.paths])
         limit = parse_size(max_shard_size)
         merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": dict(metadata or {})})
         if resume and merge is None:
-            raise UsageError(
-                "resume is for models on disk that are merged into one model, as they are: "
-                "not for arrays, several outputs, adapters or align"
-            )
+            raise UsageError(_NOT_RESUMED)
         with ExitStack() as writers:
-            sinks = {}
+            sinks, files = {}, self._files()
             for o in outputs:
                 single = bool(o) or target.suffix == ".safetensors"
                 writer = CheckpointWriter(
@@ -109,16 +167,19 @@ class Plan:
                     merge=merge,
                     resume=resume,
                     metadata=metadata,
-                    sidecars=() if single or self.donor is None else self.donor.sidecars(),
-                    extra_files=None if single else self._config(),
+                    sidecars=() if single else self._sidecars(),
+                    extra_files=None if single else files,
                     **({} if single or self.donor is None else {"weights": self.donor.weights}),
                 )
+                written = writer.paths
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)
                 writer.reuse(done)
             self.fill(sinks, done)
             for c in self.checkpoints:
                 c.check_unchanged()
+            if self.report is not None and not single:
+                files |= self.report(written)
         return target if self.work.method.outputs else open_checkpoint(target)
 
     def _done(self, finished: frozenset[str]) -> frozenset[str]:
@@ -146,54 +207,69 @@ class Plan:
             return StagedSink(writer, specs, self.example)
         return DiskSink(writer, specs, self.backend)
 
-    def _config(self) -> dict[str, bytes] | None:
-        """The donor's config with the dtype of the result, where another one was asked for."""
-        donor = self.donor
-        config = donor.config if donor is not None else None
+    def side_files(self) -> tuple[Sequence[Path], dict[str, bytes]]:
+        """What lies beside the weights: files that are copied, and contents by name, which win."""
+        return self._sidecars(), self._files()
+
+    def _sidecars(self) -> Sequence[Path]:
+        if self.sidecars is not None:
+            return self.sidecars
+        return self.donor.sidecars() if self.donor is not None else ()
+
+    def _files(self) -> dict[str, bytes]:
+        """What lies beside the weights and is not copied; the config of the result, with its dtype, if not the donor's."""
+        files = dict(self.files)
+        donors = self.donor.config if self.donor is not None else None
+        config = self.config or donors
         word = _CONFIG_WORDS.get(self.out_dtype or "")
-        changed = {k: word for k in ("dtype", "torch_dtype") if config and word and k in config and config[k] != word}
-        if config is None or donor is None or not (changed or donor.rewritten):
-            return None
-        return {"config.json": (json.dumps({**config, **changed}, indent=2) + "\n").encode()}
+        if config and word:
+            config = {**config, **{k: word for k in ("dtype", "torch_dtype") if k in config}}
+        if config and (config != donors or (self.donor is not None and self.donor.rewritten)):
+            files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        return files
 
     @property
     def _on_files(self) -> bool:
         """Whether all that is read is files, and NumPy computes: then processes can."""
-        stats = [s for s in self.work.stats or () if s.names()]
-        sources = [*self.work.read, *stats]
+        sources = [s for w in self.works for s in (*w.read, *(s for s in w.stats or () if s.names()))]
         numpy = self.backend is not None and self.backend.name == "numpy"
-        return numpy and all(isinstance(s, DiskSource) for s in sources)
+        return numpy and all(getattr(s, "files", False) for s in sources)
 
     @property
     def is_fused(self) -> bool:
         """Whether blocks are computed by compiled programs, where the method sees no tensor as a whole."""
         if self.fused is not None:
             return self.fused
-        size = sum(t.size for t in self.work.tensors if self.work.view(t) in ("flat", "rows") and t.work == "float32")
+        size = sum(t.size for w in self.works for t in w.tensors if w.view(t) in ("flat", "rows") and t.work == "float32")
         # What another package's text does to its arrays is not known: an entry written in place, say, cannot be noted down.
         return self._on_files and size >= WORTH_COMPILING and command() is not None and is_ours(self.work.method)
 
-    def _block_elements(self, processes: bool) -> int:
+    def _block_elements(self, work: Work, processes: bool) -> int:
         if self.elements is not None:
             return self.elements
         block_bytes = self.block_bytes
-        rows = any(self.work.view(t) == "rows" for t in self.work.tensors)
+        rows = any(work.view(t) == "rows" for t in work.tensors)
         if rows or self.is_fused or (self.threads > 1 and not processes):
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
-        return block_elements(self.work.method, len(self.work.models), block_bytes, self.threads, self.max_memory)
+        return block_elements(work.method, len(work.models), block_bytes, self.threads, self.max_memory)
 
     def fill(self, sinks: Mapping[str, Any], done: frozenset[str] = frozenset()) -> None:
         """Merge into these sinks, one for each output of the method; "" where it has one. done: tensors to leave out."""
         if self.before is not None:
             self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
-        work = replace(self.work, fused=self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values()))
-        if done:
-            work = replace(work, tensors=[t for t in work.tensors if t.name not in done])
-            work.recorded = self.work.recorded
-        self.ran = run(
-            work, sinks, elements=self._block_elements(processes), threads=self.threads, processes=processes
-        )
+        fused = self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values())
+        self.ran = Ran()
+        for work in self.works:
+            if done:
+                recorded = work.recorded
+                work = replace(work, tensors=[t for t in work.tensors if t.name not in done])
+                work.recorded = recorded
+            ran = run(
+                replace(work, fused=fused), sinks, elements=self._block_elements(work, processes), threads=self.threads,
+                processes=processes,
+            )  # fmt: skip
+            self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
             if "" in sinks and name not in done:
                 sinks[""].copy(name, source)
@@ -202,31 +278,62 @@ class Plan:
         """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
         arrays. Bytes are those of the tensors; peak_memory is that of the blocks and of the interpreters, of which
         each process has one."""
-        tensors, work = self.work.tensors, self.work
-        elements = self._block_elements(self._on_files and can_fork())
+        method = self.work.method
+        processes = self._on_files and can_fork()
         ran = self.ran
         if ran is None or estimate:
-            passes = _passes(work.method, tensors[0], len(work.models), work.over) if tensors else 0
-            one_block = [work.over == "tensor" and t.size <= elements * 3 // 2 for t in tensors]
-            read = (work.bytes_of(t, t.size) * (1 if one else passes) for t, one in zip(tensors, one_block))
-            ran = Ran(1 if all(one_block) else passes, sum(read))
+            ran = Ran()
+            for work in self.works:
+                ran = _both(ran, _expected(work, self._block_elements(work, processes)))
         copied = sum(_nbytes(spec) for n, spec in self.specs.items() if n in self.copied)
+        memory = max(_peak_memory(w, self._block_elements(w, processes), self.threads) for w in self.works)
         return {
-            "method": work.method.name,
-            "models": len(work.models),
-            "tensors": len(tensors),
+            "method": method.name,
+            "models": max(len(w.models) for w in self.works),
+            "tensors": sum(len(w.tensors) for w in self.works),
             "copied": len(self.copied),
-            "parameters": sum(t.size for t in tensors),
+            "parameters": sum(t.size for w in self.works for t in w.tensors),
             "passes": ran.passes,
             "bytes_read": ran.bytes_read + copied,
-            "bytes_written": sum(_nbytes(s) for o in work.method.outputs or ("",) for s in self._specs_of(o).values()),
-            "peak_memory": _peak_memory(work, elements, self.threads)
+            "bytes_written": sum(_nbytes(s) for o in method.outputs or ("",) for s in self._specs_of(o).values()),
+            "peak_memory": memory
             + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)
-            + INTERPRETER * (1 + self.threads * (self.threads > 1 and self._on_files and can_fork())),
+            + INTERPRETER * (1 + self.threads * (self.threads > 1 and processes)),
             "threads": self.threads,
             "backend": "arrays" if self.backend is None else self.backend.name,
             "compiled": self.is_fused,
         }
+
+
+@contextmanager
+def _beside(target: Path | None) -> Iterator[Path]:
+    """A folder for results that are inputs of another merge: beside its output, where there is room for models. It is
+    removed in any case; a killed process leaves it behind, under a hidden name."""
+    parent = None
+    if target is not None:
+        parent = next(folder for folder in Path(os.path.abspath(target)).parents if folder.is_dir())
+    prefix = "refmerge-" if target is None else f".{target.name}.stages-"
+    try:
+        folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+    except OSError as e:
+        raise ResourceError(f"{str(parent)!r}: cannot be written: {e.strerror}") from e
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _both(a: Ran, b: Ran) -> Ran:
+    return Ran(max(a.passes, b.passes), a.bytes_read + b.bytes_read, a.bytes_sampled + b.bytes_sampled)
+
+
+def _expected(work: Work, elements: int) -> Ran:
+    """What a work will take, from the questions that its method asks of small arrays."""
+    tensors = work.tensors
+    passes = _passes(work.method, tensors[0], len(work.models), work.over) if tensors else 0
+    one_block = [work.over == "tensor" and t.size <= elements * 3 // 2 for t in tensors]
+    read = (work.bytes_of(t, t.size) * (1 if one else passes) for t, one in zip(tensors, one_block))
+    return Ran(1 if all(one_block) else passes, sum(read))
 
 
 def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:

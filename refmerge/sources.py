@@ -135,6 +135,9 @@ class Source(Protocol):
     def ahead(self, name: str, start: int, stop: int) -> None:
         """These elements will be asked for next."""
 
+    def told(self, name: str) -> str:
+        """The tensor as an error message speaks of it."""
+
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         """Whether both hold the same values of this tensor (in `other` under the name `as_name`), to the bit."""
 
@@ -185,6 +188,9 @@ class ArraySource:
     def ahead(self, name: str, start: int, stop: int) -> None:
         pass
 
+    def told(self, name: str) -> str:
+        return f"{self.label}: tensor {name!r}"
+
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ArraySource)
         a, b = self._arrays[name], other._arrays[as_name or name]
@@ -192,9 +198,11 @@ class ArraySource:
 
 
 class ByteSource:
-    """Raw bytes of tensors, decoded into a backend's arrays. `cast`: a dtype to which every value is rounded first."""
+    """Raw bytes of tensors, decoded into a backend's arrays. `cast`: a dtype to which every value is rounded first. `files`:
+    whether any process that was forked from this one can read them."""
 
     label: str
+    files = False
 
     def __init__(self, backend: Any, cast: str | None = None) -> None:
         self._backend, self.cast = backend, cast
@@ -248,6 +256,9 @@ class ByteSource:
     def ahead(self, name: str, start: int, stop: int) -> None:
         pass
 
+    def told(self, name: str) -> str:
+        return f"{self.label}: tensor {name!r}"
+
     def same(self, other: Source, name: str, as_name: str | None = None) -> bool:
         assert isinstance(other, ByteSource)
         theirs = as_name or name
@@ -276,6 +287,8 @@ class ByteSource:
 class DiskSource(ByteSource):
     """A checkpoint on disk, read in pieces."""
 
+    files = True
+
     def __init__(self, checkpoint: Checkpoint, backend: Any, cast: str | None = None) -> None:
         super().__init__(backend, cast)
         self.checkpoint, self.label = checkpoint, checkpoint.label
@@ -289,10 +302,6 @@ class DiskSource(ByteSource):
     def stored(self, name: str) -> str:
         return self.checkpoint.tensors[name].dtype
 
-    def dtype(self, name: str) -> str:
-        kept = self.checkpoint.kept_as(name)
-        return self.cast if self.cast and kept in FLOATS else kept
-
     def stretch(
         self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch
     ) -> tuple[np.ndarray, str]:
@@ -305,11 +314,64 @@ class DiskSource(ByteSource):
         encode(exact, kind, raw)
         return raw, kind
 
+    def dtype(self, name: str) -> str:
+        kept = self.checkpoint.kept_as(name)
+        return self.cast if self.cast and kept in FLOATS else kept
+
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         self.checkpoint.read(name, start, stop, out)
 
     def ahead(self, name: str, start: int, stop: int) -> None:
         self.checkpoint.ahead(name, start, stop)
+
+
+class StitchedSource(ByteSource):
+    """Tensors of several sources under the names that they have in the result: layers of a slice, say.
+
+    places: name -> the source, and the name that the tensor has there.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[ByteSource, str]]) -> None:
+        self.places = places
+        self.label = " and ".join(dict.fromkeys(source.label for source, _ in places.values()))
+
+    @property
+    def files(self) -> bool:  # type: ignore[override]
+        return all(source.files for source, _ in self.places.values())
+
+    def names(self) -> set[str]:
+        return set(self.places)
+
+    def dtype(self, name: str) -> str:
+        source, theirs = self.places[name]
+        return source.dtype(theirs)
+
+    def stored(self, name: str) -> str:
+        source, theirs = self.places[name]
+        return source.stored(theirs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        source, theirs = self.places[name]
+        return source.shape(theirs)
+
+    def told(self, name: str) -> str:
+        source, theirs = self.places[name]
+        return source.told(theirs)
+
+    def load(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
+        finite: bool = False, lazy: bool = False,
+    ) -> Any:
+        source, theirs = self.places[name]
+        return source.load(theirs, start, stop, work, slot, scratch, finite=finite, lazy=lazy)
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        source, theirs = self.places[name]
+        source.read(theirs, start, stop, out)
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        source, theirs = self.places[name]
+        source.ahead(theirs, start, stop)
 
 
 class HostSource(ByteSource):

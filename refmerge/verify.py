@@ -28,7 +28,7 @@ from refmerge.recipe.run import prepare_recipe
 from refmerge.registry import get, names
 from refmerge.sources import DiskSink, Scratch
 from refmerge.testing import ulps_between
-from refmerge.work import Tensor
+from refmerge.work import Tensor, Work
 
 __all__ = ["RECIPES", "ROUNDING", "Finding", "Verification", "find_recipe", "verify"]
 
@@ -206,7 +206,7 @@ def _said(dtype: str, shape: Iterable[int]) -> str:
 def _semantics(recipe: str | os.PathLike[str], options: Mapping[str, Any]) -> Iterator[tuple[str, Plan]]:
     """What the recipe asks for, first, and then the same recipe as others have it: (what it is called, plan)."""
     stated, plan = prepare_recipe(recipe, **options)
-    sixteen = {"F16", "BF16"} >= {t.out for t in plan.work.tensors}
+    sixteen = {"F16", "BF16"} >= {t.out for work in plan.works for t in work.tensors}
     native = {**options, "arithmetic": "native"}
     own = (stated.method, plan)
     if sixteen and stated.semantics == "mergekit":  # which computes in the dtype that the recipe names
@@ -301,12 +301,13 @@ def _compared(plan: Plan, checkpoint: Checkpoint, tensors: Sequence[str]) -> dic
     """Compute these tensors and compare them with the stored ones."""
     if plan.work.over == "tensor":  # else the others have a say in it
         wanted = set(tensors)
-        few = [t for t in plan.work.tensors if t.name in wanted]
+        works = [replace(w, tensors=[t for t in w.tensors if t.name in wanted]) for w in plan.works]
         copied = {n: s for n, s in plan.copied.items() if n in wanted}
-        plan = replace(plan, work=replace(plan.work, tensors=few), copied=copied)
+        plan = replace(plan, work=works[0], rest=works[1:], copied=copied)
     comparer = _Comparer(checkpoint, tensors)
     try:
-        plan.fill({"": DiskSink(comparer, plan.specs, plan.backend)})
+        with plan.staged():
+            plan.fill({"": DiskSink(comparer, plan.specs, plan.backend)})
         records = comparer.records()
     finally:
         comparer.close()
@@ -354,10 +355,9 @@ class _Choosing(Group):
 def _equal_up_to_ties(plan: Plan, checkpoint: Checkpoint, finding: Finding) -> bool:
     """Whether each entry has the bits that some choice among tied entries gives it, and no selection has to have kept more
     of them, or fewer, than it keeps."""
-    work = plan.work
-    tensor = next((t for t in work.tensors if t.name == finding.name), None)
+    work, tensor = next(((w, t) for w in plan.works for t in w.tensors if t.name == finding.name), (plan.work, None))
     asks = set(work.method.asks)
-    if tensor is None or work.over != "tensor" or "group" not in asks or asks & {"rng", "stats"}:
+    if tensor is None or plan.stages or work.over != "tensor" or "group" not in asks or asks & {"rng", "stats"}:
         return False
     if work.view(tensor) != "flat":
         return False
@@ -365,7 +365,7 @@ def _equal_up_to_ties(plan: Plan, checkpoint: Checkpoint, finding: Finding) -> b
     checkpoint.read(tensor.name, 0, tensor.size, stored)
 
     def fits(group: _Choosing) -> np.ndarray:
-        return ulps(stored, _whole(plan, tensor, group, finding.dtype), finding.dtype) == 0
+        return ulps(stored, _whole(work, tensor, group, finding.dtype), finding.dtype) == 0
 
     everywhere = fits(seen := _Choosing(tensor.size))
     count = len(seen.tied)
@@ -383,9 +383,8 @@ def _equal_up_to_ties(plan: Plan, checkpoint: Checkpoint, finding: Finding) -> b
     )
 
 
-def _whole(plan: Plan, tensor: Tensor, group: Group, dtype: str) -> np.ndarray:
+def _whole(work: Work, tensor: Tensor, group: Group, dtype: str) -> np.ndarray:
     """The bytes of a tensor that is merged in one block."""
-    work = plan.work
     span, scratch = (tensor.name, 0, tensor.size, tensor.work), Scratch(work.backend)
     args = {
         "models": [m.load(*span, i, scratch) for i, m in enumerate(work.models)],

@@ -291,4 +291,8 @@ def test_the_plans_time_counts_adapters(places):
     read = adapted(places / "b.safetensors", Adapter({"q": Factors(draw.standard_normal((8, 400)), np.ones((500, 8)))}))
     assert read.seconds() > 0
     assert adapted(places / "b.safetensors", Adapter({})).seconds() == 0
+    dora = Factors(draw.standard_normal((2, 400)), np.ones((500, 2)), magnitude=np.ones(500))
+    tried, fresh = (adapted(places / "b.safetensors", Adapter({"q": dora})) for _ in range(2))
+    assert tried.seconds() > 0
+    np.testing.assert_array_equal(tried["q.weight"], fresh["q.weight"])  # nothing of the trial is left
     assert read.nbytes_kept == 8 * 400 * 8 + 500 * 8 * 8

@@ -140,6 +140,11 @@ CONFIG = {"r": 2, "lora_alpha": 2}
         (GOOD, CONFIG | {"peft_type": "IA3"}, "'IA3'"),
         (GOOD, CONFIG | {"init_lora_weights": "pissa_niter_4"}, "changed the base too"),
         (GOOD, {"r": 2}, "no number 'lora_alpha'"),
+        (GOOD, CONFIG | {"lora_alpha": float("nan")}, "no number 'lora_alpha'"),
+        (GOOD, CONFIG | {"rank_pattern": ["q"]}, "rank_pattern in .* is no mapping"),
+        (GOOD, CONFIG | {"alpha_pattern": {"q": "2"}}, "alpha_pattern in .* is no mapping of patterns to numbers"),
+        (GOOD, CONFIG | {"rank_pattern": {"(": 2}}, "pattern '\\(' is no regular expression"),
+        (GOOD, CONFIG | {"modules_to_save": "head"}, "is no list of names"),
     ],
 )
 def test_what_does_not_belong_is_listed(tensors, config, message):

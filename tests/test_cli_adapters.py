@@ -64,6 +64,15 @@ def test_tables_are_known_by_their_names(there):
     assert {name: f.embedding for name, f in read_adapter("other").modules.items()} == {"m.embed_tokens": False, "m.x": True}
 
 
+def test_what_did_not_change_is_left_out(there):
+    base = {"m.q.weight": np.ones((3, 3), np.float32), "m.k.weight": np.ones((3, 3), np.float32)}
+    save(base, "same")
+    save({**base, "m.q.weight": np.zeros((3, 3), np.float32)}, "other")
+    run("extract", "same", "other", "out", "--rank", 2)
+    assert list(read_adapter("out").modules) == ["m.q"]
+    assert "changes nothing" in run("extract", "same", "same", "none", "--rank", 2, status=2)
+
+
 def test_applied(there):
     assert "2 tensors to out, 1 of them changed by 2 adapters" in run(
         "apply", "base", "a", "b", "out", "--weight", 0.5, "--weight", -1

@@ -92,6 +92,23 @@ def test_diffusers_metadata_has_the_scaling(tmp_path):
     assert adapted(tmp_path / "unet.safetensors", tmp_path / "lora.safetensors")["a.weight"][0, 0] == 6
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("{", "is not a JSON object"),
+        ("[]", "is not a JSON object"),
+        ('{"unet.lora_alpha": "6"}', "alpha of 'unet.a' is '6', and no number"),
+        ('{"unet.alpha_pattern": {"[": 6}}', r"pattern '\[' is no regular expression"),
+        ('{"unet.alpha_pattern": [6]}', "alpha_pattern is no mapping"),
+        ('{"unet.use_rslora": true}', "sets 'unet.use_rslora'"),
+    ],
+)
+def test_metadata_that_make_no_sense(tmp_path, told, message):
+    save(factors("unet.a", 1.0, "lora_A", "lora_B"), tmp_path / "l.safetensors", metadata={"lora_adapter_metadata": told})
+    with pytest.raises(InputError, match=message):
+        read_adapter(tmp_path / "l.safetensors")
+
+
 def test_merged_in_their_own_layout(tmp_path):
     """1 * 1 * 2 / 2 and 2 * 3 * 2 / 2, without a base."""
     for name, value, alpha in (("a", 1.0, 1), ("b", 2.0, 3)):

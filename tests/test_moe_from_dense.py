@@ -319,7 +319,7 @@ def test_a_recipe_is_run(models, tmp_path, monkeypatch):
         (("gate_mode: cheap_embed", "gate_mode: best"), 2, "gate_mode' is 'hidden', 'hidden_last'"),
         (("experts_per_token", "experts_per_tok"), 2, "did you mean 'experts_per_token'?"),
         (("negative_prompts", "negativ_prompts"), 2, "line 8, column 5: unknown key 'negativ_prompts'; did you mean"),
-        (("source_model: ./a\n", "source_model: hub/a@main\n"), 2, "path@revision is not supported yet"),
+        (("source_model: ./a\n", "source_model: hub/a@main\n"), 3, "no such model in the Hub's cache"),
         (("./base", "./none"), 3, "no such file or directory"),
         (("residual_scale: 1", "residual_scale: loud"), 2, "'residual_scale' must be a number, not 'loud'"),
         (("experts_per_token: 1", "experts_per_token: 3"), 2, "experts_per_token = 3 is outside of [1, 2]"),

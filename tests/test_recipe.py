@@ -6,6 +6,7 @@ ones, so that these tests need no method's file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -23,6 +24,7 @@ from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method, Param
 from refmerge.recipe import describe, load_recipe, parse_recipe, resolve, schema_json
 from refmerge.recipe.parameters import interpolate, layer_count, layer_index, position
+from refmerge.recipe.plan import load_recipes, resolve_all
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "spec" / "recipes").glob("*.yml"))
 
@@ -218,7 +220,7 @@ def test_mergekit_end_to_end_03():
     merge = resolve(parse_recipe(E2E_03), TIES)
     assert (merge.models, merge.base, merge.donor) == (("./m1", "./m2", "./m3"), "./base", "./base")
     assert (merge.read_dtype, merge.out_dtype) == ("F32", "BF16")
-    assert merge.notes == ("chat_template is not applied: the tokenizer files are copied as they are",)
+    assert (merge.chat_template, merge.notes) == ("chatml", ())
     names = names_of(3)
     expected = {
         "model.embed_tokens.weight": ([1.0, 0.0, 0.25], [1.0, 0.5, 0.33]),
@@ -642,13 +644,34 @@ def test_control_characters_are_escaped():
 
 
 RECIPE = "merge_method: linear\nmodels: [{model: a}]\n"
+SLICES = "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n"
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ("models: [{model: a}]", "line 1, column 1: 'merge_method' is missing"),
-        ("merge_method: linear", "'models' is missing"),
+        ("merge_method: linear", "'models' is missing (or slices, or modules)"),
+        ("merge_method: a\nslices: []", "line 2, column 1: 'slices' is empty"),
+        ("merge_method: a\nmodules: {}", "line 2, column 1: 'modules' is empty"),
+        (SLICES + "models: [{model: a}]", "line 2, column 1: a recipe has one of models, slices and modules: models is"),
+        ("merge_method: a\nslices: [{}]", "line 2, column 10: 'sources' is missing"),
+        (SLICES.replace("layer_range: [0, 2]", ""), "'layer_range' is missing"),
+        (SLICES.replace("[0, 2]", "[2, 2]"), "line 2, column 32: layer_range [2, 2] has no layers: its end is one after"),
+        (SLICES.replace("[0, 2]", "[0, 2, 4]"), "layer_range is [first, one after the last], not [0, 2, 4]"),
+        (SLICES.replace("[0, 2]", "[0, x]"), "layer_range is [first, one after the last], not [0, 'x']"),
+        (SLICES.replace("[0, 2]", "[0, -1]"), "layer_range is [first, one after the last], not [0, -1]"),
+        (SLICES.replace("model: a", "model: a, paramters: {}"), "unknown key 'paramters'; did you mean 'parameters'?"),
+        (SLICES.replace("[{sources", "[{t: 1, sources"), "unknown key 't' (known here: sources, base_model"),
+        ("merge_method: a\nmodules: {m: {}}", "line 2, column 11: module 'm' needs models or slices, and not both"),
+        ("merge_method: a\nmodules: {m: {models: [{model: a}], z: 1}}", "unknown key 'z' (known here: models, slices"),
+        (RECIPE + "layers: 'model.layers.'", "layers: 'model.layers.' needs {} once, where the number of the layer stands"),
+        (RECIPE + "tokenizer: {sorce: a}", "line 3, column 13: unknown key 'sorce'; did you mean 'source'?"),
+        (RECIPE + "tokenizer: {tokens: {x: {sorce: a}}}", "unknown key 'sorce'; did you mean 'source'?"),
+        (RECIPE + "tokenizer: {tokens: {x: {source: {kind: none}}}}", "the source of a token is a model, {kind: zero}, or"),
+        (RECIPE + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}", "one of token and token_id"),
+        (RECIPE + "tokenizer: {pad_to_multiple_of: 0}", "'pad_to_multiple_of' is out of range: 0"),
+        (RECIPE + "tokenizer: {}\ntokenizer_source: base", "tokenizer and tokenizer_source exclude each other"),
         ("merge_method: linear\nmodels: []", "line 2, column 1: 'models' is empty"),
         ("merge_method: linear\nmodels: a", "'models' must be a list, not 'a'"),
         ("merge_method: linear\nmodels: [a]", "line 2, column 10: an entry of 'models' must be a mapping"),
@@ -687,7 +710,6 @@ RECIPE = "merge_method: linear\nmodels: [{model: a}]\n"
         (RECIPE + "refmerge: 1\nseed: 1.5", "'seed' must be a whole number, not 1.5"),
         (RECIPE + "refmerge: 1\nover: row", "'over' is 'tensor' or 'model', not 'row'"),
         (RECIPE + "refmerge: 1\nwork_dtype: bfloat16", "'work_dtype' is 'float32' or 'float64', not 'bfloat16'"),
-        (RECIPE + "refmerge: 1\nchat_template: chatml", "chat_template is not supported yet"),
     ],
 )
 def test_schema(text, message):
@@ -699,14 +721,7 @@ def test_schema(text, message):
 @pytest.mark.parametrize(
     "text, what",
     [
-        ("merge_method: linear\nslices: [{sources: []}]", "slices"),
-        ("merge_method: linear\nmodules: {default: {}}", "modules"),
-        (RECIPE + "tokenizer: {source: union}", "tokenizer"),
-        (RECIPE + "tokenizer_source: base", "tokenizer_source"),
-        (RECIPE + "tokenizer_source: union", "tokenizer_source"),
-        (RECIPE + 'chat_template: "{{ messages }}"', "chat_template"),
         ("merge_method: linear\nmodels: [{model: {model: {path: a}}}]", "a model given as a mapping"),
-        ("refmerge: 1\nmerge_method: linear\nslices: []", "slices"),
     ],
 )
 def test_not_supported_yet(text, what):
@@ -724,7 +739,7 @@ models:
     paramters: {}
   - model: {path: b}
 dtype: int7
-tokenizer_source: union
+tokenizer_source: [union]
 """
     assert refusal(text).splitlines() == [
         "<recipe>: 5 problems",
@@ -732,8 +747,7 @@ tokenizer_source: union
         "  line 4, column 5: unknown key 'paramters'; did you mean 'parameters'? (known here: model, parameters)",
         "  line 5, column 5: a model given as a mapping is not supported yet: give its path",
         "  line 6, column 1: 'dtype' is one of bfloat16, float16, float32, float64, not 'int7'",
-        "  line 7, column 1: tokenizer_source is not supported yet: vocabularies are not realigned, and the tokenizer "
-        "files are copied from base_model or else from the first model; leave the key out if that is what you want",
+        "  line 7, column 1: 'tokenizer_source' must be text, not ['union']",
     ]
 
 
@@ -796,11 +810,12 @@ def test_importing_refmerge_loads_no_recipe_reader():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples(path):
     """The examples that spec/ ships are recipes of methods that are registered."""
-    merge = resolve(load_recipe(path))
     names = names_of(6)
-    for name in names:
-        given = merge.parameters_for(name, names)
-        registry.get(merge.method).bind(given, len(merge.models))
+    for merge in resolve_all(load_recipes(path)):
+        rules = [(merge.rules, len(merge.models))] if not merge.modules else []
+        rules += [(s.rules, len(s.pieces)) for module in merge.modules for s in module.slices]
+        for (rule, count), name in itertools.product(rules, names):
+            registry.get(merge.method).bind(rule.for_tensor(name, names), count)
 
 
 # --- anything at all

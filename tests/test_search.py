@@ -101,8 +101,8 @@ def test_greedy(folder):
     ("more", "says"),
     [
         ("parameters: {weight: [1, 0.5]}\n", "weight has several values; what a search does not look for has one"),
-        ("align: {method: git_rebasin}\n", "takes models as they are: leave out align"),
-        ("dtype: float32\n", "takes models as they are: leave out dtype"),
+        ("align: {method: git_rebasin}\n", "takes whole models as they are: leave out align"),
+        ("dtype: float32\n", "takes whole models as they are: leave out dtype"),
     ],
 )
 def test_recipes_that_say_too_much(more, says, folder):

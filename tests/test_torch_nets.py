@@ -373,6 +373,34 @@ def test_names_without_their_prefix(torch, transformers, tmp_path):
     assert "h.0.attn.c_attn.gram" in s and "transformer.h.0.attn.c_attn.gram" not in s
 
 
+def test_names_under_which_tensors_are_stored(torch, transformers, tmp_path):
+    """Statistics have the checkpoint's names, whatever the module calls its parts."""
+    config = transformers.ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=10,
+        image_size=4,
+        patch_size=2,
+        num_labels=3,
+    )
+    seeded(torch, lambda: transformers.ViTForImageClassification(config)).save_pretrained(tmp_path)
+    params = load_file(tmp_path / "model.safetensors")
+    images = np.random.default_rng(0).standard_normal((2, 3, 4, 4))
+    s = collect(pretrained(tmp_path), params, [Batch({"pixel_values": images})], ["fisher", "gram"])
+    assert {f"{name}.fisher" for name in params} == {name for name in s if name.endswith(".fisher")}
+    assert {name.removesuffix(".gram") for name in s if name.endswith(".gram")} == {
+        name.removesuffix(".weight") for name, x in params.items() if x.ndim in (2, 4)
+    }
+
+
+def test_batch_norm_has_running_statistics_and_no_gradients_of_them(torch):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 2), torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    module, x = seeded(torch, lambda: net), np.random.default_rng(0).standard_normal((3, 3, 3, 3))
+    s = collect(Forward(module), parameters(module), [Batch(x)], ["fisher"])
+    assert set(s) == {f"{name}.fisher" for name, _ in module.named_parameters()}
+
+
 def test_folders_that_are_none(torch, transformers, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json of transformers"):
         pretrained(tmp_path)

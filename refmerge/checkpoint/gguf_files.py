@@ -68,9 +68,9 @@ class Gguf(Checkpoint):
     """A GGUF file, mapped into memory by the gguf package. What is quantised is kept in bfloat16 where nothing else is asked
     for."""
 
-    def __init__(self, *given: Any) -> None:
-        *checkpoint, self._arrays = given
-        super().__init__(*checkpoint)
+    def __init__(self, *checkpoint: Any) -> None:
+        *opened, self._arrays = checkpoint
+        super().__init__(*opened)
 
     def fingerprint(self) -> list[list[Any]]:
         return [["gguf"], *super().fingerprint()]

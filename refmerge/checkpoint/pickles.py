@@ -63,9 +63,9 @@ def open_pickled(path: Path) -> Checkpoint:
 class Pickled(Checkpoint):
     """Weights that torch has read, mapped into memory where their format can be."""
 
-    def __init__(self, *given: Any) -> None:
-        *checkpoint, self._arrays = given
-        super().__init__(*checkpoint)
+    def __init__(self, *checkpoint: Any) -> None:
+        *opened, self._arrays = checkpoint
+        super().__init__(*opened)
 
     def fingerprint(self) -> list[list[Any]]:
         return [["pickled"], *super().fingerprint()]

@@ -75,10 +75,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
     path: as given. directory: the folder of a sharded or Hub-layout checkpoint, None for a lone file. tensors: name ->
     TensorInfo, sorted. weights: how a folder's only file is called in models of this kind. metadata: the `__metadata__`
     entries on which all shards that have them agree. config: the folder's config.json, None where there is none. nbytes: of
-    all tensors.
+    all tensors. coming: whether it is still to be written.
     Safe to read from several threads; close it, or use it as a context manager, to close its files.
     """
 
+    coming = False
     rewritten = False  # whether `config` is not what the folder's file says
     note = ""  # what a plan should say of how it is read
 
@@ -112,6 +113,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """Elements [start, stop) in float64, where they are computed when they are read and `read` rounds them; None where
         it does not."""
         return None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights."""
+        return sorted(self._identities)
 
     def sidecars(self) -> list[Path]:
         """The files of the folder that belong into a model merged from this one, sorted; never weights or an index."""

@@ -119,6 +119,11 @@ class CheckpointWriter:
             self.abort(keep=bool(self.finished))
             raise
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of weights where they are now, before commit(); the same names, in the target, after it."""
+        return [shard.path for shard in self._shards]
+
     def reuse(self, names: Iterable[str]) -> None:
         """Take these tensors, which are among `finished`, as written."""
         for name in names:

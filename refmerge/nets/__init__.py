@@ -4,6 +4,8 @@ Each module has `forward(params, batch, taps=None, ...)`, which gives the output
 draws parameters. Names of tensors and layouts of weights are those of the checkpoints that people have: torchvision's,
 timm's and transformers'. Arrays are of any library; gradients go through where the library has them.
 
+`refmerge.nets.torch` makes such a function of a module of torch or transformers.
+
 taps: a dictionary that a forward pass fills with matrices of one row for each sample, or for each place of one, and one
 column for each unit:
 

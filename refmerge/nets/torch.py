@@ -37,7 +37,8 @@ class Forward:
 
     batch: an array, a tuple of positional arguments, or a mapping of keyword arguments. What comes back is a tensor: of an
     output that has several, `logits`, else `last_hidden_state`, else the first. params: of all tensors of the module; of
-    tied ones one name is enough. Names may lack `prefix`, or have it where the module's do not.
+    tied ones one name is enough. Names may lack `prefix`, or have it where the module's do not, or be those under which
+    tensors are `stored`, by the module's. Tensors whose names match a pattern in `ignored` may be there.
 
     shared: names of weights that several layers have. untapped: module -> why no taps are told of that linear layer.
 
@@ -45,7 +46,9 @@ class Forward:
     that are missing, unknown, of another shape, or tied in the module and different in params.
     """
 
-    def __init__(self, module: Any, *, prefix: str = "", ignored: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, module: Any, *, prefix: str = "", ignored: tuple[str, ...] = (), stored: Mapping[str, str] | None = None
+    ) -> None:
         import torch
 
         if not isinstance(module, torch.nn.Module):
@@ -53,7 +56,7 @@ class Forward:
         for name, m in module.named_modules():
             if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
                 raise UsageError(f"{name!r} is a batch norm without running statistics: samples depend on each other")
-        self.module, self.prefix, self._ignored = module, prefix, ignored
+        self.module, self.prefix, self._ignored, self._stored = module, prefix, ignored, stored or {}
         self._tensors = {n: tuple(x.shape) for n, x in module.state_dict().items()}
         own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         groups: dict[int, list[str]] = {}
@@ -133,7 +136,8 @@ class Forward:
 
     def _names_of(self, name: str) -> list[str]:
         """What a tensor of the module may be called in params."""
-        return [name, name.removeprefix(self.prefix), self.prefix + name] if self.prefix else [name]
+        found = [name, *([self._stored[name]] if name in self._stored else [])]
+        return [*found, name.removeprefix(self.prefix), self.prefix + name] if self.prefix else found
 
     def _name(self, weight: str, given: Mapping[str, str]) -> str:
         """The name in params of a weight; of a tied one the first that params has."""
@@ -274,7 +278,11 @@ def _no_draws(device: Any, forward: Forward) -> Iterator[None]:
 
 def pretrained(folder: str | Path) -> Forward:
     """The architecture that a folder's config.json names, of transformers, without its weights. Nothing is downloaded and no
-    code from the folder is run. UsageError where transformers is not installed or does not know the architecture."""
+    code from the folder is run. UsageError where transformers is not installed or does not know the architecture.
+
+    Names are those of the checkpoint, also where transformers' modules have others. A tensor of a module that is stored in
+    several pieces, as the experts of some mixtures are, has no name there: such checkpoints are refused when they are run.
+    """
     try:
         import transformers
     except ImportError:
@@ -293,4 +301,22 @@ def pretrained(folder: str | Path) -> Forward:
     with torch.random.fork_rng():
         module = kind(config)
     ignored = tuple(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
-    return Forward(module, prefix=f"{module.base_model_prefix}.", ignored=ignored)
+    return Forward(module, prefix=f"{module.base_model_prefix}.", ignored=ignored, stored=_stored(module))
+
+
+def _stored(module: Any) -> dict[str, str]:
+    """The module's name -> the name under which transformers stores that tensor, where it is another one."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # versions below 5 store every tensor under its own name
+        return {}
+    own = module.state_dict()
+    places: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, x in own.items():
+        places.setdefault((x.data_ptr(), tuple(x.shape)), []).append(name)
+    found = {}
+    for there, x in revert_weight_conversion(module, own).items():
+        names = places.get((x.data_ptr(), tuple(x.shape)), [])
+        if there not in own and len(names) == 1:
+            found[names[0]] = there
+    return found

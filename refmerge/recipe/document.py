@@ -73,14 +73,30 @@ class Problems:
 
 def read_document(text: str, source: str) -> Document:
     """Parse one YAML document. RecipeError names line and column of everything that is refused."""
+    return _read(text, source, several=False)[0]
+
+
+def read_documents(text: str, source: str) -> list[Document]:
+    """Parse a file of YAML documents, one after the other; those without content are left out."""
+    found = _read(text, source, several=True)
+    return [d for d in found if d.data is not None] or found[:1]
+
+
+def _read(text: str, source: str, several: bool) -> list[Document]:
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RecipeError(f"{source}: larger than {MAX_BYTES} bytes, which no recipe needs")
     yaml = YAML(typ="safe", pure=True)
     yaml.composer.warn_double_anchors = False
-    reader = _Reader(source)
+    documents, values = [], 0
     try:
-        root = yaml.compose(text)
-        data = None if root is None else reader.value(root, ())
+        for root in yaml.compose_all(text) if several else [yaml.compose(text)]:
+            reader = _Reader(source, values)
+            data = None if root is None else reader.value(root, ())
+            reader.problems.check()
+            documents.append(Document(source, data, reader.marks))
+            values = reader.values
+    except RecipeError:
+        raise
     except MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -91,8 +107,7 @@ def read_document(text: str, source: str) -> Document:
     except Exception as e:
         # On damaged text ruamel raises what its own code stumbles over: ValueError for the tag !%25, for one.
         raise RecipeError(f"{source}: not YAML: {quote(str(e).partition(chr(10))[0])}") from None
-    reader.problems.check()
-    return Document(source, data, reader.marks)
+    return documents or [Document(source, None, {})]
 
 
 class _TooLarge(YAMLError):
@@ -102,10 +117,10 @@ class _TooLarge(YAMLError):
 class _Reader:
     """Turns nodes into plain data. Aliases arrive as the same node again and are copied out."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, values: int):
         self.marks: dict[Path, tuple[int, int]] = {}
         self.problems = Problems(source, self.marks)
-        self.values = 0
+        self.values = values  # of documents before this one, too
         self.open: set[int] = set()
 
     def value(self, node: Node, path: Path) -> Any:

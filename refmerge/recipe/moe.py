@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from refmerge.checkpoint import hub
 from refmerge.errors import UsageError
 from refmerge.procedures.experts.moe_from_dense import Expert, Mixture, prepare
-from refmerge.recipe.document import Document, Problems, quote, read_document
+from refmerge.recipe.document import Document, Problems, quote, read_documents
 from refmerge.recipe.plan import read_text
 from refmerge.recipe.schema import DType, ModelPath, did_you_mean, place_of
 
@@ -76,8 +76,8 @@ def prepare_moe(
     `prepare_recipe`; UsageError for one that is set: weights are copied.
     """
     text, source = read_text(recipe)
-    document = read_document(text, source)
-    if not is_mixture(document.data):
+    document, *others = read_documents(text, source)
+    if others or not is_mixture(document.data):
         return None
     content = validate(document)
     unset = {"nonfinite": "error", "integers": "equal", "missing": "error", "allow_pickle": False}

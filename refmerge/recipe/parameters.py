@@ -2,7 +2,8 @@
 
 A setting in a recipe is a scalar, a list of scalars (a gradient), an entry `{value, filter}`, or a list of entries. Of
 a list of entries the first whose filter is contained in the tensor's name counts; where none matches, the setting is
-silent and the next scope is asked: the model's parameters, the recipe's parameters, the method's default.
+silent and the next scope is asked: the source's parameters, the slice's, the module's, the recipe's, the method's default.
+A model's own parameters are looked up by the name that the tensor has in that model, shared ones by its name in the result.
 """
 
 from __future__ import annotations
@@ -107,9 +108,16 @@ class Rules:
 
         RecipeError where a required parameter has no value for this tensor.
         """
-        t = position(name, self._count(names)) if self._needs_depth else 0.0
-        values = {key: [rule.value(name, t) for rule in group] for key, group in self._rules.items()}
-        return {key: v if self._rules[key][0].param.per_model else v[0] for key, v in values.items()}
+        return self.at(name, position(name, self._count(names)) if self._needs_depth else 0.0)
+
+    def at(self, name: str, t: float, inputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """Keyword parameters for a tensor at depth t; `inputs` are its names in the models, where they are others."""
+        found = {}
+        for key, group in self._rules.items():
+            per_model = group[0].param.per_model
+            values = [rule.value(inputs[i] if inputs and per_model else name, t) for i, rule in enumerate(group)]
+            found[key] = values if per_model else values[0]
+        return found
 
     def _count(self, names: Collection[str]) -> int:
         """The number of layers, counted once for a checkpoint and not once for each of its tensors."""
@@ -142,43 +150,48 @@ class Checker:
     def params(self) -> dict[str, Param]:
         return {recipe_key(name): param for name, param in self.method.params.items()}
 
-    def rules(self, models: Sequence[tuple[str, int | None]]) -> Rules:
-        """The rules for these models: name and place in the recipe's list, None for one that is not in it."""
-        shared = self._settings(self.data.get("parameters"), ("parameters",))
-        own = [{} if place is None else self.own_settings(place) for _, place in models]
+    def rules(self, models: Sequence[tuple[str, Path | None]], outer: Sequence[Path] = ((),)) -> Rules:
+        """The rules for these models: name and place of the entry in the recipe, None for one that is not in it.
+
+        outer: the places of the scopes around the entries, from the innermost outward; () is the recipe itself.
+        """
+        shared = [self.settings(place, per_model=False) for place in outer]
+        own = [{} if place is None else self.settings(place, per_model=True) for _, place in models]
         rules: dict[str, tuple[Rule, ...]] = {}
         for key, param in self.params.items():
-            outer = (shared[key],) if key in shared else ()
+            scopes = tuple(scope[key] for scope in shared if key in scope)
             if param.per_model:
                 rules[param.name] = tuple(
-                    Rule(key, param, ((inner[key],) if key in inner else ()) + outer, model)
+                    Rule(key, param, ((inner[key],) if key in inner else ()) + scopes, model)
                     for (model, _), inner in zip(models, own, strict=True)
                 )
             else:
-                rules[param.name] = (Rule(key, param, outer),)
+                rules[param.name] = (Rule(key, param, scopes),)
             if param.required:
-                self._check_given(rules[param.name])
+                self._check_given(rules[param.name], outer[0])
         return Rules(rules)
 
-    def own_settings(self, place: int) -> dict[str, Setting]:
-        """The settings of one entry of the recipe's list of models."""
-        written = self.data["models"][place].get("parameters")
-        return self._settings(written, ("models", place, "parameters"))
+    def settings(self, place: Path, *, per_model: bool) -> dict[str, Setting]:
+        """The settings of the entry at this place; those of a model where `per_model`, those of all else."""
+        entry: Any = self.data
+        for key in place:
+            entry = entry[key]
+        return self._settings(entry.get("parameters"), (*place, "parameters"), per_model)
 
-    def _check_given(self, rules: tuple[Rule, ...]) -> None:
+    def _check_given(self, rules: tuple[Rule, ...], place: Path) -> None:
         for rule in rules:
             if not rule.scopes:
                 whose = f" for {quote(rule.model)}" if rule.model else ""
-                self.problems.add(("parameters",), f"{self.method.name} needs the parameter {rule.key}{whose}")
+                self.problems.add((*place, "parameters"), f"{self.method.name} needs the parameter {rule.key}{whose}")
 
-    def _settings(self, written: Mapping[str, Any] | None, path: Path) -> dict[str, Setting]:
+    def _settings(self, written: Mapping[str, Any] | None, path: Path, own: bool) -> dict[str, Setting]:
         found = {}
         for key, setting in (written or {}).items():
             param = self.params.get(key)
             if param is None:
                 hint = did_you_mean(key, self.params)
                 self.problems.add((*path, key), f"{self.method.name} has no parameter {quote(key)}{hint}")
-            elif path[0] == "models" and not param.per_model:
+            elif own and not param.per_model:
                 message = f"{key} is one value for all models: move it to the recipe's parameters"
                 self.problems.add((*path, key), message)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
@@ -12,14 +12,7 @@ from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.recipe.document import Document, Path, Problems, quote
 
 _SETTING = "a number, true or false, text, a list of these, or entries with value and filter"
-_UNSUPPORTED = {
-    "slices": "slices is not supported yet: only whole models can be merged, listed under models",
-    "modules": "modules is not supported yet: only whole models can be merged, listed under models",
-    "tokenizer": "tokenizer is not supported yet: vocabularies are not realigned, and the tokenizer files are copied "
-    "from base_model or else from the first model; leave the key out if that is what you want",
-    "tokenizer_source": "tokenizer_source is not supported yet: vocabularies are not realigned, and the tokenizer "
-    "files are copied from base_model or else from the first model; leave the key out if that is what you want",
-}
+_CONTENTS = ("models", "slices", "modules")
 
 
 def _form(value: Any) -> str:
@@ -70,7 +63,30 @@ ModelPath = Annotated[str, BeforeValidator(_model_path), Field(min_length=1)]
 DType = Literal[
     "bfloat16", "float16", "float32", "float64", "torch.bfloat16", "torch.float16", "torch.float32", "torch.float64"
 ]
-Template = Literal["auto", "alpaca", "chatml", "exaone", "llama3", "mistral"]
+
+
+def _layer_pattern(value: Any) -> Any:
+    if isinstance(value, str) and value.count("{}") != 1:
+        raise ValueError(f"layers: {quote(value)} needs {{}} once, where the number of the layer stands")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _range(value: Any) -> Any:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and 0 <= v < 1 << 31 for v in value):
+        raise ValueError(f"layer_range is [first, one after the last], not {quote(value)}")
+    if value[0] >= value[1]:
+        raise ValueError(f"layer_range {quote(value)} has no layers: its end is one after the last")
+    return value
+
+
+def _row(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("kind") not in ("zero", "model_token"):
+        raise ValueError("the source of a token is a model, {kind: zero}, or {kind: model_token, model: ..., token: ...}")
+    return value
 
 
 class ModelEntry(_Closed):
@@ -78,6 +94,76 @@ class ModelEntry(_Closed):
 
     model: ModelPath
     parameters: Parameters | None = None
+
+
+class SourceEntry(_Closed):
+    """The layers [start, end) of one model."""
+
+    model: ModelPath
+    layer_range: Annotated[list[int], BeforeValidator(_range)]
+    parameters: Parameters | None = None
+
+
+class SliceEntry(_Closed):
+    """Layers of the result: those of its sources, merged with each other. `residual_weight` has no effect in mergekit."""
+
+    sources: Annotated[list[SourceEntry], Field(min_length=1)]
+    base_model: ModelPath | None = None
+    residual_weight: float | int | None = None
+    parameters: Parameters | None = None
+
+
+class ModuleEntry(_Closed):
+    """A part of the network with layers of its own: whole models, or slices."""
+
+    models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
+    slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
+    parameters: Parameters | None = None
+    prefix: Annotated[list[str], BeforeValidator(_listed)] | None = Field(
+        None, description="How the names of its tensors begin, where its name does not say"
+    )
+
+
+class ZeroRow(_Closed):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+class TokenRow(_Closed):
+    """The row of one of a model's tokens, by the token or by its number."""
+
+    kind: Literal["model_token"]
+    model: ModelPath
+    token: str | None = None
+    token_id: Annotated[int, Field(ge=0)] | None = None
+
+
+def _row_form(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", "path")
+    return kind if kind in ("zero", "model_token") else "path"
+
+
+class TokenEntry(_Closed):
+    """Where the row of a token comes from in models that lack it, or in all with `force`."""
+
+    source: (
+        Annotated[
+            Annotated[ZeroRow, Tag("zero")] | Annotated[TokenRow, Tag("model_token")] | Annotated[ModelPath, Tag("path")],
+            Discriminator(_row_form),
+            BeforeValidator(_row),
+        ]
+        | None
+    ) = None
+    force: bool = False
+
+
+class Tokenizer(_Closed):
+    """The vocabulary of the result; `source` is union, base, rows or a model."""
+
+    source: ModelPath = "union"
+    tokens: dict[str, TokenEntry] | None = None
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
 
 
 class NativeModelEntry(ModelEntry):
@@ -97,30 +183,40 @@ class Align(_Closed):
     parameters: dict[str, Value] | None = None
 
 
-class MergekitRecipe(_Closed):
-    """A recipe in mergekit's YAML, with mergekit's semantics."""
+class _Recipe(_Closed):
+    """What both kinds of recipes have: exactly one of models, slices and modules, and how vocabularies are brought together.
+
+    name: what other documents of the file call this merge. layers: how names of tensors in layers begin, with {} for the
+    number of the layer. vocabulary: globs of the tensors that have a row for each token.
+    """
 
     merge_method: Annotated[str, Field(min_length=1)]
-    models: Annotated[list[ModelEntry], Field(min_length=1)]
+    models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
     base_model: ModelPath | None = None
+    slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
+    modules: Annotated[dict[str, ModuleEntry], Field(min_length=1)] | None = None
     parameters: Parameters | None = None
     dtype: DType | None = None
     out_dtype: DType | None = None
-    chat_template: Template | None = None
+    tokenizer_source: ModelPath | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    name: Annotated[str, Field(min_length=1)] | None = None
+    layers: Annotated[list[Annotated[str, BeforeValidator(_layer_pattern)]], BeforeValidator(_listed)] | None = None
+    vocabulary: list[str] | None = None
 
 
-class NativeRecipe(_Closed):
+class MergekitRecipe(_Recipe):
+    """A recipe in mergekit's YAML, with mergekit's semantics."""
+
+
+class NativeRecipe(_Recipe):
     """A native recipe: the papers' semantics, or another tool's for a method named `tool:method`."""
 
     refmerge: Annotated[Literal[1], BeforeValidator(_version)]
-    merge_method: Annotated[str, Field(min_length=1)]
-    models: Annotated[list[NativeModelEntry], Field(min_length=1)]
-    base_model: ModelPath | None = None
+    models: Annotated[list[NativeModelEntry], Field(min_length=1)] | None = None  # type: ignore[assignment]
     base_stats: Annotated[str, Field(min_length=1)] | None = None
     align: Align | None = None
-    parameters: Parameters | None = None
-    dtype: DType | None = None
-    out_dtype: DType | None = None
     work_dtype: Literal["float32", "float64"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     over: Literal["tensor", "model"] | None = None
@@ -137,19 +233,39 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
         problems.add(("experts",), "a recipe with experts is no merge: only refmerge merge and refmerge plan take it")
         raise problems.error()
     kind = NativeRecipe if "refmerge" in data else MergekitRecipe
-    for key in _UNSUPPORTED.keys() & data.keys():
-        problems.add((key,), _UNSUPPORTED[key])
-    whole = not {"slices", "modules"} & data.keys()
+    _check_contents(data, problems)
     try:
-        recipe = kind.model_validate({k: v for k, v in data.items() if k not in _UNSUPPORTED})
+        recipe = kind.model_validate(data)
     except ValidationError as e:
         for error in e.errors(include_url=False):
-            if error["loc"] != ("models",) or error["type"] != "missing" or whole:
-                path = place_of(error["loc"], data)
-                problems.add(path, _message(error, path, kind))
+            path = place_of(error["loc"], data)
+            problems.add(path, _message(error, path, kind))
         raise problems.error() from None
     problems.check()
     return recipe
+
+
+def _check_contents(data: dict[str, Any], problems: Problems) -> None:
+    """Exactly one of models, slices and modules; one of models and slices in a module; one instruction for tokenizers."""
+    given = [key for key in _CONTENTS if data.get(key) is not None]
+    if not given:
+        problems.add((), "'models' is missing (or slices, or modules)")
+    for key in given[1:]:
+        problems.add((key,), f"a recipe has one of models, slices and modules: {given[0]} is there already")
+    modules = data.get("modules")
+    for name, module in modules.items() if isinstance(modules, dict) else ():
+        if isinstance(module, dict) and (module.get("models") is None) == (module.get("slices") is None):
+            problems.add(("modules", name), f"module {quote(name)} needs models or slices, and not both")
+    if data.get("tokenizer") is not None and data.get("tokenizer_source") is not None:
+        problems.add(("tokenizer_source",), "tokenizer and tokenizer_source exclude each other")
+    tokenizer = data.get("tokenizer")
+    tokens = tokenizer.get("tokens") if isinstance(tokenizer, dict) else None
+    for token, entry in tokens.items() if isinstance(tokens, dict) else ():
+        source = entry.get("source") if isinstance(entry, dict) else None
+        if not isinstance(source, dict) or source.get("kind") != "model_token":
+            continue
+        if ("token" in source) == ("token_id" in source):
+            problems.add(("tokenizer", "tokens", token, "source"), "model_token wants one of token and token_id")
 
 
 def schema_json() -> dict[str, Any]:
@@ -193,8 +309,6 @@ def _message(error: Any, path: Path, kind: type[BaseModel]) -> str:
             return f"refmerge: {quote(given)} is not a version of the recipe format: only 1 is"
         case _ if path[-1:] in (("dtype",), ("out_dtype",)):
             return f"{key} is one of {', '.join(OUTPUTS)}, not {quote(given)}"
-        case _ if path == ("chat_template",) and isinstance(given, str):
-            return f"a chat_template other than {', '.join(get_args(Template))} is not supported yet"
         case "literal_error":
             return f"{key} is {error['ctx']['expected']}, not {quote(given)}"
         case "greater_than_equal" | "less_than":
@@ -221,12 +335,18 @@ def _unknown_key(path: Path, kind: type[BaseModel]) -> str:
         fields = Align.model_fields
     elif "parameters" in path:
         fields = Condition.model_fields
-    elif path[0] == "models":
-        fields = (NativeModelEntry if kind is NativeRecipe else ModelEntry).model_fields
+    elif path[0] == "tokenizer":
+        fields = (Tokenizer, TokenEntry, TokenRow)[len(path) // 2 - 1 if len(path) < 5 else 2].model_fields
+    elif "sources" in path:
+        fields = SourceEntry.model_fields
+    elif "slices" in path:
+        fields = SliceEntry.model_fields
+    elif "models" in path:
+        fields = (NativeModelEntry if kind is NativeRecipe and path[0] == "models" else ModelEntry).model_fields
+    elif path[0] == "modules":
+        fields = ModuleEntry.model_fields
     else:
         fields = kind.model_fields
-    if key == "chat_template":
-        return "chat_template is not supported yet"
-    if kind is MergekitRecipe and key in (*NativeRecipe.model_fields, "stats"):
+    if kind is MergekitRecipe and key in (NativeRecipe.model_fields.keys() - MergekitRecipe.model_fields.keys() | {"stats"}):
         return f"{quote(key)} belongs to native recipes, which have refmerge: 1 at the top and the papers' semantics"
     return f"unknown key {quote(key)}{did_you_mean(str(key), fields)}"

@@ -63,9 +63,9 @@ def search(
 
 def given(resolved: Resolved, source: str) -> dict[str, Any]:
     """The parameters that a recipe fixes: one value for all models and tensors. RecipeError for what is more than that."""
-    if resolved.align is not None or resolved.read_dtype is not None:
-        key = "align" if resolved.align is not None else "dtype"
-        raise RecipeError(f"{source}: a search takes models as they are: leave out {key}")
+    more = {"align": resolved.align, "dtype": resolved.read_dtype, "slices, modules and tokenizer": resolved.modules}
+    if left := [key for key, value in more.items() if value]:
+        raise RecipeError(f"{source}: a search takes whole models as they are: leave out {left[0]}")
     if resolved.written["model_parameters"]:
         raise RecipeError(f"{source}: a search looks for what is a model's own: leave out its parameters")
     known, fixed = get(resolved.method).params, {}

@@ -1,7 +1,7 @@
 """The papers' claims, tried on small networks: `python -m refmerge.demo.claims`, and what it wrote down in spec/results.md.
 
 `world` has the tasks and the models, `table` every method on them, `papers` the claims with their experiments, which lie by
-family in `averaging`, `task_vectors`, `alignment` and `adapters`; `page` makes the text.
+family in `averaging`, `task_vectors`, `data_driven`, `alignment` and `adapters`; `page` makes the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from refmerge import __version__
 from refmerge.demo.claims import table
 from refmerge.demo.claims.page import identity
-from refmerge.demo.claims.papers import claims
+from refmerge.demo.claims.papers import CLAIMS
 from refmerge.demo.claims.world import images
 
 __all__ = ["SEEDS", "collected", "experiments", "measured", "parts"]
@@ -29,8 +29,8 @@ SEEDS = [0, 1, 2, 3, 4]
 
 def experiments() -> list[str]:
     """What can be asked for by itself: the rows of the table, and what measures claims."""
-    measures = dict.fromkeys(identity(c) for found in claims().values() for c in found if c.measure is not table.best)
-    return [*(f"{TABLE}.{row.name}" for row in table.available()), *measures]
+    measures = dict.fromkeys(identity(c) for found in CLAIMS.values() for c in found if c.measure is not table.best)
+    return [*(f"{TABLE}.{row.name}" for row in table.ROWS), *measures]
 
 
 def parts() -> list[str]:
@@ -41,8 +41,8 @@ def measured(names: Sequence[str], seed: int) -> dict[str, Any]:
     """The numbers of one seed, of experiments by their names: rows of the table, and numbers of claims."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the last layer, which all models share, has coefficients without an effect
-        rows = {row.name: table.result(row.name, seed) for row in table.available() if f"{TABLE}.{row.name}" in names}
-        measures = {identity(c): c.measure for found in claims().values() for c in found if identity(c) in names}
+        rows = {row.name: table.result(row.name, seed) for row in table.ROWS if f"{TABLE}.{row.name}" in names}
+        measures = {identity(c): c.measure for found in CLAIMS.values() for c in found if identity(c) in names}
         return {"table": rows, "claims": {name: measure(seed) for name, measure in measures.items()}}
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from refmerge import merge, registry
+from refmerge import merge
 from refmerge.adapters import Adapter, Factors, apply_adapter
 from refmerge.demo.claims.claim import Numbers
 from refmerge.demo.claims.table import SCALES
@@ -20,6 +19,7 @@ from refmerge.procedures.adapters.lora_extraction import lora_extraction
 from refmerge.procedures.adapters.lora_merge import lora_merge
 from refmerge.procedures.adapters.loraclr import loraclr
 from refmerge.procedures.adapters.pem import pem
+from refmerge.procedures.subspaces.core_space import core_space
 
 RANK = 8
 
@@ -129,13 +129,12 @@ def spaces(seed: int) -> Numbers:
     """Adapters merged as whole matrices and in spaces that they span, with the scale that is best on validation data."""
     w, adapters = world(seed), trained(seed)
     models = [whole(w, one) for one in adapters]
-    core: Any = registry.procedure("core_space")
     ways: dict[str, Callable[[float], Weights]] = {
         "task_arithmetic": lambda s: merge(models, "task_arithmetic", base=w.base, lambda_=s),
         "ties": lambda s: merge(models, "ties", base=w.base, lambda_=s),
         "knots": lambda s: merge(models, "knots", base=w.base, lambda_=s),
         "tsvm": lambda s: merge(models, "tsvm", base=w.base, lambda_=s),
-        "core_space with tsvm": lambda s: whole(w, core(adapters, method="tsvm", lambda_=s)),
+        "core_space with tsvm": lambda s: whole(w, core_space(adapters, method="tsvm", lambda_=s)),
     }
     numbers = {}
     for name, make in ways.items():

@@ -36,8 +36,8 @@ class Check:
 @dataclass(frozen=True)
 class Claim:
     """system: the page of what the claim is about. says: what the paper says. tried: what was done here. measure: numbers of
-    a seed, of which `shown` are printed. checks: what must hold. why: a guess, for where it does not. needs: registry names,
-    where it is not sure that they are there. also: keys of numbers that are printed besides."""
+    a seed, of which `shown` are printed. checks: what must hold. why: a guess, for where it does not. also: keys of numbers
+    that are printed besides."""
 
     system: str
     says: str
@@ -45,7 +45,6 @@ class Claim:
     measure: Callable[[int], Numbers]
     checks: Sequence[Check]
     why: str = ""
-    needs: Sequence[str] = ()
     also: Sequence[str] = ()
 
     @property

@@ -82,7 +82,8 @@ LIMITS = """\
 ## What this cannot say
 
 - Eight tasks that share their ten outputs, most of their pixels and two small layers are harder to merge than the
-  papers', and their fine-tunes move far for their size: where a paper finds its scale at 0.3 to 1, it is here at 0.1 to 0.5.
+  papers', and their fine-tunes move far for their size: where papers scale a sum of task vectors by 0.3 to 1, it is here
+  by 0.1 to 0.5.
 - Papers' baselines are tuned as the papers say; here everyone has the same rule. An order between two methods that lie
   within a standard deviation means nothing.
 - One network, one kind of data, five seeds. Another width or another choice of tasks may turn a row round.

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from refmerge import merge, registry
+from refmerge import merge
 from refmerge.adaptive import cross_entropy, entropy
 from refmerge.demo.claims.world import EPOCHS, TASKS, Made, Split, World, head, learn, rest_of, slope, world
 from refmerge.demo.training import Weights, backward, softmax
-from refmerge.nets import mlp
+from refmerge.nets import mlp, upscaled
 from refmerge.nets.layers import relu
 from refmerge.procedures.averaging.greedy_soup import greedy_soup
 from refmerge.procedures.data_driven.adamerging import adamerging
@@ -22,8 +21,9 @@ from refmerge.procedures.data_driven.atlas import atlas
 from refmerge.procedures.data_driven.evolutionary_merge import evolutionary_merge
 from refmerge.procedures.data_driven.model_tinting import model_tinting
 from refmerge.procedures.data_driven.regmean_plusplus import Stage, regmean_plusplus
+from refmerge.procedures.experts.smile import smile
 
-__all__ = ["ROWS", "Row", "available", "best", "result", "tuned"]
+__all__ = ["ROWS", "Row", "best", "result", "tuned"]
 
 SCALES = tuple(round(0.1 * k, 1) for k in range(1, 16))
 STEPS, BATCH = 500, 16
@@ -31,14 +31,13 @@ STEPS, BATCH = 500, 16
 
 @dataclass(frozen=True)
 class Row:
-    """name: of the row. make: what merges the models of a World. kind: what it gives and needs. needs: the registry name, if
-    it is a method's. scale: the parameter that is also chosen on validation data out of SCALES, if there is one. given:
-    parameters that are no defaults. fusionbench, esm: what is published for ViT-B/32 on eight tasks."""
+    """name: of the row. make: what merges the models of a World. kind: what it gives and needs. scale: the parameter that is
+    also chosen on validation data out of SCALES, if there is one. given: parameters that are no defaults. fusionbench, esm:
+    what is published for ViT-B/32 on eight tasks."""
 
     name: str
     make: Callable[..., Made]
     kind: str
-    needs: str | None = None
     scale: str | None = None
     given: str = ""
     fusionbench: float | None = None
@@ -54,7 +53,7 @@ def method(
     def make(w: World, **more: Any) -> Weights:
         return w.merge(name, **(params | more))
 
-    return Row(label or name, make, kind, name, scale, told(params), fusionbench, esm)
+    return Row(label or name, make, kind, scale, told(params), fusionbench, esm)
 
 
 def told(params: Mapping[str, Any]) -> str:
@@ -63,7 +62,7 @@ def told(params: Mapping[str, Any]) -> str:
 
 def each(name: str) -> Row:
     """A row of a method that is called once for each task."""
-    return Row(name, lambda w: [w.merge(name, task=i) for i in range(len(TASKS))], EACH, name)
+    return Row(name, lambda w: [w.merge(name, task=i) for i in range(len(TASKS))], EACH)
 
 
 def routed(w: World) -> list[Weights]:
@@ -77,7 +76,7 @@ def alone(name: str, **params: Any) -> Row:
     def make(w: World) -> list[Weights]:
         return [merge([m], name, base=w.base, **params) for m in w.models]
 
-    return Row(name, make, EACH, name, given=told(params))
+    return Row(name, make, EACH, given=told(params))
 
 
 # ---------------------------------------------------------------------------------------------------------- data and search
@@ -98,13 +97,15 @@ def logits(params: Weights, _: int, x: np.ndarray) -> np.ndarray:
 
 def uncertain(params: Weights, x: np.ndarray) -> tuple[float, Weights]:
     """The entropy of predictions and its gradient."""
+    return float(entropy(mlp.forward(params, x))), backward(params, x, lambda z: uncertain_slope(z)[1])
 
-    def error(z: np.ndarray) -> np.ndarray:
-        p = softmax(z)
-        logs = np.log(p + 1e-300)
-        return -p * (logs - (p * logs).sum(axis=1, keepdims=True)) / len(z)
 
-    return float(entropy(mlp.forward(params, x))), backward(params, x, error)
+def uncertain_slope(z: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean entropy of logits and its gradient by these."""
+    p = softmax(z)
+    logs = np.log(p + 1e-300)
+    less = (p * logs).sum(axis=1, keepdims=True)
+    return -float(less.mean()), -p * (logs - less) / len(z)
 
 
 def wrong(params: Weights, x: np.ndarray, y: np.ndarray) -> tuple[float, Weights]:
@@ -168,14 +169,12 @@ def tinted(w: World, *, steps: int = STEPS, **how: Any) -> list[Weights]:
 
 def smiled(w: World, **params: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Hidden layers with a router and an expert for each task."""
-    layer = import_module("refmerge.nets.upscaled").smile
-    make: Any = registry.procedure("smile")
-    found = make(w.models, w.base, layers=("blocks.*",), **params)
+    found = smile(w.models, w.base, layers=("blocks.*",), **params)
     *hidden, last = mlp.order(w.base)
 
     def logits(x: np.ndarray) -> np.ndarray:
         for name in hidden:
-            x = relu(layer(found, name, x))
+            x = relu(upscaled.smile(found, name, x))
         return x @ found[f"{last}.weight"].T + found[f"{last}.bias"]
 
     return logits
@@ -264,31 +263,25 @@ ROWS = [
     method("svc", ONE),
     method("dop", ONE),
     method("opcm", ONE),
-    Row("smile", smiled, ROUTED, "smile"),
-    Row("smile, wide gates", lambda w: smiled(w, k=32, gate_k=16), ROUTED, "smile", given="k 32, gate_k 16", esm=91.5),
-    Row("greedy_soup", soup, DATA, "greedy_soup", given="validation data"),
-    Row("evolutionary_merge", evolved, DATA, "evolutionary_merge", given="validation data"),
+    Row("smile", smiled, ROUTED),
+    Row("smile, wide gates", lambda w: smiled(w, k=32, gate_k=16), ROUTED, given="k 32, gate_k 16", esm=91.5),
+    Row("greedy_soup", soup, DATA, given="validation data"),
+    Row("evolutionary_merge", evolved, DATA, given="validation data"),
     method("fisher", DATA, fusionbench=70.6),
     method("regmean", DATA, fusionbench=82.4),
-    Row("regmean_plusplus", staged, DATA, "regmean_plusplus", fusionbench=84.4),
+    Row("regmean_plusplus", staged, DATA, fusionbench=84.4),
     method("mats", DATA),
-    Row("adamerging, task-wise", lambda w, **k: adapted(w, per="model", **k), DATA, "adamerging", fusionbench=68.7),
-    Row("adamerging, layer-wise", adapted, DATA, "adamerging", fusionbench=82.6),
-    Row("adamerging++, layer-wise", lambda w, **k: adapted(w, density=0.2, **k), DATA, "adamerging", given="density 0.2"),
-    Row("atlas", composed, DATA, "atlas", given="labels, lr 0.01"),
-    Row("model_tinting", tinted, EACH, "model_tinting"),
+    Row("adamerging, task-wise", lambda w, **k: adapted(w, per="model", **k), DATA, fusionbench=68.7),
+    Row("adamerging, layer-wise", adapted, DATA, fusionbench=82.6),
+    Row("adamerging++, layer-wise", lambda w, **k: adapted(w, density=0.2, **k), DATA, given="density 0.2"),
+    Row("atlas", composed, DATA, given="labels, lr 0.01"),
+    Row("model_tinting", tinted, EACH),
     each("tall_masks"),
     each("emr"),
-    Row("twin_merging", routed, EACH, "twin_merging", given="the task is known"),
+    Row("twin_merging", routed, EACH, given="the task is known"),
     alone("bitdelta", layers=("*.weight",)),
     alone("low_rank_residual"),
 ]  # fmt: skip
-
-
-def available() -> list[Row]:
-    """Rows whose methods there are."""
-    there = {*registry.names(), *registry.procedures()}
-    return [row for row in ROWS if row.needs is None or row.needs in there]
 
 
 def tuned(row: Row, w: World) -> tuple[float, float]:
@@ -309,5 +302,5 @@ def result(name: str, seed: int) -> tuple[float, float | None, float | None]:
 
 def best(seed: int) -> dict[str, float]:
     """Of each row the accuracy with the scale chosen, or with its defaults if nothing is chosen."""
-    found = {row.name: result(row.name, seed) for row in available()}
+    found = {row.name: result(row.name, seed) for row in ROWS}
     return {name: default if chosen is None else chosen for name, (default, _, chosen) in found.items()}

@@ -33,7 +33,7 @@ def delta_merge(
     only_products(adapters, "delta_merge")
     saved_alike(adapters, "delta_merge")
     if missing == "error":
-        same_modules(adapters, "delta_merge")
+        same_modules(adapters, "delta_merge", "; missing='zero' (--missing skip) takes them for changes of 0")
     modules = sorted({m for a in adapters for m in a.modules})
     over = over or method.over
     together = [[m] for m in modules] if over == "tensor" else [modules]

@@ -53,7 +53,7 @@ def lora_merge(
     # 1. one adapter
     combination = "linear" if len(adapters) == 1 else combination_type
     if missing == "error":
-        same_modules(adapters, "lora_merge")
+        same_modules(adapters, "lora_merge", "; missing='skip' (--missing skip) merges each of those that have it")
     modules = sorted({m for a in adapters for m in a.modules})
     if combination in BY_FACTORS:
         equal_ranks(adapters, modules, combination)

@@ -116,7 +116,7 @@ class Space:
         """What that recipe says of a tensor."""
         problems = Problems("the recipe of these genes")
         rules = Checker(self.method, self.recipe(genes), problems, lenient=False).rules(
-            [(m, place) for place, m in enumerate(self.models)]
+            [(m, ("models", place)) for place, m in enumerate(self.models)]
         )
         problems.check()
         return rules.for_tensor

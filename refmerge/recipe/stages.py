@@ -1,0 +1,77 @@
+"""A checkpoint that a merge before another one makes: known before it is written, but for its values."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from refmerge.checkpoint import Checkpoint, itemsize, open_checkpoint
+from refmerge.checkpoint.header import TensorInfo
+from refmerge.checkpoint.layout import WEIGHTS, config
+from refmerge.errors import UsageError
+from refmerge.plan import Plan
+from refmerge.sources import ByteSource
+
+__all__ = ["ComingCheckpoint"]
+
+
+class ComingCheckpoint(Checkpoint):
+    """The result of a plan, by its name, before and after it was run: `take` says where it was written.
+
+    Until then what lies beside its weights is in a temporary folder, and only tensors that are copied can be read.
+    """
+
+    coming = True
+
+    def __init__(self, name: str, plan: Plan) -> None:
+        self.path = Path(name)
+        self._plan = plan
+        self._made: Checkpoint | None = None
+        self._folder = TemporaryDirectory(prefix="refmerge-")
+        self.directory: Path = Path(self._folder.name)
+        sidecars, files = plan.side_files()
+        for path in sidecars:
+            shutil.copyfile(path, self.directory / path.name)
+        for file, content in files.items():
+            (self.directory / file).write_bytes(content)
+        self.config = config(self.directory)
+        self.metadata = {}
+        self.weights = WEIGHTS if plan.donor is None else plan.donor.weights
+        self.tensors = {
+            n: TensorInfo(n, dtype, shape, self.path, 0, math.prod(shape) * itemsize(dtype))
+            for n, (dtype, shape) in sorted(plan.specs.items())
+        }
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def files(self) -> list[Path]:
+        return [] if self._made is None else self._made.files
+
+    def take(self, folder: Path) -> None:
+        """The checkpoint is there."""
+        self._made = open_checkpoint(folder)
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        if self._made is not None:
+            self._made.read(name, start, stop, out)
+            return
+        source = self._plan.copied.get(name)
+        if not isinstance(source, ByteSource):
+            raise UsageError(f"{self.path}: {name!r} has to be read before it is merged: merge {self.path} by itself first")
+        source.read(name, start, stop, out)
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        if self._made is not None:
+            self._made.ahead(name, start, stop)
+
+    def check_unchanged(self) -> None:
+        if self._made is not None:
+            self._made.check_unchanged()
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
