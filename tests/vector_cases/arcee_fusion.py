@@ -149,10 +149,10 @@ def hand() -> Hand:
     h.case("no-base", "importance is that of a change", [[1.0]], None, ("arcee_fusion", {}, REFUSED, ""))
     h.case(
         "divergence-decides",
-        "against uniform rows of four. Row (t, 0, 0, 0): p is (1, 0, 0, 0) up to 1e-5, the divergence log 4; row (20, 20, 0, "
-        "0): p is (1/2, 1/2, 0, 0), the divergence log 2. Importances t log 4, and twice 20 log 2 = 10 log 4; of eight "
-        "entries with five zeros q_1 and the median are 0 and q_3 the least of the three. x, t = 16.5: the threshold is 15 "
-        "log 4, and 16.5 log 4 alone reaches it. y, t = 13: 13 log 4 does not",
+        "against uniform rows of four. Row (t, 0, 0, 0): p is (1, 0, 0, 0) up to 1e-5, the divergence log 4; row "
+        "(20, 20, 0, 0): p is (1/2, 1/2, 0, 0), the divergence log 2. Importances t log 4, and twice 20 log 2 = 10 log 4; "
+        "of eight entries with five zeros q_1 and the median are 0 and q_3 the least of the three. x, t = 16.5: the "
+        "threshold is 15 log 4, and 16.5 log 4 alone reaches it. y, t = 13: 13 log 4 does not",
         [
             {
                 "x": [[16.5, 0.0, 0.0, 0.0], [20.0, 20.0, 0.0, 0.0]],
@@ -164,8 +164,8 @@ def hand() -> Hand:
     )
     h.case(
         "far-apart",
-        "the softmaxes are (1, 0, 0, 0) and (0, 1, 0, 0), and the divergence is 800, though e^800 overflows; two importances "
-        "of 640000 and two of 0: the threshold is one and a half times 640000",
+        "the softmaxes are (1, 0, 0, 0) and (0, 1, 0, 0), and the divergence is 800, though e^800 overflows; two "
+        "importances of 640000 and two of 0: the threshold is one and a half times 640000",
         [[800.0, 0.0, 0.0, 0.0]],
         [0.0, 800.0, 0.0, 0.0],
         ("arcee_fusion", {}, [0.0, 800.0, 0.0, 0.0], "the base"),

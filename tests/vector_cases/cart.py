@@ -129,8 +129,8 @@ def hand() -> Hand:
     h.case("no-models", "nothing to average", [], None, ("cart", {}, REFUSED, ""))
     h.case(
         "lambda-default",
-        "diag(6, 0), diag(0, 6) and diag(0, -3): the average diag(2, 1), differences diag(4, -1), diag(-2, 5), diag(-2, -4), "
-        "of which the first singular terms are diag(4, 0), diag(0, 5), diag(0, -4): diag(2, 1) + 2 diag(4, 1)",
+        "diag(6, 0), diag(0, 6) and diag(0, -3): the average diag(2, 1), differences diag(4, -1), diag(-2, 5), "
+        "diag(-2, -4), of which the first singular terms are diag(4, 0), diag(0, 5), diag(0, -4): diag(2, 1) + 2 diag(4, 1)",
         [
             {"attn": [[6.0, 0.0], [0.0, 0.0]]},
             {"attn": [[0.0, 0.0], [0.0, 6.0]]},

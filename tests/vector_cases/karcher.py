@@ -170,8 +170,8 @@ def hand() -> Hand:
     early = [x / math.hypot(*f) for x in f]
     h.case(
         "tol-reached",
-        "weights 3/4 and 1/4 at a right angle: the walk starts at (3, 1) / sqrt 10, 18.43 and 71.57 degrees from the two; in "
-        "one step the cosines change by less than 1/8 and so the direction is that of (3 w_1 / sin w_1, w_2 / sin w_2)",
+        "weights 3/4 and 1/4 at a right angle: the walk starts at (3, 1) / sqrt 10, 18.43 and 71.57 degrees from the two; "
+        "in one step the cosines change by less than 1/8 and so the direction is that of (3 w_1 / sin w_1, w_2 / sin w_2)",
         [[1, 0], [0, 1]],
         None,
         ("karcher", {"weight": [3.0, 1.0], "tol": 0.125}, early, ""),
@@ -180,8 +180,8 @@ def hand() -> Hand:
     )
     h.case(
         "nearly-opposite",
-        "weights 15 and 1; the second is 180 degrees less 1/2048 from the first, and no more than 1/1000 from the opposite of "
-        "where the walk starts: the straight mean, 14/16 of 2048 and 1/16",
+        "weights 15 and 1; the second is 180 degrees less 1/2048 from the first, and no more than 1/1000 from the opposite "
+        "of where the walk starts: the straight mean, 14/16 of 2048 and 1/16",
         [[2048, 0], [-2048, 1]],
         None,
         ("karcher", {"weight": [15.0, 1.0]}, [1792.0, 0.0625], ""),
@@ -208,8 +208,8 @@ def hand() -> Hand:
     )
     h.case(
         "near-one-model",
-        "weights 4095 and 1 at a right angle: 90/4096 degrees from the first; that it starts near the first is no reason for "
-        "the straight mean",
+        "weights 4095 and 1 at a right angle: 90/4096 degrees from the first; that it starts near the first is no reason "
+        "for the straight mean",
         [[1, 0], [0, 1]],
         None,
         (
@@ -237,8 +237,8 @@ def hand() -> Hand:
     h.case(
         "angle-zero",
         "weights 8, 3, 5 of (1, 0), (0, 1), (4, -3) / 5: the walk starts at the first, whose w / sin w is 1; after one step "
-        "the direction is that of 8 (1, 0) + 3 (w_2 / sin w_2) (0, 1) + 5 (w_3 / sin w_3) (4, -3) / 5, with w_2 = 90 degrees "
-        "and sin w_3 = 3/5; the mean length is (8 + 3 + 5 * 5) / 16",
+        "the direction is that of 8 (1, 0) + 3 (w_2 / sin w_2) (0, 1) + 5 (w_3 / sin w_3) (4, -3) / 5, with w_2 = 90 "
+        "degrees and sin w_3 = 3/5; the mean length is (8 + 3 + 5 * 5) / 16",
         [[1, 0], [0, 1], [4, -3]],
         None,
         (

@@ -129,7 +129,12 @@ def hand() -> Hand:
         "diag(10, 9, ..., 1): the eight largest singular values stay",
         [np.diag([10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])],
         np.zeros((10, 10)),
-        ("low_rank_residual", {}, {"x": np.diag([10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 0.0, 0.0])}, "rank is 8 by default"),
+        (
+            "low_rank_residual",
+            {},
+            {"x": np.diag([10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 0.0, 0.0])},
+            "rank is 8 by default",
+        ),
         tolerance=1e-14,
     )
     h.case(

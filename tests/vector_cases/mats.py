@@ -175,7 +175,12 @@ def hand() -> Hand:
         "W_1 G_1 = (6, 6), W_2 G_2 = (-6, 6), the sum of both times 1/4, since G_1 + G_2 = 4",
         [[[2.0, 2.0]], [[-2.0, 2.0]]],
         [{"l.gram": [[2.0, 1.0], [1.0, 2.0]]}, {"l.gram": [[2.0, -1.0], [-1.0, 2.0]]}],
-        ("mats", {"objective": "gram", "solver": "direct"}, [[0.0, 3.0]], "what is off the diagonal counts whole by default"),
+        (
+            "mats",
+            {"objective": "gram", "solver": "direct"},
+            [[0.0, 3.0]],
+            "what is off the diagonal counts whole by default",
+        ),
     )
     case(
         "one-direct",

@@ -193,8 +193,8 @@ def hand() -> Hand:
     h.case("no-models", "nothing to merge", [], [0.0], ("ramplus_tl", {}, REFUSED, ""))
     h.case(
         "defaults",
-        "2^-17 is no change and 2^-16 is one: the models have one change of their own, 50 and 2^-16, and one that they share, "
-        "4 and 8. The overlap 1 is above alpha = 0.2: 1 + 0.1 * 0.2 times their own",
+        "2^-17 is no change and 2^-16 is one: the models have one change of their own, 50 and 2^-16, and one that they "
+        "share, 4 and 8. The overlap 1 is above alpha = 0.2: 1 + 0.1 * 0.2 times their own",
         [[50.0, 4.0, 0.0], [2.0**-17, 8.0, 2.0**-16]],
         [0.0, 0.0, 0.0],
         ("ramplus_tl", {}, [51.0, 6.0, 1.02 * 2.0**-16], ""),

@@ -160,12 +160,19 @@ def hand() -> Hand:
         [[[2.0**-60, 0.0], [0.0, 2.0**-60]]],
         ("regmean", {}, [[1.0, 2.0]], ""),
     )
+    v = np.array([1 / 3, 1 / 5])
     case(
         "singular-up-to-rounding",
         "v v^T with v = (1/3, 1/5) has rank 1, and times 2^40 rounding leaves an eigenvalue of 4e-6 beside 1.7e11",
         [[[1.0, 2.0]]],
-        [[[2.0**40 * (1 / 3 * (1 / 3)), 2.0**40 * (1 / 3 * (1 / 5))], [2.0**40 * (1 / 3 * (1 / 5)), 2.0**40 * (1 / 5 * (1 / 5))]]],
+        [2.0**40 * np.outer(v, v)],
         ("regmean", {"off_diagonal": 1.0}, REFUSED, ""),
     )
-    case("no-inputs", "a weight of one output and no inputs", [np.zeros((1, 0))], [np.zeros((0, 0))], ("regmean", {}, np.zeros((1, 0)), ""))
+    case(
+        "no-inputs",
+        "a weight of one output and no inputs",
+        [np.zeros((1, 0))],
+        [np.zeros((0, 0))],
+        ("regmean", {}, np.zeros((1, 0)), ""),
+    )
     return h

@@ -173,7 +173,7 @@ def hand() -> Hand:
     half = math.sqrt(0.5)
     h.case(
         "layers-apart",
-        "h.0.a and h.0.b are one layer, at a right angle: half way, sqrt(1/2) of each. h.1.a is another, and parallel: the line",
+        "h.0.a and h.0.b are one layer, at a right angle: half way, sqrt(1/2) of each. h.1.a is another, parallel: the line",
         [{"h.0.a": [1.0], "h.0.b": [0.0], "h.1.a": [2.0]}, {"h.0.a": [0.0], "h.0.b": [1.0], "h.1.a": [4.0]}],
         {"h.0.a": [0.0], "h.0.b": [0.0], "h.1.a": [0.0]},
         ("warp", {}, {"h.0.a": [half], "h.0.b": [half], "h.1.a": [3.0]}, ""),
@@ -197,8 +197,8 @@ def hand() -> Hand:
         c = 1 / (2 * math.sin(math.atan2(1, width) / 2))
         h.case(
             id,
-            f"task vectors ({width}, 0) and (-{width}, 1): half way along the arc is (0, c) with c = 1 / (2 cos(w/2)) = 1 / (2 "
-            f"sin(atan(1/{width}) / 2)); its square is c^2 and the parts' squares {width}^2 c^2 each. {why}",
+            f"task vectors ({width}, 0) and (-{width}, 1): half way along the arc is (0, c) with c = 1 / (2 cos(w/2)) = "
+            f"1 / (2 sin(atan(1/{width}) / 2)); its square is c^2 and the parts' squares {width}^2 c^2 each. {why}",
             [[float(width), 0.0], [-float(width), 1.0], [3.0, 0.0]],
             [0.0, 0.0],
             ("warp", {}, [1.0, c * 2 / 3] if width == 800 else [1.5, c * math.sqrt(0.75)], ""),

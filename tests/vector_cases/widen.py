@@ -216,8 +216,8 @@ def hand() -> Hand:
     )
     h.case(
         "both-zero-first",
-        "columns (1, 0) to (1.25, 0) and (0, 0) to (0, 0): magnitudes 1/4 and 0 rank 1 0, directions 0 and none rank 0 1; 2 r "
-        "> 1 for r = 1, so both have (1 + 3) / 2",
+        "columns (1, 0) to (1.25, 0) and (0, 0) to (0, 0): magnitudes 1/4 and 0 rank 1 0, directions 0 and none rank 0 1; "
+        "2 r > 1 for r = 1, so both have (1 + 3) / 2",
         [[[1.25, 0.0], [0.0, 0.0]]],
         [[1.0, 0.0], [0.0, 0.0]],
         ("widen", {"score_calibration_value": 3.0}, [[1.5, 0.0], [0.0, 0.0]], ""),
