@@ -29,7 +29,8 @@ def search(
 
     Without `greedy` by evolutionary_merge, over the parameters `names`, or those of weight, density and t that the method
     has and the recipe does not give; what it gives is fixed. With `greedy` by greedy_soup of the models, averaged by the
-    recipe's method. download: fetch models of the Hub that are not in its cache. options: theirs. Gives what they give. RecipeError for a recipe that says more than a search takes.
+    recipe's method. download: fetch models of the Hub that are not in its cache. options: theirs. Gives what they give.
+    RecipeError for a recipe that says more than a search takes.
     """
     loaded = load_recipe(recipe)
     method = method_of(loaded)
