@@ -261,9 +261,9 @@ def hand() -> Hand:
     )
     h.case(
         "opposite-past-one",
-        "deltas (3, 3, 3) and (-1, -1, -1): the cosine is rounded to less than -1; 180 degrees are the pole of the ratio, "
-        "the base, and not half way to the mean (1, 1, 1)",
-        [[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]],
+        "deltas (2, 2, 2) and (-1, -1, -1): the cosine is rounded to less than -1; 180 degrees are the pole of the ratio, "
+        "which gives the base, whatever the mean, (1/2, 1/2, 1/2)",
+        [[2.0, 2.0, 2.0], [-1.0, -1.0, -1.0]],
         [0.0, 0.0, 0.0],
         ("model_stock", {}, [0.0, 0.0, 0.0], ""),
         dtype="F64",

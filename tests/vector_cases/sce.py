@@ -228,7 +228,7 @@ def hand() -> Hand:
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("sce", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [0.0], ("sce", {}, REFUSED, ""))
     h.case(
-        "one-model",
+        "one-model-density-one",
         "no variance over one model; at density 1 nothing is asked about it",
         [[5.0, -2.0]],
         [1.0, 0.0],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from vector_cases import REFUSED, Hand, Paper, i64
 
 TOOL = "fusion_bench:singular_projection"
@@ -144,4 +146,24 @@ def hand() -> Hand:
     h.case("rank-negative", "rank -1", [[[1.0]]], [[0.0]], ("singular_projection", {"k": -1}, REFUSED, ""))
     h.case("two-models", "one fine-tune", [[1.0], [2.0]], [0.0], ("singular_projection", {}, REFUSED, ""))
     h.case("no-base", "it has no subspaces", [[[1.0]]], None, ("singular_projection", {}, REFUSED, ""))
+    ones = np.ones((4, 4))
+    a, b = np.diag([6.0, 5.0, 4.0, 3.0]), np.diag([9.0, 5.0, 3.0, 1.0])
+    h.case(
+        "half-of-the-sum",
+        "every entry changes by 1. a: half of 6 + 5 + 4 + 3 is 9, passed by 6 + 5, so k = 2; b: half of 9 + 5 + 3 + 1 is 9, "
+        "which 9 is, so k = 1. The first k rows and columns have the change",
+        [{"a": a + ones, "b": b + ones}],
+        {"a": a, "b": b},
+        (
+            "singular_projection",
+            {"k": None},
+            {
+                "a": [[7.0, 1.0, 0.0, 0.0], [1.0, 6.0, 0.0, 0.0], [0.0, 0.0, 4.0, 0.0], [0.0, 0.0, 0.0, 3.0]],
+                "b": np.diag([10.0, 5.0, 3.0, 1.0]),
+            },
+            "",
+        ),
+        dtype="F64",
+        tolerance=1e-14,
+    )
     return h

@@ -192,6 +192,8 @@ def hand() -> Hand:
     case(
         "alpha-count", "two values for one model", [zeros], zeros, ("fusion_bench:tsvm", {"alpha": [1.0, 2.0]}, REFUSED, "")
     )
+    case("tolerance-of-the-largest", "4 counts as zero beside 64, as it is not above a tenth", [[[64.0, 0.0], [0.0, 4.0]]],
+         zeros, ("tsvm", {"tolerance": 0.1}, [[64.0, 0.0], [0.0, 0.0]], ""))  # fmt: skip
     case("no-base", "a task vector is a difference from a base", [zeros], None, ("tsvm", {}, REFUSED, ""))
     case("no-models", "nothing to merge", [], zeros, ("tsvm", {}, REFUSED, ""))
     return h

@@ -267,13 +267,13 @@ def hand() -> Hand:
     )
     h.case(
         "bernoulli-zero",
-        "no remainder: the shared model, half of 4",
-        [[[4.0, 4.0], [4.0, 4.0]]],
+        "no remainder: the shared model, half of each entry",
+        [[[4.0, 0.0], [-4.0, 4.0]]],
         [[0.0, 0.0], [0.0, 0.0]],
         (
             "twin_merging",
             {"weight": 1.0, "sparsify": "bernoulli", "density": 0.0, "lambda_": 0.5},
-            [[2.0, 2.0], [2.0, 2.0]],
+            [[2.0, 0.0], [-2.0, 2.0]],
             "",
         ),
     )

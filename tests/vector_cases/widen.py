@@ -236,11 +236,17 @@ def hand() -> Hand:
     )
     h.case(
         "unit-columns",
-        "against (1, 0): (0, 1) of norm 1 and (3, 0): magnitudes 0 and 2 rank 0 1, directions 1 and 0 rank 1 0: (1 + 3) / 2 "
-        "for both",
-        [[[0.0, 3.0], [1.0, 0.0]]],
-        [[1.0, 1.0], [0.0, 0.0]],
-        ("widen", {"score_calibration_value": 3.0}, [[-1.0, 5.0], [2.0, 0.0]], ""),
+        "a norm of 1 is no norm of 0. x, against (1, 0): (0, 1) and (3, 0), magnitudes 0 and 2, directions 1 and 0. y, "
+        "against (4, 0): (1, 0) and (0, 4), magnitudes 3 and 0, directions 0 and 1. Each column ranks 0 once and 1 once: "
+        "(1 + 3) / 2",
+        [{"x": [[0.0, 3.0], [1.0, 0.0]], "y": [[1.0, 0.0], [0.0, 4.0]]}],
+        {"x": [[1.0, 1.0], [0.0, 0.0]], "y": [[4.0, 4.0], [0.0, 0.0]]},
+        (
+            "widen",
+            {"score_calibration_value": 3.0},
+            {"x": [[-1.0, 5.0], [2.0, 0.0]], "y": [[-2.0, -4.0], [0.0, 8.0]]},
+            "",
+        ),
         dtype="F64",
         tolerance=1e-14,
     )
