@@ -60,6 +60,107 @@ def test_what_both_changed_of_a_base(tmp_path):
     assert found.tensors["w"].changes == 0.0 and found.tensors["w"].cosine == 0.0  # (0, 1) and (-7, 0)
 
 
+def test_ratio_and_equal_entries_by_hand(tmp_path):
+    found = compare.weights(*opened(tmp_path, a=A, b=B))
+    w, same, n = (found.tensors[k] for k in ("w", "same", "n"))
+    assert (w.ratio, w.equal) == (3 / 5, 1 / 2) and (same.ratio, same.equal) == (1.0, 1.0)
+    assert (n.ratio, n.equal) == (None, 2 / 3)
+    assert found.whole.equal == 3 / 4  # of the floats
+    assert found.whole.ratio == pytest.approx(math.sqrt(11 / 27))
+    assert "equal     75 % of the entries\n" in found.text() and "|B| / |A| = 0.638285" in found.text()
+    json.dumps(found.told(), allow_nan=False)
+
+
+def test_ratios_that_are_none(tmp_path):
+    one = {"zero": np.zeros(2), "tiny": np.array([1e-200]), "empty": np.zeros((0, 2)), "down": np.ones(2)}
+    two = {"zero": np.ones(2), "tiny": np.array([1e150]), "empty": np.zeros((0, 2)), "down": np.zeros(2)}
+    found = compare.weights(*opened(tmp_path, a=one, b=two)).tensors
+    assert [found[k].ratio for k in ("zero", "tiny", "empty", "down")] == [None, None, None, 0.0]
+    assert [found[k].equal for k in ("zero", "empty")] == [0.0, None]
+
+
+def test_conflicts_of_sign_by_hand(tmp_path):
+    base = np.array([1.0, 1.0, 1.0, 1.0, 1.0, -0.0, 1.0])
+    a = np.array([2.0, 2.0, 0.0, 2.0, 1.0, 1e-320, np.nan])  # changes: + + - + 0 + NaN
+    b = np.array([0.0, 3.0, -1.0, 0.5, 5.0, -1e-320, 0.0])  # changes: - + - - + - -
+    one, two, origin = opened(tmp_path, a={"x": a, "y": base}, b={"x": b, "y": b}, base={"x": base, "y": base})
+    found = compare.weights(one, two, origin)
+    assert found.tensors["x"].conflicts == 3 / 5  # products of changes would be 0 for the sixth
+    assert found.tensors["y"].conflicts is None  # A changed nothing
+    assert found.whole.conflicts == 3 / 5
+    assert "signs     60 % of the entries that both changed have opposite signs" in found.text()
+    assert compare.weights(one, two).tensors["x"].conflicts is None
+    assert "signs" not in compare.weights(one, two).text()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(-2, 2, width=16)] * 3), min_size=1, max_size=40))
+def test_conflicts_beside_a_count_of_entries(tmp_path_factory, entries):
+    a, b, base = (np.array(x, np.float16) for x in zip(*entries))
+    opposite = sum((x < z < y) or (y < z < x) for x, y, z in entries)
+    both = sum(x != z and y != z for x, y, z in entries)
+    models = opened(tmp_path_factory.mktemp("conflicts"), a={"x": a}, b={"x": b}, base={"x": base})
+    found = compare.weights(*models)
+    assert found.tensors["x"].conflicts == (opposite / both if both else None)
+    assert found.tensors["x"].equal == sum(x == y for x, y, _ in entries) / len(entries)
+
+
+def test_counts_of_what_is_not_finite(tmp_path):
+    one = {"x": np.array([np.nan, np.inf, -np.inf, 1.0], np.float32), "y": np.ones(2)}
+    two = {"x": np.array([np.nan, 0.0, 0.0, 1.0], np.float32), "y": np.array([np.nan, 1.0])}
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    assert (found.tensors["x"].nan, found.tensors["x"].infinite) == ((1, 1), (2, 0))
+    assert (found.tensors["y"].nan, found.tensors["y"].infinite) == ((0, 1), (0, 0))
+    assert (found.whole.nan, found.whole.infinite) == ((1, 2), (2, 0))
+    assert found.tensors["x"].equal == 0.5  # NaN twice is no difference
+    assert "NaN, inf  in A: 1 NaN and 2 infinite entries in x\n" in found.text()
+    assert "NaN, inf  in B: 2 NaN and 0 infinite entries in x, y\n" in found.text()
+    told = json.loads(json.dumps(found.told(), allow_nan=False))
+    assert told["tensors"]["x"]["infinite"] == [2, 0] and told["whole"]["nan"] == [1, 2]
+    assert "NaN" not in compare.weights(*opened(tmp_path, other=A, third=B)).text()
+
+
+# --- The effective rank -----------------------------------------------------------------------------------------------
+
+
+def hadamard(n):
+    return np.ones((1, 1)) if n == 1 else np.kron([[1.0, 1.0], [1.0, -1.0]], hadamard(n // 2))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        (np.eye(5), 5.0),  # k equal singular values: k
+        (1e200 * hadamard(8), 8.0),
+        (np.outer([1.0, 2.0, 3.0], [4.0, 5.0]), 1.0),
+        (np.diag([3.0, 1.0]), 4 / 3**0.75),  # exp of (3/4) log(4/3) + (1/4) log 4
+        (np.array([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]]), 3 / 2 ** (2 / 3)),
+        (np.zeros((3, 2)), 0.0),
+        (np.zeros((0, 4)), 0.0),
+        (np.array([[np.nan, 1.0]]), None),
+        (np.array([[np.inf, 1.0]]), None),
+    ],
+)
+def test_effective_rank(matrix, expected):
+    assert compare.effective_rank(matrix) == (expected if expected is None else pytest.approx(expected, rel=1e-12))
+
+
+def test_ranks_of_matrices_up_to_a_size(tmp_path, monkeypatch):
+    shapes = {"w": (4, 4), "low": (4, 3), "large": (3, 6), "b": (4,), "c": (1, 2, 2)}
+    zero = {name: np.zeros(shape) for name, shape in shapes.items()}
+    change = {"w": hadamard(4), "low": np.outer([1, 2, 3, 4.0], [1, 2, 3.0])}
+    one, two = opened(tmp_path, a=zero, b=zero | change)
+    monkeypatch.setattr(compare, "BLOCK", 5)  # a matrix comes in several blocks
+    found = compare.weights(one, two, rank=16)
+    ranks = {name: x.rank for name, x in found.tensors.items()}
+    assert ranks["w"] == pytest.approx(4) and ranks["low"] == pytest.approx(1)
+    assert (ranks["large"], ranks["b"], ranks["c"]) == (None, None, None) and found.too_large == ("large",)
+    assert "rank      effective rank of A - B, of 2 matrices\n          not of 1 that are too large: large\n" in found.text()
+    assert json.loads(json.dumps(found.told()))["too_large"] == ["large"]
+    without = compare.weights(one, two)
+    assert without.tensors["w"].rank is None and "rank" not in without.text() and "too_large" not in without.told()
+
+
 def test_names_shapes_and_kinds(tmp_path):
     one = {"both": np.ones(1), "a": np.ones(1), "shape": np.ones((2, 3)), "kind": np.ones(2, np.float32)}
     two = {"both": np.ones(1), "b": np.ones(1), "shape": np.ones((3, 2)), "kind": np.ones(2, np.int32)}
@@ -278,6 +379,16 @@ def test_the_command_without_data(folder):
     assert "changes   cosine - of what" in based.stdout  # A changed nothing
 
 
+def test_the_command_with_ranks(folder):
+    done = refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--base", "b.safetensors", cwd=folder)
+    assert done.returncode == 0 and "changes  conflicts  rank\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    told = json.loads(refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--json", cwd=folder).stdout)
+    assert 1 <= told["tensors"]["layers.0.weight"]["rank"] <= 4 and told["too_large"] == []
+    few = refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--rank-limit", "1", cwd=folder)
+    assert "of 0 matrices" in few.stdout and "not of 2 that are too large" in few.stdout
+
+
 def test_the_command_with_data(folder):
     arguments = ("compare", "a.safetensors", "b.safetensors", "--data", "data.npz", "--net", "mlp", "--points", "5")
     done = refmerge(*arguments, "--layers", "--plot", "line.svg", cwd=folder)
@@ -301,6 +412,8 @@ def test_the_command_with_data(folder):
         (["--data", "gone.npz", "--net", "mlp"], 3, "gone.npz"),
         (["--data", "data.npz", "--net", "mlp", "--base", "a.safetensors"], 2, "--base is for weights"),
         (["--base", "gone.safetensors"], 3, "gone.safetensors"),
+        (["--data", "data.npz", "--net", "mlp", "--rank"], 2, "--rank is for weights"),
+        (["--rank-limit", "9"], 2, "--rank-limit wants --rank"),
     ],
 )
 def test_errors_of_the_command(folder, options, status, said):
