@@ -394,6 +394,7 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
 )  # fmt: skip
 @click.option("--rank", is_flag=True, help="also the effective rank of each matrix of A - B, held whole, by its SVD")
 @click.option("--rank-limit", type=click.IntRange(min=1), metavar="N", help="entries of the largest such matrix (16777216)")
+@click.option("--html", type=click.Path(), metavar="OUT.HTML", help="write it all as one page, with plots by layer")
 @click.option("--data", type=click.Path(), help="an .npz with inputs and labels: the loss on the line from A to B")
 @click.option("--net", metavar="NAME", help="the network whose weights these are, with --data: mlp, resnet, vit, ...")
 @click.option("--heads", type=click.IntRange(min=1), help="of attention, where the network has it; else as config.json says")
@@ -402,8 +403,8 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
 @click.option("--plot", type=click.Path(), metavar="OUT.SVG", help="draw the loss on the line")
 @_options("json")
 def compare(
-    a: str, b: str, base: str | None, top: int, by: str, rank: bool, rank_limit: int | None, data: str | None,
-    net: str | None, heads: int | None, points: int, layers: bool, plot: str | None, json: bool,
+    a: str, b: str, base: str | None, top: int, by: str, rank: bool, rank_limit: int | None, html: str | None,
+    data: str | None, net: str | None, heads: int | None, points: int, layers: bool, plot: str | None, json: bool,
 ) -> None:  # fmt: skip
     """Compare the checkpoints A and B: tensor by tensor, or with --data by the loss on the line between them.
 
@@ -422,8 +423,11 @@ def compare(
         raise click.UsageError(f"--plot writes SVG, and {plot} does not end in .svg")
     if data is not None and base is not None:
         raise click.UsageError("--base is for weights, without --data")
-    if data is not None and rank:
-        raise click.UsageError("--rank is for weights, without --data")
+    for option, given in (("--rank", rank), ("--html", html is not None)):
+        if data is not None and given:
+            raise click.UsageError(f"{option} is for weights, without --data")
+    if html is not None and not html.endswith(".html"):
+        raise click.UsageError(f"--html writes HTML, and {html} does not end in .html")
     if rank_limit is not None and not rank:
         raise click.UsageError("--rank-limit wants --rank")
     with contextlib.ExitStack() as stack:
@@ -434,6 +438,10 @@ def compare(
             with _Reading(total, silent=json) as reading:
                 limit = (rank_limit or comparing.RANKED) if rank else None
                 found = comparing.weights(one, other, origin, reading, limit)
+            if html is not None:
+                from refmerge.compare_page import page
+
+                _write(html, page(found, a, b, base, by))
             say(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
             return
         of = comparing.task(net, data, **comparing.options_of(net, one.config, heads))

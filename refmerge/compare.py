@@ -9,6 +9,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ import numpy as np
 from refmerge.checkpoint import DTYPES, FLOATS, Checkpoint, decode, itemsize
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import STRETCH, exact_sum, expansion, host, leaf_sums
+from refmerge.recipe.layers import place_of
 
 if TYPE_CHECKING:
     from refmerge.procedures.measures.layerwise_barrier import LayerBarriers
@@ -29,6 +31,13 @@ __all__ = ["Comparison", "Line", "Task", "Tensor", "along", "network", "networks
 
 FINER = ("cosine", "changes", "ratio")  # numbers near 1, shown with more digits
 RANKED = 1 << 24  # entries of the largest matrix whose rank is found unless more are allowed: 128 MiB, an SVD of a minute
+KINDS = ("attention", "mlp", "norm", "other")
+_NORM = re.compile(r"norm|^ln(_|\d|$)|^bn\d*$", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|^(q|k|v|o|qkv|query|key|value)(_proj)?$", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|moe|expert|^dense|^(gate|up|down)(_up)?_proj$|^(fc|linear|w)_?\d|^intermediate$|^output$",
+    re.IGNORECASE,
+)
 BLOCK = STRETCH  # elements of a tensor at a time: whole stretches of the sums, in cache
 
 
@@ -60,6 +69,14 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Group:
+    """All tensors of one kind in a layer as one: |a - b| in |a|, and the cosine. None as of a tensor."""
+
+    relative: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """tensors: those that both have in one shape, by name. whole: of all their floating-point entries together. only: names
     that one model alone has. apart: name -> why the two cannot be compared. from_base: whether there was a base. ranked:
@@ -81,6 +98,18 @@ class Comparison:
             return sorted(differing, key=lambda x: (x.cosine is not None, x.cosine or 0.0, x.name))
         return sorted(differing, key=lambda x: (getattr(x, by) is not None, -(getattr(x, by) or 0.0), x.name))
 
+    def by_layer(self) -> dict[str, dict[str, dict[int, Group]]]:
+        """How the names of layers begin -> kind, of KINDS -> layer -> what is found out of its floating-point tensors."""
+        members: dict[tuple[str, str, int], list[Tensor]] = {}
+        for x in self.tensors.values():
+            place = place_of(x.name)
+            if place is not None and x.dtypes[0] in FLOATS:
+                members.setdefault((place.stack, kind_of(place.rest), place.layer), []).append(x)
+        found: dict[str, dict[str, dict[int, Group]]] = {}
+        for stack, kind, layer in sorted(members, key=lambda key: (key[0], KINDS.index(key[1]), key[2])):
+            found.setdefault(stack, {}).setdefault(kind, {})[layer] = _group(members[stack, kind, layer])
+        return found
+
     def told(self) -> dict[str, Any]:
         """For programs."""
 
@@ -90,7 +119,11 @@ class Comparison:
         whole = {key: value for key, value in facts(self.whole).items() if key not in ("shape", "rank")}
         only = {f"only_{which}": list(names) for which, names in zip("ab", self.only)}
         tensors = {name: facts(x) for name, x in self.tensors.items()}
-        found = {"tensors": tensors, "whole": whole, **only, "apart": self.apart}
+        layers = {
+            stack: {kind: {str(layer): vars(group) for layer, group in layers.items()} for kind, layers in kinds.items()}
+            for stack, kinds in self.by_layer().items()
+        }
+        found = {"tensors": tensors, "whole": whole, **only, "apart": self.apart, "layers": layers}
         return found | ({"too_large": list(self.too_large)} if self.ranked else {})
 
     def summary(self) -> list[tuple[str, str]]:
@@ -140,6 +173,31 @@ class Comparison:
             for first, *others in rows:
                 lines.append("  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(others, widths[1:]))]))
         return "\n".join(lines)
+
+
+def kind_of(name: str) -> str:
+    """Attention, mlp, norm or other: what a tensor in a layer is for, by what its name says after the layer's number. A
+    norm within attention is a norm, and a dense layer within it attention."""
+    parts = name.strip(".").split(".")
+    module = parts[:-1] or parts
+    if _NORM.search(module[-1]):
+        return "norm"
+    if any(map(_ATTENTION.search, module)):
+        return "attention"
+    return "mlp" if any(map(_MLP.search, module)) else "other"
+
+
+def _group(tensors: Sequence[Tensor]) -> Group:
+    pairs = [(x.norm[0], x.norm[1], x.distance) for x in tensors]
+    known = [(one, two, distance) for one, two, distance in pairs if None not in (one, two, distance)]
+    if len(known) < len(tensors):
+        return Group(None, None)
+    of_a, of_b, distance = (math.hypot(*numbers) for numbers in zip(*known))
+    relative = _quotient(distance, of_a) if distance else 0.0
+    if not (of_a and of_b):
+        return Group(relative, None)
+    shares = [(x.cosine or 0.0) * (one / of_a) * (two / of_b) for x, (one, two, _) in zip(tensors, known)]
+    return Group(relative, max(-1.0, min(1.0, math.fsum(shares))))
 
 
 def digits(x: float | None, significant: int = 3) -> str:
@@ -305,15 +363,12 @@ class _Sums:
         total = {key: exact_sum(self.parts.get(key, ())) for key in self.KEYS}
         norm = _root(total["aa"]), _root(total["bb"])
         distance = _root(total["dd"])
-        relative = (
-            None if distance is None or norm[0] is None else distance / norm[0] if norm[0] else None if distance else 0.0
-        )
-        ratio = norm[1] / norm[0] if norm[0] and norm[1] is not None else None
         counts = self.counts
         return Tensor(
-            name, dtypes, shape, norm, distance, relative,
+            name, dtypes, shape, norm, distance,
+            relative=0.0 if distance == 0 and norm[0] is not None else _quotient(distance, norm[0]),
             cosine=_cosine(total["ab"], total["aa"], total["bb"]),
-            ratio=ratio if ratio is not None and math.isfinite(ratio) else None,
+            ratio=_quotient(norm[1], norm[0]),
             largest=self.largest if math.isfinite(self.largest) else None,
             differing=counts["differing"],
             equal=_share(counts["size"] - counts["differing"], counts["size"]),
@@ -322,6 +377,10 @@ class _Sums:
             changes=_cosine(total["pq"], total["pp"], total["qq"]) if "pp" in self.parts else None,
             conflicts=_share(counts["opposite"], counts["opposite"] + counts["alike"]),
         )  # fmt: skip
+
+
+def _quotient(x: float | None, y: float | None) -> float | None:
+    return x / y if x is not None and y and math.isfinite(x / y) else None
 
 
 def _share(part: int, of: int) -> float | None:

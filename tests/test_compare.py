@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,7 +19,9 @@ from hypothesis import strategies as st
 
 from refmerge import InputError, UsageError, compare, open_checkpoint
 from refmerge.checkpoint import save
+from refmerge.compare_page import page
 from refmerge.nets import mlp, vit
+from refmerge.plots import draw_layers
 from refmerge.symmetry import architectures
 
 
@@ -351,6 +354,136 @@ def test_data_that_do_not_fit_the_weights(tmp_path, inputs, labels, said):
         compare.task("vit", tmp_path / "data.npz", heads=1).loss(units_exchanged()[0])
 
 
+# --- By layer, and the page -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("attention", "self_attn.q_proj.weight attn.c_attn.bias attention.output.dense.weight self_attn.dense.weight"),
+        ("attention", "layer.0.SelfAttention.q.weight self_attention.query_key_value.weight attention.self.key.bias"),
+        ("mlp", "mlp.down_proj.weight intermediate.dense.weight output.dense.weight fc1.bias linear2.weight w1"),
+        ("mlp", "block_sparse_moe.experts.3.w2.weight layer.1.DenseReluDense.wi.weight mlp.gate.weight ffn.0.weight"),
+        ("norm", "input_layernorm.weight self_attn.q_norm.weight ln_1.bias attention.output.LayerNorm.bias bn2.running_var"),
+        ("other", "mixer.in_proj.weight conv1.weight weight self_qk.weight ls1.gamma"),
+    ],
+)
+def test_kinds_of_tensors(kind, names):
+    assert [compare.kind_of(f".{name}") for name in names.split()] == [kind] * len(names.split())
+
+
+def layered():
+    """Three layers: two matrices of an mlp, a norm that stays, and an embedding outside."""
+    one = {"embed.weight": np.ones(2, np.float32)}
+    for i in range(3):
+        one |= {f"model.layers.{i}.mlp.up.weight": np.array([[3.0]]), f"model.layers.{i}.mlp.down.weight": np.array([[4.0]])}
+        one |= {f"model.layers.{i}.norm.weight": np.ones(2), f"model.layers.{i}.mlp.places": np.arange(2)}
+    two = one | {"model.layers.1.mlp.up.weight": np.array([[0.0]]), "model.layers.2.mlp.down.weight": np.array([[-4.0]])}
+    return one, two
+
+
+def test_by_layer_by_hand(tmp_path):
+    one, two = layered()
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    groups = found.by_layer()
+    assert list(groups) == ["model.layers."] and list(groups["model.layers."]) == ["mlp", "norm"]
+    mlp = groups["model.layers."]["mlp"]  # (3, 4) beside (3, 4), (0, 4) and (3, -4)
+    assert [mlp[i].relative for i in (0, 1, 2)] == pytest.approx([0, 3 / 5, 8 / 5])
+    assert [mlp[i].cosine for i in (0, 1, 2)] == pytest.approx([1, 4 / 5, -7 / 25])
+    norm = groups["model.layers."]["norm"][2]
+    assert norm.relative == 0.0 and norm.cosine == pytest.approx(1)
+    told = json.loads(json.dumps(found.told(), allow_nan=False))
+    assert told["layers"]["model.layers."]["mlp"]["1"] == {"relative": mlp[1].relative, "cosine": mlp[1].cosine}
+
+
+def test_layers_that_have_no_number(tmp_path):
+    one = {"h.0.x": np.array([np.nan]), "h.0.y": np.ones(1), "h.1.x": np.zeros(1), "h.2.x": np.zeros(1), "h.3.x": np.ones(1)}
+    two = one | {"h.2.x": np.ones(1), "h.3.x": np.zeros(1)}
+    groups = compare.weights(*opened(tmp_path, a=one, b=two)).by_layer()["h."]["other"]
+    assert groups == {i: compare.Group(relative, None) for i, relative in enumerate([None, 0.0, None, 1.0])}
+
+
+def test_the_plot_of_layers():
+    svg = draw_layers({"mlp": {2: 0.0, 3: 1.0, 5: 0.5, 6: None}, "none": {}, "<&>": {2: 1.0}}, "a < b", "x")
+    root = ElementTree.fromstring(svg)
+    dots = [(x.get("cx"), x.get("cy"), x.get("fill")) for x in root.iter() if x.tag.endswith("circle")]
+    blue, green = "#2f6fb5", "#2e9461"  # 420 wide from 64, 220 high from 58; layers 2 to 6
+    assert dots == [("64", "278", blue), ("169", "58", blue), ("379", "168", blue), ("64", "58", green)]
+    lines = [x.get("d") for x in root.iter() if x.get("stroke-width") == "1.5"]
+    assert lines == ["M64 278L169 58M379 168", "M64 58"]  # a gap where layer 4 would be
+    words = [x.text for x in root.iter() if x.tag.endswith("text")]
+    assert "mlp" in words and "<&>" in words and "none" not in words and words[0] == "a < b"
+
+
+def test_plots_of_numbers_close_by_and_extreme():
+    svg = draw_layers({"mlp": {0: 0.999991, 1: 0.999999}}, "close", "cosine")
+    marks = [x.text for x in ElementTree.fromstring(svg).iter() if x.get("text-anchor") == "end"]
+    assert len(set(marks)) == len(marks) > 3 and "0.999992" in marks
+    for values in ([1.0], [0.0, 0.0], [1e300, 0.0], [1e300, 1e300], [5e-324, 0.0], [-1.0, 1.0], [1.0, math.inf]):
+        svg = draw_layers({"mlp": dict(enumerate(values))}, "t", "x")
+        assert "nan" not in svg and "inf" not in svg and ElementTree.fromstring(svg) is not None
+    with pytest.raises(UsageError, match="none of which is finite"):
+        draw_layers({"mlp": {0: None, 1: math.nan}, "norm": {}}, "t", "x")
+
+
+class Page(HTMLParser):
+    """What a page holds: its elements with their attributes, and the rows of its table."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.rows = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.rows += [[]] if tag == "tr" else []
+
+    def handle_data(self, data):
+        if self.elements and self.elements[-1][0] in ("td", "th") and data.strip():
+            self.rows[-1].append(data)
+
+
+def test_the_page(tmp_path):
+    one, two = layered()
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    got = Page(page(found, "a", "b"))
+    tags = [tag for tag, _ in got.elements]
+    assert tags.count("svg") == 2 and "script" not in tags and "link" not in tags and "img" not in tags
+    assert not [a for _, attributes in got.elements for a in attributes if a in ("src", "href") or a.startswith("on")]
+    head, *rows = got.rows
+    assert len(rows) == len(found.tensors) and all(len(row) == len(head) for row in rows)
+    assert [row[0] for row in rows[:2]] == ["model.layers.2.mlp.down.weight", "model.layers.1.mlp.up.weight"]
+    down = dict(zip(head, rows[0]))
+    assert [down[key] for key in ("shape", "|A|", "relative", "cosine", "ratio")] == ["1 \u00d7 1", "4", "2", "-1", "1"]
+    assert [down[key] for key in ("differing", "equal", "NaN A")] == ["1", "0", "0"]
+
+
+def test_names_on_the_page_are_text(tmp_path):
+    bad = '<script src="x">alert(1)</script>&\x1b'
+    one = {f"{bad}.{i}.w": np.array([1.0 + i]) for i in range(2)}
+    found = compare.weights(*opened(tmp_path, a=one, b={name: 2 * x for name, x in one.items()}))
+    text = page(found, f"a{bad}", "b\udc80", base=bad)
+    tags = {tag for tag, _ in Page(text).elements}
+    assert tags.isdisjoint({"script", "img"}) and "&lt;script" in text and "\x1b" not in text
+    text.encode()  # no lone surrogate
+    for svg in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.partition("</svg>")[0] + "</svg>")
+
+
+@pytest.mark.parametrize(
+    ("one", "said"),
+    [
+        ({"w": np.ones(2)}, "have no numbers of several layers"),
+        ({"h.0.w": np.ones(2)}, "have no numbers of several layers"),
+        ({"h.0.w": np.array([np.nan]), "h.1.w": np.array([np.nan])}, "h.N: no relative is finite"),
+        ({}, "0 in both"),
+    ],
+)
+def test_pages_without_plots(tmp_path, one, said):
+    text = page(compare.weights(*opened(tmp_path, a=one, b=one)), "a", "b")
+    assert said in text and "<svg" not in text
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +522,15 @@ def test_the_command_with_ranks(folder):
     assert "of 0 matrices" in few.stdout and "not of 2 that are too large" in few.stdout
 
 
+def test_the_command_writes_a_page(folder):
+    arguments = ("compare", "a.safetensors", "b.safetensors", "--base", "a.safetensors", "--rank", "--html", "out.html")
+    done = refmerge(*arguments, cwd=folder)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("tensors ")
+    got = Page((folder / "out.html").read_text(encoding="utf-8"))
+    assert {"changes", "conflicts", "rank"} <= set(got.rows[0]) and len(got.rows) == 5
+    assert [tag for tag, _ in got.elements].count("svg") == 2  # layers.0 and layers.1
+
+
 def test_the_command_with_data(folder):
     arguments = ("compare", "a.safetensors", "b.safetensors", "--data", "data.npz", "--net", "mlp", "--points", "5")
     done = refmerge(*arguments, "--layers", "--plot", "line.svg", cwd=folder)
@@ -414,6 +556,9 @@ def test_the_command_with_data(folder):
         (["--base", "gone.safetensors"], 3, "gone.safetensors"),
         (["--data", "data.npz", "--net", "mlp", "--rank"], 2, "--rank is for weights"),
         (["--rank-limit", "9"], 2, "--rank-limit wants --rank"),
+        (["--data", "data.npz", "--net", "mlp", "--html", "o.html"], 2, "--html is for weights"),
+        (["--html", "a.safetensors"], 2, "does not end in .html"),
+        (["--html", "gone/o.html"], 2, "gone/o.html cannot be written"),
     ],
 )
 def test_errors_of_the_command(folder, options, status, said):
