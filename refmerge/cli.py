@@ -392,7 +392,7 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
     "--by", type=click.Choice(["relative", "distance", "cosine", "largest", "differing"]), default="relative",
     show_default=True, help="which tensors differ most",
 )  # fmt: skip
-@click.option("--rank", is_flag=True, help="also the effective rank of each matrix of A - B, held whole, by its SVD")
+@click.option("--rank", is_flag=True, help="also the effective rank of each matrix of A - B, which is held whole")
 @click.option("--rank-limit", type=click.IntRange(min=1), metavar="N", help="entries of the largest such matrix (16777216)")
 @click.option("--html", type=click.Path(), metavar="OUT.HTML", help="write it all as one page, with plots by layer")
 @click.option("--data", type=click.Path(), help="an .npz with inputs and labels: the loss on the line from A to B")
@@ -410,8 +410,11 @@ def compare(
 
     The norm of A - B relative to that of A, the cosine of the angle between them, their norms, and the entries that differ
     or are not finite; tensors are read in blocks. With --base also the cosine and the conflicts of sign of what A and B
-    changed. With --data nothing of that, but the barrier: how far the loss rises above the line between its ends.
+    changed, with --rank the effective rank of A - B: exp of the entropy of its singular values. With --data nothing of that,
+    but the barrier: how far the loss rises above the line between its ends.
     """
+    import os
+
     from refmerge import compare as comparing
     from refmerge.adapted import open_model
 
@@ -428,6 +431,8 @@ def compare(
             raise click.UsageError(f"{option} is for weights, without --data")
     if html is not None and not html.endswith(".html"):
         raise click.UsageError(f"--html writes HTML, and {html} does not end in .html")
+    if html is not None and not os.path.isdir(os.path.dirname(html) or "."):
+        raise click.UsageError(f"{html} cannot be written: it is in no folder that exists")
     if rank_limit is not None and not rank:
         raise click.UsageError("--rank-limit wants --rank")
     with contextlib.ExitStack() as stack:

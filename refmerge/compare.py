@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Line", "Task", "Tensor", "along", "network", "networks", "options_of", "task", "weights"]
 
-FINER = ("cosine", "changes", "ratio")  # numbers near 1, shown with more digits
+FINER = ("cosine", "ratio")  # numbers near 1, shown with more digits
 RANKED = 1 << 24  # entries of the largest matrix whose rank is found unless more are allowed: 128 MiB, an SVD of a minute
 KINDS = ("attention", "mlp", "norm", "other")
 _NORM = re.compile(r"norm|^ln(_|\d|$)|^bn\d*$", re.IGNORECASE)
@@ -148,7 +148,7 @@ class Comparison:
             found.append(("signs", f"{_percent(whole.conflicts)} of the entries that both changed have opposite signs"))
         if self.ranked:
             ranks = sum(x.rank is not None for x in self.tensors.values())
-            found.append(("rank", f"effective rank of A - B, of {ranks} matrices"))
+            found.append(("rank", f"effective, exp of the entropy of the singular values of A - B, of {ranks} matrices"))
         if self.too_large:
             found.append(("", f"not of {len(self.too_large)} that are too large: {_some(self.too_large)}"))
         return found
@@ -188,16 +188,21 @@ def kind_of(name: str) -> str:
 
 
 def _group(tensors: Sequence[Tensor]) -> Group:
-    pairs = [(x.norm[0], x.norm[1], x.distance) for x in tensors]
-    known = [(one, two, distance) for one, two, distance in pairs if None not in (one, two, distance)]
-    if len(known) < len(tensors):
+    of_a, of_b = (_together([x.norm[i] for x in tensors]) for i in (0, 1))
+    distance = _together([x.distance for x in tensors])
+    if of_a is None or of_b is None or distance is None:
         return Group(None, None)
-    of_a, of_b, distance = (math.hypot(*numbers) for numbers in zip(*known))
     relative = _quotient(distance, of_a) if distance else 0.0
     if not (of_a and of_b):
         return Group(relative, None)
-    shares = [(x.cosine or 0.0) * (one / of_a) * (two / of_b) for x, (one, two, _) in zip(tensors, known)]
+    shares = [(x.cosine or 0.0) * ((x.norm[0] or 0.0) / of_a) * ((x.norm[1] or 0.0) / of_b) for x in tensors]
     return Group(relative, max(-1.0, min(1.0, math.fsum(shares))))
+
+
+def _together(norms: Sequence[float | None]) -> float | None:
+    """The norm of tensors one after the other."""
+    known = [x for x in norms if x is not None]
+    return math.hypot(*known) if len(known) == len(norms) else None
 
 
 def digits(x: float | None, significant: int = 3) -> str:

@@ -11,11 +11,11 @@ from refmerge.plots import draw_layers
 __all__ = ["page"]
 
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em;color:#1b1f24;background:#fff}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:90em;margin:2em auto;padding:0 1em;color:#1b1f24;background:#fff}"
     "table{border-collapse:collapse;font-size:13px}th,td{border:1px solid #c9ced6;padding:.2em .5em;text-align:right;"
     "white-space:nowrap}th{background:#f3f5f8}th:first-child,td:first-child{text-align:left}"
     "dl{display:grid;grid-template-columns:max-content 1fr;gap:.2em 1em}dt{font-weight:600}dd{margin:0}"
-    "figure{display:flex;flex-wrap:wrap;margin:0}.wide{overflow-x:auto}"
+    "figure{display:flex;flex-wrap:wrap;margin:0}svg{max-width:100%;height:auto}.wide{overflow-x:auto}"
 )
 
 
@@ -44,12 +44,12 @@ def _plots(found: Comparison) -> list[str]:
         if len({layer for groups in kinds.values() for layer in groups}) < 2:
             continue
         drawn.append("<figure>")
-        for key, label in (("relative", "|A - B| / |A|"), ("cosine", "cosine of A and B")):
+        for key, label in (("relative", "distance, |A - B| / |A|"), ("cosine", "cosine of A and B")):
             series = {kind: {n: getattr(group, key) for n, group in kinds.get(kind, {}).items()} for kind in KINDS}
             try:
                 drawn.append(draw_layers(series, f"{shown(stack)}N: {key}", label).strip())
             except UsageError:
-                drawn.append(f"<p>{escape(shown(stack))}N: no {key} is finite.</p>")
+                drawn.append(f"<p>{escape(shown(stack))}N: no finite {label}.</p>")
         drawn.append("</figure>")
     if not drawn:
         return ["<p>The names of the tensors have no numbers of several layers.</p>"]
@@ -59,13 +59,13 @@ def _plots(found: Comparison) -> list[str]:
 def _table(found: Comparison, tensors: list[Tensor]) -> list[str]:
     columns = found.columns()
     columns[columns.index("largest") : columns.index("differing") + 1] = ["distance", "largest", "differing", "equal"]
-    heads = ["tensor", "shape", "dtype A", "dtype B", "|A|", "|B|", *columns, "NaN A", "NaN B", "infinite A", "infinite B"]
-    rows = [_row("th", heads)]
+    odd = ["NaN A", "NaN B", "infinite A", "infinite B"] if any((*found.whole.nan, *found.whole.infinite)) else []
+    rows = [_row("th", ["tensor", "shape", "dtype", "|A|", "|B|", *columns, *odd])]
     for x in tensors:
         numbers = [digits(getattr(x, key), 6 if key in FINER else 3) for key in columns]
-        odd = [digits(count) for count in (*x.nan, *x.infinite)]
-        shape = " \u00d7 ".join(map(str, x.shape))
-        rows.append(_row("td", [shown(x.name), shape, *x.dtypes, *map(digits, x.norm), *numbers, *odd]))
+        shape, dtypes = " \u00d7 ".join(map(str, x.shape)), ", ".join(dict.fromkeys(x.dtypes))
+        counts = [digits(count) for count in (*x.nan, *x.infinite)] if odd else []
+        rows.append(_row("td", [shown(x.name), shape, dtypes, *map(digits, x.norm), *numbers, *counts]))
     return rows
 
 

@@ -158,7 +158,7 @@ def test_ranks_of_matrices_up_to_a_size(tmp_path, monkeypatch):
     ranks = {name: x.rank for name, x in found.tensors.items()}
     assert ranks["w"] == pytest.approx(4) and ranks["low"] == pytest.approx(1)
     assert (ranks["large"], ranks["b"], ranks["c"]) == (None, None, None) and found.too_large == ("large",)
-    assert "rank      effective rank of A - B, of 2 matrices\n          not of 1 that are too large: large\n" in found.text()
+    assert "singular values of A - B, of 2 matrices\n          not of 1 that are too large: large\n" in found.text()
     assert json.loads(json.dumps(found.told()))["too_large"] == ["large"]
     without = compare.weights(one, two)
     assert without.tensors["w"].rank is None and "rank" not in without.text() and "too_large" not in without.told()
@@ -455,7 +455,13 @@ def test_the_page(tmp_path):
     assert [row[0] for row in rows[:2]] == ["model.layers.2.mlp.down.weight", "model.layers.1.mlp.up.weight"]
     down = dict(zip(head, rows[0]))
     assert [down[key] for key in ("shape", "|A|", "relative", "cosine", "ratio")] == ["1 \u00d7 1", "4", "2", "-1", "1"]
-    assert [down[key] for key in ("differing", "equal", "NaN A")] == ["1", "0", "0"]
+    assert [down[key] for key in ("dtype", "differing", "equal")] == ["F64", "1", "0"]
+    assert "NaN A" not in head  # no tensor has any
+    odd = one | {"embed.weight": np.array([np.nan, np.inf], np.float16)}
+    found = compare.weights(*opened(tmp_path, c=odd), open_checkpoint(tmp_path / "b.safetensors"))
+    head, first, *_ = Page(page(found, "c", "b")).rows
+    first = dict(zip(head, first))
+    assert [first[key] for key in ("dtype", "relative", "NaN A", "infinite A", "NaN B")] == ["F16, F32", "-", "1", "1", "0"]
 
 
 def test_names_on_the_page_are_text(tmp_path):
@@ -475,7 +481,7 @@ def test_names_on_the_page_are_text(tmp_path):
     [
         ({"w": np.ones(2)}, "have no numbers of several layers"),
         ({"h.0.w": np.ones(2)}, "have no numbers of several layers"),
-        ({"h.0.w": np.array([np.nan]), "h.1.w": np.array([np.nan])}, "h.N: no relative is finite"),
+        ({"h.0.w": np.array([np.nan]), "h.1.w": np.array([np.nan])}, "h.N: no finite distance"),
         ({}, "0 in both"),
     ],
 )
