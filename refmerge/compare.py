@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Line", "Task", "Tensor", "along", "network", "networks", "options_of", "task", "weights"]
 
 FINER = ("cosine", "ratio")  # numbers near 1, shown with more digits
-RANKED = 1 << 24  # entries of the largest matrix whose rank is found unless more are allowed: 128 MiB, an SVD of a minute
+RANKED = 1 << 24  # entries of the largest matrix whose rank is found unless more are allowed: 4096 by 4096
 KINDS = ("attention", "mlp", "norm", "other")
 _NORM = re.compile(r"norm|^ln(_|\d|$)|^bn\d*$", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|^(q|k|v|o|qkv|query|key|value)(_proj)?$", re.IGNORECASE)

@@ -443,12 +443,19 @@ class Page(HTMLParser):
             self.rows[-1].append(data)
 
 
+# All that a page has, whatever its tensors are called.
+PAGE = {
+    "html", "meta", "title", "style", "h1", "h2", "dl", "dt", "dd", "p", "figure", "svg", "desc", "rect", "text", "path",
+    "circle", "div", "table", "tr", "th", "td",
+}  # fmt: skip
+
+
 def test_the_page(tmp_path):
     one, two = layered()
     found = compare.weights(*opened(tmp_path, a=one, b=two))
     got = Page(page(found, "a", "b"))
     tags = [tag for tag, _ in got.elements]
-    assert tags.count("svg") == 2 and "script" not in tags and "link" not in tags and "img" not in tags
+    assert tags.count("svg") == 2 and set(tags) == PAGE
     assert not [a for _, attributes in got.elements for a in attributes if a in ("src", "href") or a.startswith("on")]
     head, *rows = got.rows
     assert len(rows) == len(found.tensors) and all(len(row) == len(head) for row in rows)
@@ -469,9 +476,28 @@ def test_names_on_the_page_are_text(tmp_path):
     one = {f"{bad}.{i}.w": np.array([1.0 + i]) for i in range(2)}
     found = compare.weights(*opened(tmp_path, a=one, b={name: 2 * x for name, x in one.items()}))
     text = page(found, f"a{bad}", "b\udc80", base=bad)
-    tags = {tag for tag, _ in Page(text).elements}
-    assert tags.isdisjoint({"script", "img"}) and "&lt;script" in text and "\x1b" not in text
+    assert {tag for tag, _ in Page(text).elements} == PAGE and "&lt;script" in text and "\x1b" not in text
     text.encode()  # no lone surrogate
+    for svg in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.partition("</svg>")[0] + "</svg>")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(), max_size=20))
+def test_any_name_fits_on_the_page(name):
+    tensors = {
+        f"{name}.{i}.{name}": compare.Tensor(
+            f"{name}.{i}.{name}", ("F32", "F32"), (1,), (1.0, 1.0), 1.0, 1.0, 0.5, differing=1
+        )
+        for i in range(2)
+    }
+    found = compare.Comparison(
+        tensors, compare.Tensor("", ("F32", "F32"), ()), ((name,), ()), {name: "of two shapes"}, False
+    )
+    text = page(found, name, name)
+    text.encode()
+    assert {tag for tag, _ in Page(text).elements} <= PAGE
+    assert len(Page(text).rows) == 3
     for svg in text.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + svg.partition("</svg>")[0] + "</svg>")
 
@@ -522,6 +548,8 @@ def test_the_command_with_ranks(folder):
     done = refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--base", "b.safetensors", cwd=folder)
     assert done.returncode == 0 and "changes  conflicts  rank\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
+    by = refmerge("compare", "a.safetensors", "b.safetensors", "--by", "distance", cwd=folder)
+    assert "most different, by distance  distance  relative  " in by.stdout
     told = json.loads(refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--json", cwd=folder).stdout)
     assert 1 <= told["tensors"]["layers.0.weight"]["rank"] <= 4 and told["too_large"] == []
     few = refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--rank-limit", "1", cwd=folder)
