@@ -142,7 +142,7 @@ class Comparison:
         norms = f"|A| = {digits(whole.norm[0])}, |B| = {digits(whole.norm[1])}, |B| / |A| = {digits(whole.ratio, 6)}"
         found.append(("distance", f"|A - B| = {digits(whole.distance)}, {norms}, relative {digits(whole.relative)}"))
         found.append(("cosine", digits(whole.cosine, 6)))
-        found.append(("equal", f"{_percent(whole.equal)} of the entries"))
+        found.append(("equal", f"{_percent(whole.equal)} of the entries, differing {whole.differing:,}"))
         if self.from_base:
             found.append(("changes", f"cosine {digits(whole.changes, 6)} of what A and B changed of the base"))
             found.append(("signs", f"{_percent(whole.conflicts)} of the entries that both changed have opposite signs"))

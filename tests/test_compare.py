@@ -70,7 +70,7 @@ def test_ratio_and_equal_entries_by_hand(tmp_path):
     assert (n.ratio, n.equal) == (None, 2 / 3)
     assert found.whole.equal == 3 / 4  # of the floats
     assert found.whole.ratio == pytest.approx(math.sqrt(11 / 27))
-    assert "equal     75 % of the entries\n" in found.text() and "|B| / |A| = 0.638285" in found.text()
+    assert "equal     75 % of the entries, differing 1\n" in found.text() and "|B| / |A| = 0.638285" in found.text()
     json.dumps(found.told(), allow_nan=False)
 
 
