@@ -386,12 +386,15 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
 @main.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--base", type=click.Path(), help="also the angle between what A and B changed of this checkpoint")
+@click.option("--base", type=click.Path(), help="also how far A and B agree in what they changed of this checkpoint")
 @click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, help="how many tensors to list")
 @click.option(
     "--by", type=click.Choice(["relative", "distance", "cosine", "largest", "differing"]), default="relative",
     show_default=True, help="which tensors differ most",
 )  # fmt: skip
+@click.option("--rank", is_flag=True, help="also the effective rank of each matrix of A - B, which is held whole")
+@click.option("--rank-limit", type=click.IntRange(min=1), metavar="N", help="entries of the largest such matrix (16777216)")
+@click.option("--html", type=click.Path(), metavar="OUT.HTML", help="write it all as one page, with plots by layer")
 @click.option("--data", type=click.Path(), help="an .npz with inputs and labels: the loss on the line from A to B")
 @click.option("--net", metavar="NAME", help="the network whose weights these are, with --data: mlp, resnet, vit, ...")
 @click.option("--heads", type=click.IntRange(min=1), help="of attention, where the network has it; else as config.json says")
@@ -400,14 +403,18 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
 @click.option("--plot", type=click.Path(), metavar="OUT.SVG", help="draw the loss on the line")
 @_options("json")
 def compare(
-    a: str, b: str, base: str | None, top: int, by: str, data: str | None, net: str | None, heads: int | None, points: int,
-    layers: bool, plot: str | None, json: bool,
+    a: str, b: str, base: str | None, top: int, by: str, rank: bool, rank_limit: int | None, html: str | None,
+    data: str | None, net: str | None, heads: int | None, points: int, layers: bool, plot: str | None, json: bool,
 ) -> None:  # fmt: skip
     """Compare the checkpoints A and B: tensor by tensor, or with --data by the loss on the line between them.
 
-    The norm of A - B relative to that of A, the cosine of the angle between them, and the entries that differ; tensors are
-    read in blocks. With --data nothing of that, but the barrier: how far the loss rises above the line between its ends.
+    The norm of A - B relative to that of A, the cosine of the angle between them, their norms, and the entries that differ
+    or are not finite; tensors are read in blocks. With --base also the cosine and the conflicts of sign of what A and B
+    changed, with --rank the effective rank of A - B: exp of the entropy of its singular values. With --data nothing of that,
+    but the barrier: how far the loss rises above the line between its ends.
     """
+    import os
+
     from refmerge import compare as comparing
     from refmerge.adapted import open_model
 
@@ -419,13 +426,27 @@ def compare(
         raise click.UsageError(f"--plot writes SVG, and {plot} does not end in .svg")
     if data is not None and base is not None:
         raise click.UsageError("--base is for weights, without --data")
+    for option, given in (("--rank", rank), ("--html", html is not None)):
+        if data is not None and given:
+            raise click.UsageError(f"{option} is for weights, without --data")
+    if html is not None and not html.endswith(".html"):
+        raise click.UsageError(f"--html writes HTML, and {html} does not end in .html")
+    if html is not None and not os.path.isdir(os.path.dirname(html) or "."):
+        raise click.UsageError(f"{html} cannot be written: it is in no folder that exists")
+    if rank_limit is not None and not rank:
+        raise click.UsageError("--rank-limit wants --rank")
     with contextlib.ExitStack() as stack:
         one, other = (stack.enter_context(open_model(path)) for path in (a, b))
         if data is None or net is None:
             origin = None if base is None else stack.enter_context(open_model(base))
             total = one.nbytes + other.nbytes + (origin.nbytes if origin is not None else 0)
             with _Reading(total, silent=json) as reading:
-                found = comparing.weights(one, other, origin, reading)
+                limit = (rank_limit or comparing.RANKED) if rank else None
+                found = comparing.weights(one, other, origin, reading, limit)
+            if html is not None:
+                from refmerge.compare_page import page
+
+                _write(html, page(found, a, b, base, by))
             say(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
             return
         of = comparing.task(net, data, **comparing.options_of(net, one.config, heads))

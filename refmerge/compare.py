@@ -9,8 +9,10 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ import numpy as np
 from refmerge.checkpoint import DTYPES, FLOATS, Checkpoint, decode, itemsize
 from refmerge.errors import InputError, UsageError
 from refmerge.numeric import STRETCH, exact_sum, expansion, host, leaf_sums
+from refmerge.recipe.layers import place_of
 
 if TYPE_CHECKING:
     from refmerge.procedures.measures.layerwise_barrier import LayerBarriers
@@ -26,14 +29,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Line", "Task", "Tensor", "along", "network", "networks", "options_of", "task", "weights"]
 
+FINER = ("cosine", "ratio")  # numbers near 1, shown with more digits
+RANKED = 1 << 24  # entries of the largest matrix whose rank is found unless more are allowed: 4096 by 4096
+KINDS = ("attention", "mlp", "norm", "other")
+_NORM = re.compile(r"norm|^ln(_|\d|$)|^bn\d*$", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|^(q|k|v|o|qkv|query|key|value)(_proj)?$", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|moe|expert|^dense|^(gate|up|down)(_up)?_proj$|^(fc|linear|w)_?\d|^intermediate$|^output$",
+    re.IGNORECASE,
+)
 BLOCK = STRETCH  # elements of a tensor at a time: whole stretches of the sums, in cache
 
 
 @dataclass(frozen=True)
 class Tensor:
     """What is found out of a tensor that both models have. norm: of both. distance: |a - b|; relative: in |a|. cosine: of
-    the angle between them. largest: the largest difference of entries, NaN aside. differing: how many entries differ.
-    changes: cosine of a - base and b - base. None where there is no such number: for integers, zeros, what is not finite."""
+    the angle between them. ratio: |b| / |a|. largest: the largest difference of entries, NaN aside. differing: how many
+    entries differ; equal: the share of those that do not, NaN twice among them. nan, infinite: how many of them each has.
+    changes: cosine of a - base and b - base. conflicts: of the entries that both changed of the base, the share that they
+    changed with opposite signs. rank: the effective rank of a - b. None where there is no such number: for integers, zeros,
+    what is not finite."""
 
     name: str
     dtypes: tuple[str, str]
@@ -42,21 +57,38 @@ class Tensor:
     distance: float | None = None
     relative: float | None = None
     cosine: float | None = None
+    ratio: float | None = None
     largest: float | None = None
     differing: int = 0
+    equal: float | None = None
+    nan: tuple[int, int] = (0, 0)
+    infinite: tuple[int, int] = (0, 0)
     changes: float | None = None
+    conflicts: float | None = None
+    rank: float | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """All tensors of one kind in a layer as one: |a - b| in |a|, and the cosine. None as of a tensor."""
+
+    relative: float | None
+    cosine: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """tensors: those that both have in one shape, by name. whole: of all their floating-point entries together. only: names
-    that one model alone has. apart: name -> why the two cannot be compared. from_base: whether there was a base."""
+    that one model alone has. apart: name -> why the two cannot be compared. from_base: whether there was a base. ranked:
+    whether ranks were asked for; too_large: the matrices that were too large for that."""
 
     tensors: dict[str, Tensor]
     whole: Tensor
     only: tuple[tuple[str, ...], tuple[str, ...]]
     apart: dict[str, str]
     from_base: bool
+    ranked: bool = False
+    too_large: tuple[str, ...] = ()
 
     def most(self, by: str = "relative") -> list[Tensor]:
         """Tensors that differ, the most different first: by relative, distance, largest, differing or cosine. Before them
@@ -66,37 +98,76 @@ class Comparison:
             return sorted(differing, key=lambda x: (x.cosine is not None, x.cosine or 0.0, x.name))
         return sorted(differing, key=lambda x: (getattr(x, by) is not None, -(getattr(x, by) or 0.0), x.name))
 
+    def by_layer(self) -> dict[str, dict[str, dict[int, Group]]]:
+        """How the names of layers begin -> kind, of KINDS -> layer -> what is found out of its floating-point tensors."""
+        members: dict[tuple[str, str, int], list[Tensor]] = {}
+        for x in self.tensors.values():
+            place = place_of(x.name)
+            if place is not None and x.dtypes[0] in FLOATS:
+                members.setdefault((place.stack, kind_of(place.rest), place.layer), []).append(x)
+        found: dict[str, dict[str, dict[int, Group]]] = {}
+        for stack, kind, layer in sorted(members, key=lambda key: (key[0], KINDS.index(key[1]), key[2])):
+            found.setdefault(stack, {}).setdefault(kind, {})[layer] = _group(members[stack, kind, layer])
+        return found
+
     def told(self) -> dict[str, Any]:
         """For programs."""
 
         def facts(x: Tensor) -> dict[str, Any]:
             return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(x).items() if key != "name"}
 
-        whole = {key: value for key, value in facts(self.whole).items() if key != "shape"}
+        whole = {key: value for key, value in facts(self.whole).items() if key not in ("shape", "rank")}
         only = {f"only_{which}": list(names) for which, names in zip("ab", self.only)}
-        return {"tensors": {name: facts(x) for name, x in self.tensors.items()}, "whole": whole, **only, "apart": self.apart}
+        tensors = {name: facts(x) for name, x in self.tensors.items()}
+        layers = {
+            stack: {kind: {str(layer): vars(group) for layer, group in layers.items()} for kind, layers in kinds.items()}
+            for stack, kinds in self.by_layer().items()
+        }
+        found = {"tensors": tensors, "whole": whole, **only, "apart": self.apart, "layers": layers}
+        return found | ({"too_large": list(self.too_large)} if self.ranked else {})
+
+    def summary(self) -> list[tuple[str, str]]:
+        """What there is to say of the models as a whole: label, sentence."""
+        whole = self.whole
+        equal = sum(not x.differing for x in self.tensors.values())
+        found = [("tensors", f"{len(self.tensors)} in both, {equal} of them equal")]
+        for which, names in zip("AB", self.only):
+            found += [(f"only {which}", f"{len(names)}: {_some(names)}")] if names else []
+        found += [("apart", f"{shown(name)}: {why}") for name, why in self.apart.items()]
+        for i, which in enumerate("AB"):
+            odd = [x.name for x in self.tensors.values() if x.nan[i] or x.infinite[i]]
+            if odd:
+                counts = f"{whole.nan[i]:,} NaN and {whole.infinite[i]:,} infinite entries in"
+                found.append(("NaN, inf", f"in {which}: {counts} {_some(odd)}"))
+        norms = f"|A| = {digits(whole.norm[0])}, |B| = {digits(whole.norm[1])}, |B| / |A| = {digits(whole.ratio, 6)}"
+        found.append(("distance", f"|A - B| = {digits(whole.distance)}, {norms}, relative {digits(whole.relative)}"))
+        found.append(("cosine", digits(whole.cosine, 6)))
+        found.append(("equal", f"{_percent(whole.equal)} of the entries, differing {whole.differing:,}"))
+        if self.from_base:
+            found.append(("changes", f"cosine {digits(whole.changes, 6)} of what A and B changed of the base"))
+            found.append(("signs", f"{_percent(whole.conflicts)} of the entries that both changed have opposite signs"))
+        if self.ranked:
+            ranks = sum(x.rank is not None for x in self.tensors.values())
+            found.append(("rank", f"effective, exp of the entropy of the singular values of A - B, of {ranks} matrices"))
+        if self.too_large:
+            found.append(("", f"not of {len(self.too_large)} that are too large: {_some(self.too_large)}"))
+        return found
+
+    def columns(self) -> list[str]:
+        """Numbers of a tensor that a narrow table shows."""
+        based, ranked = ["changes", "conflicts"] * self.from_base, ["rank"] * self.ranked
+        return ["relative", "cosine", "ratio", "largest", "differing", *based, *ranked]
 
     def text(self, top: int = 20, by: str = "relative") -> str:
         """For people."""
-        whole = self.whole
-        equal = sum(not x.differing for x in self.tensors.values())
-        lines = [f"tensors   {len(self.tensors)} in both, {equal} of them equal"]
-        for which, names in zip("AB", self.only):
-            some = ", ".join(map(_shown, names[:5])) + (", ..." if len(names) > 5 else "")
-            lines += [f"only {which}    {len(names)}: {some}"] if names else []
-        lines += [f"apart     {_shown(name)}: {why}" for name, why in self.apart.items()]
-        norms = f"|A| = {_digits(whole.norm[0])}, |B| = {_digits(whole.norm[1])}"
-        lines.append(f"distance  |A - B| = {_digits(whole.distance)}, {norms}, relative {_digits(whole.relative)}")
-        lines.append(f"cosine    {_digits(whole.cosine, 6)}")
-        if self.from_base:
-            lines.append(f"changes   cosine {_digits(whole.changes, 6)} of what A and B changed of the base")
-        shown = self.most(by)[:top]
-        if shown:
-            columns = ["relative", "cosine", "distance", "largest", "differing", *(["changes"] if self.from_base else [])]
-            finer = ("cosine", "changes")
+        lines = [f"{label:8}  {said}" for label, said in self.summary()]
+        listed = self.most(by)[:top]
+        if listed:
+            columns = self.columns()
+            columns = columns if by in columns else [by, *columns]
             rows = [[f"most different, by {by}", *columns]]
-            for x in shown:
-                rows.append([_shown(x.name), *(_digits(getattr(x, key), 6 if key in finer else 3) for key in columns)])
+            for x in listed:
+                rows.append([shown(x.name), *(digits(getattr(x, key), 6 if key in FINER else 3) for key in columns)])
             widths = [max(map(len, column)) for column in zip(*rows)]
             lines.append("")
             for first, *others in rows:
@@ -104,20 +175,65 @@ class Comparison:
         return "\n".join(lines)
 
 
-def _digits(x: float | None, digits: int = 3) -> str:
-    return "-" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.{digits}g}"
+def kind_of(name: str) -> str:
+    """Attention, mlp, norm or other: what a tensor in a layer is for, by what its name says after the layer's number. A
+    norm within attention is a norm, and a dense layer within it attention."""
+    parts = name.strip(".").split(".")
+    module = parts[:-1] or parts
+    if _NORM.search(module[-1]):
+        return "norm"
+    if any(map(_ATTENTION.search, module)):
+        return "attention"
+    return "mlp" if any(map(_MLP.search, module)) else "other"
 
 
-def _shown(name: str) -> str:
+def _group(tensors: Sequence[Tensor]) -> Group:
+    of_a, of_b = (_together([x.norm[i] for x in tensors]) for i in (0, 1))
+    distance = _together([x.distance for x in tensors])
+    if of_a is None or of_b is None or distance is None:
+        return Group(None, None)
+    relative = _quotient(distance, of_a) if distance else 0.0
+    if not (of_a and of_b):
+        return Group(relative, None)
+    shares = [(x.cosine or 0.0) * ((x.norm[0] or 0.0) / of_a) * ((x.norm[1] or 0.0) / of_b) for x in tensors]
+    return Group(relative, max(-1.0, min(1.0, math.fsum(shares))))
+
+
+def _together(norms: Sequence[float | None]) -> float | None:
+    """The norm of tensors one after the other."""
+    known = [x for x in norms if x is not None]
+    return math.hypot(*known) if len(known) == len(norms) else None
+
+
+def digits(x: float | None, significant: int = 3) -> str:
+    """A number for people; a dash where there is none."""
+    return "-" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.{significant}g}"
+
+
+def shown(name: str) -> str:
+    """A name that is safe on a terminal and in a file of UTF-8."""
     return name if name.isprintable() else repr(name)
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def _percent(x: float | None) -> str:
+    return "-" if x is None else f"{100 * x:.4g} %"
+
+
 def weights(
-    a: Checkpoint, b: Checkpoint, base: Checkpoint | None = None, progress: Callable[[int], None] = lambda nbytes: None
+    a: Checkpoint,
+    b: Checkpoint,
+    base: Checkpoint | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    rank: int | None = None,
 ) -> Comparison:
-    """Compare checkpoints tensor by tensor, a block of each at a time. progress is told the bytes that were read."""
+    """Compare checkpoints tensor by tensor, a block of each at a time. progress is told the bytes that were read. rank: how
+    many entries a matrix may have to be held whole, for the effective rank of its difference; None for no ranks."""
     only = tuple(sorted(a.tensors.keys() - b.tensors.keys())), tuple(sorted(b.tensors.keys() - a.tensors.keys()))
-    tensors, apart, sums = {}, {}, _Sums()
+    tensors, apart, too_large, sums = {}, {}, [], _Sums()
     for name in a.tensors:
         if name not in b.tensors:
             continue
@@ -129,14 +245,42 @@ def weights(
         elif one.dtype in FLOATS:
             here = _Sums()
             from_base = base if base is not None and _as(base, name, one.shape) else None
+            fits = rank is not None and len(one.shape) == 2 and one.size <= rank
+            if rank is not None and len(one.shape) == 2 and not fits:
+                too_large.append(name)
+            difference = np.empty(one.size if fits else 0)
+            start = 0
             for block in _blocks(name, one.size, [a, b] + ([from_base] if from_base is not None else []), progress):
-                here.add(*map(_widened, block))
+                wide = [*map(_widened, block)]
+                here.add(*wide)
+                if fits:
+                    with np.errstate(all="ignore"):
+                        np.subtract(wide[0], wide[1], out=difference[start : start + wide[0].size])
+                    start += wide[0].size
             sums.join(here)
-            tensors[name] = here.tensor(name, (one.dtype, other.dtype), one.shape)
+            found = here.tensor(name, (one.dtype, other.dtype), one.shape)
+            tensors[name] = replace(found, rank=effective_rank(difference.reshape(one.shape))) if fits else found
         else:
             tensors[name] = _integers(name, a, b, progress)
     dtypes = tuple("+".join(sorted({x.dtypes[i] for x in tensors.values()} & FLOATS)) for i in (0, 1))
-    return Comparison(tensors, sums.tensor("", (dtypes[0], dtypes[1]), ()), (only[0], only[1]), apart, base is not None)
+    whole = sums.tensor("", (dtypes[0], dtypes[1]), ())
+    return Comparison(tensors, whole, (only[0], only[1]), apart, base is not None, rank is not None, tuple(too_large))
+
+
+def effective_rank(x: np.ndarray) -> float | None:
+    """exp of the entropy of the singular values, divided by their sum, of a matrix in float64: between 1 and its rank, k for
+    k equal ones. 0 for zeros, None for what is not finite.
+
+    Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    """
+    if not np.isfinite(x).all():
+        return None
+    if not x.any():
+        return 0.0
+    values = np.linalg.svd(x / np.abs(x).max(), compute_uv=False)
+    shares = values / values.sum()
+    shares = shares[shares > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def _as(base: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
@@ -173,7 +317,8 @@ def _integers(name: str, a: Checkpoint, b: Checkpoint, progress: Callable[[int],
     for block in _blocks(name, a.tensors[name].size, [a, b], progress):
         x, y = (raw.view(DTYPES[dtype]) for dtype, raw in block)
         differing += int(np.count_nonzero(x != y))
-    return Tensor(name, (a.tensors[name].dtype, b.tensors[name].dtype), a.tensors[name].shape, differing=differing)
+    size, dtypes = a.tensors[name].size, (a.tensors[name].dtype, b.tensors[name].dtype)
+    return Tensor(name, dtypes, a.tensors[name].shape, differing=differing, equal=_share(size - differing, size))
 
 
 class _Sums:
@@ -183,16 +328,26 @@ class _Sums:
 
     def __init__(self) -> None:
         self.parts: dict[str, list[float]] = {}
-        self.largest, self.differing = 0.0, 0
+        self.largest = 0.0
+        self.counts: Counter[str] = Counter()
 
     def add(self, a: np.ndarray, b: np.ndarray, base: np.ndarray | None = None) -> None:
+        nans = np.isnan(a), np.isnan(b)
+        for which, x, nan in zip("ab", (a, b), nans):
+            self.counts[f"nan {which}"] += int(np.count_nonzero(nan))
+            self.counts[f"infinite {which}"] += int(np.count_nonzero(np.isinf(x)))
+        self.counts["size"] += a.size
+        self.counts["differing"] += int(np.count_nonzero((a != b) & ~(nans[0] & nans[1])))
         with np.errstate(all="ignore"):
             d = a - b
             products = {"aa": a * a, "bb": b * b, "ab": a * b, "dd": d * d}
             if base is not None:
                 p, q = a - base, b - base
                 products |= {"pp": p * p, "qq": q * q, "pq": p * q}
-            self.differing += int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b))))
+                opposite = (p > 0) & (q < 0) | (p < 0) & (q > 0)
+                alike = (p > 0) & (q > 0) | (p < 0) & (q < 0)
+                self.counts["opposite"] += int(np.count_nonzero(opposite))
+                self.counts["alike"] += int(np.count_nonzero(alike))
             size = np.abs(d)
             size = size[~np.isnan(size)]
         self.largest = max(self.largest, float(size.max()) if size.size else 0.0)
@@ -206,20 +361,35 @@ class _Sums:
     def join(self, other: _Sums) -> None:
         for key, parts in other.parts.items():
             self._add(key, parts)
-        self.largest, self.differing = max(self.largest, other.largest), self.differing + other.differing
+        self.largest = max(self.largest, other.largest)
+        self.counts.update(other.counts)
 
     def tensor(self, name: str, dtypes: tuple[str, str], shape: tuple[int, ...]) -> Tensor:
         total = {key: exact_sum(self.parts.get(key, ())) for key in self.KEYS}
         norm = _root(total["aa"]), _root(total["bb"])
         distance = _root(total["dd"])
-        relative = (
-            None if distance is None or norm[0] is None else distance / norm[0] if norm[0] else None if distance else 0.0
-        )
+        counts = self.counts
         return Tensor(
-            name, dtypes, shape, norm, distance, relative, _cosine(total["ab"], total["aa"], total["bb"]),
-            self.largest if math.isfinite(self.largest) else None, self.differing,
-            _cosine(total["pq"], total["pp"], total["qq"]) if "pp" in self.parts else None,
+            name, dtypes, shape, norm, distance,
+            relative=0.0 if distance == 0 and norm[0] is not None else _quotient(distance, norm[0]),
+            cosine=_cosine(total["ab"], total["aa"], total["bb"]),
+            ratio=_quotient(norm[1], norm[0]),
+            largest=self.largest if math.isfinite(self.largest) else None,
+            differing=counts["differing"],
+            equal=_share(counts["size"] - counts["differing"], counts["size"]),
+            nan=(counts["nan a"], counts["nan b"]),
+            infinite=(counts["infinite a"], counts["infinite b"]),
+            changes=_cosine(total["pq"], total["pp"], total["qq"]) if "pp" in self.parts else None,
+            conflicts=_share(counts["opposite"], counts["opposite"] + counts["alike"]),
         )  # fmt: skip
+
+
+def _quotient(x: float | None, y: float | None) -> float | None:
+    return x / y if x is not None and y and math.isfinite(x / y) else None
+
+
+def _share(part: int, of: int) -> float | None:
+    return part / of if of else None
 
 
 def _root(x: float) -> float | None:
@@ -363,22 +533,22 @@ class Line:
     def text(self) -> str:
         """For people."""
         lines = [
-            f"{which:8}  loss {_digits(self.loss.losses[i], 4)}, {100 * self.error.losses[i]:.1f} % of {self.samples} wrong"
+            f"{which:8}  loss {digits(self.loss.losses[i], 4)}, {100 * self.error.losses[i]:.1f} % of {self.samples} wrong"
             for which, i in (("A", 0), ("B", -1))
         ]
         points = len(self.loss.t)
         lines.append(
-            f"barrier   {_digits(self.loss.barrier, 4)} in the loss, at t = {_digits(self.loss.at)} of {points} points"
+            f"barrier   {digits(self.loss.barrier, 4)} in the loss, at t = {digits(self.loss.at)} of {points} points"
         )
-        lines.append(f"          {100 * self.error.barrier:.1f} % in the error, at t = {_digits(self.error.at)}")
+        lines.append(f"          {100 * self.error.barrier:.1f} % in the error, at t = {digits(self.error.at)}")
         lowest = min(range(len(self.loss.t)), key=lambda i: _key(self.loss.losses[i]))
         wrong = f"{100 * self.error.losses[lowest]:.1f} % wrong"
-        lines.append(f"lowest    {_digits(self.loss.losses[lowest], 4)}, {wrong}, at t = {_digits(self.loss.t[lowest])}")
+        lines.append(f"lowest    {digits(self.loss.losses[lowest], 4)}, {wrong}, at t = {digits(self.loss.t[lowest])}")
         if self.layers is not None:
             lines += ["", "one layer alone half-way, above the mean loss of A and B: in A, and in B"]
             width = max(map(len, self.layers.layers))
             for label, x in self.layers.layers.items():
-                lines.append(f"  {_shown(label):{width}}  {_digits(x.barriers[0]):>9}  {_digits(x.barriers[1]):>9}")
+                lines.append(f"  {shown(label):{width}}  {digits(x.barriers[0]):>9}  {digits(x.barriers[1]):>9}")
         return "\n".join(lines)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from refmerge.errors import UsageError
 from refmerge.pages import COLOURS, FAINT, GRID, INK, RESULT, _escape, _g, _n, _svg
 
-__all__ = ["draw_paths", "draw_search", "draw_series"]
+__all__ = ["draw_layers", "draw_paths", "draw_search", "draw_series"]
 
 WIDE, HIGH, LEFT, TOP = 420.0, 220.0, 64.0, 58.0
 
@@ -143,3 +144,61 @@ def draw_search(scores: Sequence[float]) -> str:
             line, best = f"{line}H{_n(x)}V{_n(y)}" if line else f"M{_n(x)} {_n(y)}", value
     body.append(f'<path d="{line}H{_n(LEFT + WIDE)}" stroke="{RESULT}" stroke-width="2" fill="none"/>')
     return _svg(LEFT + WIDE + 28, TOP + HIGH + 30, title, "The score of each trial of a search, and the best so far.", body)
+
+
+def draw_layers(series: Mapping[str, Mapping[int, float | None]], title: str, label: str) -> str:
+    """Numbers by layer, a line and dots for each of the series; where there is no number, or it is not finite, a gap. A
+    series without numbers takes a colour and nothing else, so that the others keep theirs. UsageError where there is nothing
+    finite to draw."""
+    known = {
+        name: {layer: y for layer, y in points.items() if y is not None and math.isfinite(y)}
+        for name, points in series.items()
+    }
+    finite = [y for points in known.values() for y in points.values()]
+    if not finite:
+        raise UsageError("there is no plot of numbers by layer none of which is finite")
+    low, high = min(finite), max(finite)
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-290):
+        aside = max(abs(low) / 2, 0.5)
+        low, high = low - aside, high + aside
+    layers = [layer for points in series.values() for layer in points]
+    first, span = min(layers), max(layers) - min(layers) or 1
+
+    def at(layer: float, value: float) -> tuple[float, float]:
+        return LEFT + (layer - first) / span * WIDE, TOP + (high - value) / (high - low) * HIGH
+
+    body = [f'<text x="16" y="24" font-size="14" font-weight="bold" fill="{INK}">{_escape(title)}</text>']
+    marks = ticks(low, high)
+    for value in marks:
+        _, y = at(first, value)
+        body.append(f'<path d="M{_n(LEFT)} {_n(y)}h{_n(WIDE)}" stroke="{GRID}"/>')
+        word = _apart(value, marks)
+        body.append(f'<text x="{_n(LEFT - 8)}" y="{_n(y + 4)}" text-anchor="end" fill="{FAINT}">{word}</text>')
+    step = max(1, -(-span // 12))
+    for layer in range(first, max(layers) + 1, step):
+        x, y = at(layer, low)
+        body.append(f'<text x="{_n(x)}" y="{_n(y + 20)}" text-anchor="middle" fill="{FAINT}">{layer}</text>')
+    body.append(f'<text x="16" y="{_n(TOP - 14)}" fill="{FAINT}">{_escape(label)}</text>')
+    body.append(f'<text x="{_n(LEFT + WIDE)}" y="{_n(TOP + HIGH + 38)}" text-anchor="end" fill="{FAINT}">layer</text>')
+    for i, (name, points) in enumerate(known.items()):
+        if not points:
+            continue
+        colour = COLOURS[i % len(COLOURS)]
+        places = {layer: at(layer, y) for layer, y in sorted(points.items())}
+        line = ""
+        for layer, (x, y) in places.items():
+            line += f"{'L' if layer - 1 in places else 'M'}{_n(x)} {_n(y)}"
+            body.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="2.5" fill="{colour}"/>')
+        body.append(f'<path d="{line}" stroke="{colour}" stroke-width="1.5" fill="none"/>')
+        x = LEFT + i * WIDE / 5
+        body.append(f'<text x="{_n(x)}" y="{_n(TOP + HIGH + 38)}" fill="{colour}">{_escape(name)}</text>')
+    return _svg(LEFT + WIDE + 28, TOP + HIGH + 50, title, f"{label} by layer.", body)
+
+
+def _apart(value: float, marks: Sequence[float]) -> str:
+    """A mark's label, with so many digits that it is another than its neighbours'."""
+    step = min((b - a for a, b in pairwise(marks)), default=0.0)
+    largest = max(map(abs, marks))
+    digits = 3 if not step else max(3, math.ceil(math.log10(largest / step)) + 1)
+    text = f"{value:.{digits}g}" if abs(value) > step / 2 else "0"
+    return text.replace("-", "\u2212")

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,7 +19,9 @@ from hypothesis import strategies as st
 
 from refmerge import InputError, UsageError, compare, open_checkpoint
 from refmerge.checkpoint import save
+from refmerge.compare_page import page
 from refmerge.nets import mlp, vit
+from refmerge.plots import draw_layers
 from refmerge.symmetry import architectures
 
 
@@ -58,6 +61,107 @@ def test_what_both_changed_of_a_base(tmp_path):
     shifted = {"w": np.array([[3.0, 3.0]], np.float32)}
     found = compare.weights(one, two, *opened(tmp_path, other=shifted))
     assert found.tensors["w"].changes == 0.0 and found.tensors["w"].cosine == 0.0  # (0, 1) and (-7, 0)
+
+
+def test_ratio_and_equal_entries_by_hand(tmp_path):
+    found = compare.weights(*opened(tmp_path, a=A, b=B))
+    w, same, n = (found.tensors[k] for k in ("w", "same", "n"))
+    assert (w.ratio, w.equal) == (3 / 5, 1 / 2) and (same.ratio, same.equal) == (1.0, 1.0)
+    assert (n.ratio, n.equal) == (None, 2 / 3)
+    assert found.whole.equal == 3 / 4  # of the floats
+    assert found.whole.ratio == pytest.approx(math.sqrt(11 / 27))
+    assert "equal     75 % of the entries, differing 1\n" in found.text() and "|B| / |A| = 0.638285" in found.text()
+    json.dumps(found.told(), allow_nan=False)
+
+
+def test_ratios_that_are_none(tmp_path):
+    one = {"zero": np.zeros(2), "tiny": np.array([1e-200]), "empty": np.zeros((0, 2)), "down": np.ones(2)}
+    two = {"zero": np.ones(2), "tiny": np.array([1e150]), "empty": np.zeros((0, 2)), "down": np.zeros(2)}
+    found = compare.weights(*opened(tmp_path, a=one, b=two)).tensors
+    assert [found[k].ratio for k in ("zero", "tiny", "empty", "down")] == [None, None, None, 0.0]
+    assert [found[k].equal for k in ("zero", "empty")] == [0.0, None]
+
+
+def test_conflicts_of_sign_by_hand(tmp_path):
+    base = np.array([1.0, 1.0, 1.0, 1.0, 1.0, -0.0, 1.0])
+    a = np.array([2.0, 2.0, 0.0, 2.0, 1.0, 1e-320, np.nan])  # changes: + + - + 0 + NaN
+    b = np.array([0.0, 3.0, -1.0, 0.5, 5.0, -1e-320, 0.0])  # changes: - + - - + - -
+    one, two, origin = opened(tmp_path, a={"x": a, "y": base}, b={"x": b, "y": b}, base={"x": base, "y": base})
+    found = compare.weights(one, two, origin)
+    assert found.tensors["x"].conflicts == 3 / 5  # products of changes would be 0 for the sixth
+    assert found.tensors["y"].conflicts is None  # A changed nothing
+    assert found.whole.conflicts == 3 / 5
+    assert "signs     60 % of the entries that both changed have opposite signs" in found.text()
+    assert compare.weights(one, two).tensors["x"].conflicts is None
+    assert "signs" not in compare.weights(one, two).text()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(-2, 2, width=16)] * 3), min_size=1, max_size=40))
+def test_conflicts_beside_a_count_of_entries(tmp_path_factory, entries):
+    a, b, base = (np.array(x, np.float16) for x in zip(*entries))
+    opposite = sum((x < z < y) or (y < z < x) for x, y, z in entries)
+    both = sum(x != z and y != z for x, y, z in entries)
+    models = opened(tmp_path_factory.mktemp("conflicts"), a={"x": a}, b={"x": b}, base={"x": base})
+    found = compare.weights(*models)
+    assert found.tensors["x"].conflicts == (opposite / both if both else None)
+    assert found.tensors["x"].equal == sum(x == y for x, y, _ in entries) / len(entries)
+
+
+def test_counts_of_what_is_not_finite(tmp_path):
+    one = {"x": np.array([np.nan, np.inf, -np.inf, 1.0], np.float32), "y": np.ones(2)}
+    two = {"x": np.array([np.nan, 0.0, 0.0, 1.0], np.float32), "y": np.array([np.nan, 1.0])}
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    assert (found.tensors["x"].nan, found.tensors["x"].infinite) == ((1, 1), (2, 0))
+    assert (found.tensors["y"].nan, found.tensors["y"].infinite) == ((0, 1), (0, 0))
+    assert (found.whole.nan, found.whole.infinite) == ((1, 2), (2, 0))
+    assert found.tensors["x"].equal == 0.5  # NaN twice is no difference
+    assert "NaN, inf  in A: 1 NaN and 2 infinite entries in x\n" in found.text()
+    assert "NaN, inf  in B: 2 NaN and 0 infinite entries in x, y\n" in found.text()
+    told = json.loads(json.dumps(found.told(), allow_nan=False))
+    assert told["tensors"]["x"]["infinite"] == [2, 0] and told["whole"]["nan"] == [1, 2]
+    assert "NaN" not in compare.weights(*opened(tmp_path, other=A, third=B)).text()
+
+
+# --- The effective rank -----------------------------------------------------------------------------------------------
+
+
+def hadamard(n):
+    return np.ones((1, 1)) if n == 1 else np.kron([[1.0, 1.0], [1.0, -1.0]], hadamard(n // 2))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        (np.eye(5), 5.0),  # k equal singular values: k
+        (1e200 * hadamard(8), 8.0),
+        (np.outer([1.0, 2.0, 3.0], [4.0, 5.0]), 1.0),
+        (np.diag([3.0, 1.0]), 4 / 3**0.75),  # exp of (3/4) log(4/3) + (1/4) log 4
+        (np.array([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]]), 3 / 2 ** (2 / 3)),
+        (np.zeros((3, 2)), 0.0),
+        (np.zeros((0, 4)), 0.0),
+        (np.array([[np.nan, 1.0]]), None),
+        (np.array([[np.inf, 1.0]]), None),
+    ],
+)
+def test_effective_rank(matrix, expected):
+    assert compare.effective_rank(matrix) == (expected if expected is None else pytest.approx(expected, rel=1e-12))
+
+
+def test_ranks_of_matrices_up_to_a_size(tmp_path, monkeypatch):
+    shapes = {"w": (4, 4), "low": (4, 3), "large": (3, 6), "b": (4,), "c": (1, 2, 2)}
+    zero = {name: np.zeros(shape) for name, shape in shapes.items()}
+    change = {"w": hadamard(4), "low": np.outer([1, 2, 3, 4.0], [1, 2, 3.0])}
+    one, two = opened(tmp_path, a=zero, b=zero | change)
+    monkeypatch.setattr(compare, "BLOCK", 5)  # a matrix comes in several blocks
+    found = compare.weights(one, two, rank=16)
+    ranks = {name: x.rank for name, x in found.tensors.items()}
+    assert ranks["w"] == pytest.approx(4) and ranks["low"] == pytest.approx(1)
+    assert (ranks["large"], ranks["b"], ranks["c"]) == (None, None, None) and found.too_large == ("large",)
+    assert "singular values of A - B, of 2 matrices\n          not of 1 that are too large: large\n" in found.text()
+    assert json.loads(json.dumps(found.told()))["too_large"] == ["large"]
+    without = compare.weights(one, two)
+    assert without.tensors["w"].rank is None and "rank" not in without.text() and "too_large" not in without.told()
 
 
 def test_names_shapes_and_kinds(tmp_path):
@@ -250,6 +354,168 @@ def test_data_that_do_not_fit_the_weights(tmp_path, inputs, labels, said):
         compare.task("vit", tmp_path / "data.npz", heads=1).loss(units_exchanged()[0])
 
 
+# --- By layer, and the page -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("attention", "self_attn.q_proj.weight attn.c_attn.bias attention.output.dense.weight self_attn.dense.weight"),
+        ("attention", "layer.0.SelfAttention.q.weight self_attention.query_key_value.weight attention.self.key.bias"),
+        ("mlp", "mlp.down_proj.weight intermediate.dense.weight output.dense.weight fc1.bias linear2.weight w1"),
+        ("mlp", "block_sparse_moe.experts.3.w2.weight layer.1.DenseReluDense.wi.weight mlp.gate.weight ffn.0.weight"),
+        ("norm", "input_layernorm.weight self_attn.q_norm.weight ln_1.bias attention.output.LayerNorm.bias bn2.running_var"),
+        ("other", "mixer.in_proj.weight conv1.weight weight self_qk.weight ls1.gamma"),
+    ],
+)
+def test_kinds_of_tensors(kind, names):
+    assert [compare.kind_of(f".{name}") for name in names.split()] == [kind] * len(names.split())
+
+
+def layered():
+    """Three layers: two matrices of an mlp, a norm that stays, and an embedding outside."""
+    one = {"embed.weight": np.ones(2, np.float32)}
+    for i in range(3):
+        one |= {f"model.layers.{i}.mlp.up.weight": np.array([[3.0]]), f"model.layers.{i}.mlp.down.weight": np.array([[4.0]])}
+        one |= {f"model.layers.{i}.norm.weight": np.ones(2), f"model.layers.{i}.mlp.places": np.arange(2)}
+    two = one | {"model.layers.1.mlp.up.weight": np.array([[0.0]]), "model.layers.2.mlp.down.weight": np.array([[-4.0]])}
+    return one, two
+
+
+def test_by_layer_by_hand(tmp_path):
+    one, two = layered()
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    groups = found.by_layer()
+    assert list(groups) == ["model.layers."] and list(groups["model.layers."]) == ["mlp", "norm"]
+    mlp = groups["model.layers."]["mlp"]  # (3, 4) beside (3, 4), (0, 4) and (3, -4)
+    assert [mlp[i].relative for i in (0, 1, 2)] == pytest.approx([0, 3 / 5, 8 / 5])
+    assert [mlp[i].cosine for i in (0, 1, 2)] == pytest.approx([1, 4 / 5, -7 / 25])
+    norm = groups["model.layers."]["norm"][2]
+    assert norm.relative == 0.0 and norm.cosine == pytest.approx(1)
+    told = json.loads(json.dumps(found.told(), allow_nan=False))
+    assert told["layers"]["model.layers."]["mlp"]["1"] == {"relative": mlp[1].relative, "cosine": mlp[1].cosine}
+
+
+def test_layers_that_have_no_number(tmp_path):
+    one = {"h.0.x": np.array([np.nan]), "h.0.y": np.ones(1), "h.1.x": np.zeros(1), "h.2.x": np.zeros(1), "h.3.x": np.ones(1)}
+    two = one | {"h.2.x": np.ones(1), "h.3.x": np.zeros(1)}
+    groups = compare.weights(*opened(tmp_path, a=one, b=two)).by_layer()["h."]["other"]
+    assert groups == {i: compare.Group(relative, None) for i, relative in enumerate([None, 0.0, None, 1.0])}
+
+
+def test_the_plot_of_layers():
+    svg = draw_layers({"mlp": {2: 0.0, 3: 1.0, 5: 0.5, 6: None}, "none": {}, "<&>": {2: 1.0}}, "a < b", "x")
+    root = ElementTree.fromstring(svg)
+    dots = [(x.get("cx"), x.get("cy"), x.get("fill")) for x in root.iter() if x.tag.endswith("circle")]
+    blue, green = "#2f6fb5", "#2e9461"  # 420 wide from 64, 220 high from 58; layers 2 to 6
+    assert dots == [("64", "278", blue), ("169", "58", blue), ("379", "168", blue), ("64", "58", green)]
+    lines = [x.get("d") for x in root.iter() if x.get("stroke-width") == "1.5"]
+    assert lines == ["M64 278L169 58M379 168", "M64 58"]  # a gap where layer 4 would be
+    words = [x.text for x in root.iter() if x.tag.endswith("text")]
+    assert "mlp" in words and "<&>" in words and "none" not in words and words[0] == "a < b"
+
+
+def test_plots_of_numbers_close_by_and_extreme():
+    svg = draw_layers({"mlp": {0: 0.999991, 1: 0.999999}}, "close", "cosine")
+    marks = [x.text for x in ElementTree.fromstring(svg).iter() if x.get("text-anchor") == "end"]
+    assert len(set(marks)) == len(marks) > 3 and "0.999992" in marks
+    for values in ([1.0], [0.0, 0.0], [1e300, 0.0], [1e300, 1e300], [5e-324, 0.0], [-1.0, 1.0], [1.0, math.inf]):
+        svg = draw_layers({"mlp": dict(enumerate(values))}, "t", "x")
+        assert "nan" not in svg and "inf" not in svg and ElementTree.fromstring(svg) is not None
+    with pytest.raises(UsageError, match="none of which is finite"):
+        draw_layers({"mlp": {0: None, 1: math.nan}, "norm": {}}, "t", "x")
+
+
+class Page(HTMLParser):
+    """What a page holds: its elements with their attributes, and the rows of its table."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.rows = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.rows += [[]] if tag == "tr" else []
+
+    def handle_data(self, data):
+        if self.elements and self.elements[-1][0] in ("td", "th") and data.strip():
+            self.rows[-1].append(data)
+
+
+# All that a page has, whatever its tensors are called.
+PAGE = {
+    "html", "meta", "title", "style", "h1", "h2", "dl", "dt", "dd", "p", "figure", "svg", "desc", "rect", "text", "path",
+    "circle", "div", "table", "tr", "th", "td",
+}  # fmt: skip
+
+
+def test_the_page(tmp_path):
+    one, two = layered()
+    found = compare.weights(*opened(tmp_path, a=one, b=two))
+    got = Page(page(found, "a", "b"))
+    tags = [tag for tag, _ in got.elements]
+    assert tags.count("svg") == 2 and set(tags) == PAGE
+    assert not [a for _, attributes in got.elements for a in attributes if a in ("src", "href") or a.startswith("on")]
+    head, *rows = got.rows
+    assert len(rows) == len(found.tensors) and all(len(row) == len(head) for row in rows)
+    assert [row[0] for row in rows[:2]] == ["model.layers.2.mlp.down.weight", "model.layers.1.mlp.up.weight"]
+    down = dict(zip(head, rows[0]))
+    assert [down[key] for key in ("shape", "|A|", "relative", "cosine", "ratio")] == ["1 \u00d7 1", "4", "2", "-1", "1"]
+    assert [down[key] for key in ("dtype", "differing", "equal")] == ["F64", "1", "0"]
+    assert "NaN A" not in head  # no tensor has any
+    odd = one | {"embed.weight": np.array([np.nan, np.inf], np.float16)}
+    found = compare.weights(*opened(tmp_path, c=odd), open_checkpoint(tmp_path / "b.safetensors"))
+    head, first, *_ = Page(page(found, "c", "b")).rows
+    first = dict(zip(head, first))
+    assert [first[key] for key in ("dtype", "relative", "NaN A", "infinite A", "NaN B")] == ["F16, F32", "-", "1", "1", "0"]
+
+
+def test_names_on_the_page_are_text(tmp_path):
+    bad = '<script src="x">alert(1)</script>&\x1b'
+    one = {f"{bad}.{i}.w": np.array([1.0 + i]) for i in range(2)}
+    found = compare.weights(*opened(tmp_path, a=one, b={name: 2 * x for name, x in one.items()}))
+    text = page(found, f"a{bad}", "b\udc80", base=bad)
+    assert {tag for tag, _ in Page(text).elements} == PAGE and "&lt;script" in text and "\x1b" not in text
+    text.encode()  # no lone surrogate
+    for svg in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.partition("</svg>")[0] + "</svg>")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(), max_size=20))
+def test_any_name_fits_on_the_page(name):
+    tensors = {
+        f"{name}.{i}.{name}": compare.Tensor(
+            f"{name}.{i}.{name}", ("F32", "F32"), (1,), (1.0, 1.0), 1.0, 1.0, 0.5, differing=1
+        )
+        for i in range(2)
+    }
+    found = compare.Comparison(
+        tensors, compare.Tensor("", ("F32", "F32"), ()), ((name,), ()), {name: "of two shapes"}, False
+    )
+    text = page(found, name, name)
+    text.encode()
+    assert {tag for tag, _ in Page(text).elements} <= PAGE
+    assert len(Page(text).rows) == 3
+    for svg in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.partition("</svg>")[0] + "</svg>")
+
+
+@pytest.mark.parametrize(
+    ("one", "said"),
+    [
+        ({"w": np.ones(2)}, "have no numbers of several layers"),
+        ({"h.0.w": np.ones(2)}, "have no numbers of several layers"),
+        ({"h.0.w": np.array([np.nan]), "h.1.w": np.array([np.nan])}, "h.N: no finite distance"),
+        ({}, "0 in both"),
+    ],
+)
+def test_pages_without_plots(tmp_path, one, said):
+    text = page(compare.weights(*opened(tmp_path, a=one, b=one)), "a", "b")
+    assert said in text and "<svg" not in text
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +544,27 @@ def test_the_command_without_data(folder):
     assert "changes   cosine - of what" in based.stdout  # A changed nothing
 
 
+def test_the_command_with_ranks(folder):
+    done = refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--base", "b.safetensors", cwd=folder)
+    assert done.returncode == 0 and "changes  conflicts  rank\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    by = refmerge("compare", "a.safetensors", "b.safetensors", "--by", "distance", cwd=folder)
+    assert "most different, by distance  distance  relative  " in by.stdout
+    told = json.loads(refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--json", cwd=folder).stdout)
+    assert 1 <= told["tensors"]["layers.0.weight"]["rank"] <= 4 and told["too_large"] == []
+    few = refmerge("compare", "a.safetensors", "b.safetensors", "--rank", "--rank-limit", "1", cwd=folder)
+    assert "of 0 matrices" in few.stdout and "not of 2 that are too large" in few.stdout
+
+
+def test_the_command_writes_a_page(folder):
+    arguments = ("compare", "a.safetensors", "b.safetensors", "--base", "a.safetensors", "--rank", "--html", "out.html")
+    done = refmerge(*arguments, cwd=folder)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("tensors ")
+    got = Page((folder / "out.html").read_text(encoding="utf-8"))
+    assert {"changes", "conflicts", "rank"} <= set(got.rows[0]) and len(got.rows) == 5
+    assert [tag for tag, _ in got.elements].count("svg") == 2  # layers.0 and layers.1
+
+
 def test_the_command_with_data(folder):
     arguments = ("compare", "a.safetensors", "b.safetensors", "--data", "data.npz", "--net", "mlp", "--points", "5")
     done = refmerge(*arguments, "--layers", "--plot", "line.svg", cwd=folder)
@@ -301,6 +588,11 @@ def test_the_command_with_data(folder):
         (["--data", "gone.npz", "--net", "mlp"], 3, "gone.npz"),
         (["--data", "data.npz", "--net", "mlp", "--base", "a.safetensors"], 2, "--base is for weights"),
         (["--base", "gone.safetensors"], 3, "gone.safetensors"),
+        (["--data", "data.npz", "--net", "mlp", "--rank"], 2, "--rank is for weights"),
+        (["--rank-limit", "9"], 2, "--rank-limit wants --rank"),
+        (["--data", "data.npz", "--net", "mlp", "--html", "o.html"], 2, "--html is for weights"),
+        (["--html", "a.safetensors"], 2, "does not end in .html"),
+        (["--html", "gone/o.html"], 2, "gone/o.html cannot be written"),
     ],
 )
 def test_errors_of_the_command(folder, options, status, said):
