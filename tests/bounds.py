@@ -8,6 +8,7 @@ a method but `merged`. They take arrays of Fractions, or of float64, which shows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -23,7 +24,11 @@ from refmerge import pages, registry
 
 U = Fraction(1, 1 << 24)  # half the distance from 1 to the next float32
 ETA = Fraction(1, 1 << 149)  # the least positive float32
-FORMATS = {"bfloat16": (8, -126, 127), "float16": (11, -14, 15), "float32": (24, -126, 127)}  # digits, exponents of normal ones
+FORMATS = {
+    "bfloat16": (8, -126, 127),
+    "float16": (11, -14, 15),
+    "float32": (24, -126, 127),
+}  # digits, exponents of normal ones
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
@@ -37,15 +42,14 @@ def gamma(k: int) -> Fraction:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a method is given. base and models are arrays of rows; drawn are recorded draws, 0 or 1, for each model;
-    fisher are statistics. For the formulas also what was chosen: `kept`, 0 or 1 for each model, and `q`, what a model's
+    """What a method is given. base and models are arrays of rows; drawn are recorded draws, 0 or 1, for each model.
+    For the formulas also what was chosen: `kept`, 0 or 1 for each model, and `q`, what a model's
     change is divided by."""
 
     base: Any
     models: list[Any]
     params: dict[str, Any]
     drawn: list[Any]
-    fisher: list[Any]
     kept: list[Any] = field(default_factory=list)
     q: list[Any] = field(default_factory=list)
     number: Callable[[Any], Any] = float
@@ -67,10 +71,10 @@ class Sample:
         convert = np.frompyfunc(lambda x: number(float(x)), 1, 1)
 
         def part(x: Any) -> Any:
-            chosen = np.asarray(x)[where]
-            return chosen.astype(np.float64) if number is float else np.asarray(convert(chosen), dtype=object)
+            entries = np.asarray(x)[where]
+            return entries.astype(np.float64) if number is float else np.asarray(convert(entries), dtype=object)
 
-        lists = {name: [part(x) for x in getattr(self, name)] for name in ("models", "fisher", "kept", "q")}
+        lists = {name: [part(x) for x in getattr(self, name)] for name in ("models", "kept", "q")}
         return replace(self, base=part(self.base), number=number, **lists)
 
 
@@ -302,7 +306,7 @@ def dare_ties(s: Sample) -> Value:
 
 
 def row_probabilities(s: Sample) -> list[Any]:
-    """q by rank of magnitude in the row, in float64."""
+    """q by rank of magnitude in the row, in float64: its roundings are far less than the room in gamma(k)."""
     columns = s.base.shape[-1]
     found = []
     for d, e, t in zip(s.each("density"), s.each("epsilon"), s.tau):
@@ -347,11 +351,7 @@ def della(s: Sample) -> Value:
 def merged(name: str, s: Sample, out: str) -> np.ndarray:
     """What refmerge makes of a sample, as float64."""
     needs = BOUNDS[name].needs
-    stats = None
-    if "mask" in needs:
-        stats = [{"x.mask": m} for m in s.drawn]
-    elif "fisher" in needs:
-        stats = [{"x.fisher": F} for F in s.fisher]
+    stats = [{"x.mask": m} for m in s.drawn] if "mask" in needs else None
     result = refmerge.merge(
         [{"x": x} for x in s.models], name, base={"x": s.base} if "base" in needs else None, stats=stats, out_dtype=out,
         nonfinite="propagate", threads=1, **s.params,
@@ -361,9 +361,10 @@ def merged(name: str, s: Sample, out: str) -> np.ndarray:
 
 def chosen(name: str, s: Sample) -> Sample:
     """The sample with what the method chooses of it, in numbers of float32."""
-    as_float32 = {key: [np.asarray(x, np.float32) for x in getattr(s, key)] for key in ("models", "drawn", "fisher")}
+    as_float32 = {key: [np.asarray(x, np.float32) for x in getattr(s, key)] for key in ("models", "drawn")}
     with np.errstate(all="ignore"):
-        return BOUNDS[name].choose(replace(s, base=np.asarray(s.base, np.float32), **as_float32))
+        found = BOUNDS[name].choose(replace(s, base=np.asarray(s.base, np.float32), **as_float32))
+    return replace(s, kept=found.kept, q=found.q)
 
 
 def evaluated(name: str, s: Sample, where: Any, number: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -390,32 +391,33 @@ def nearly_nearest(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.rint(x / step) * step
 
 
-def misrounded(name: str, s: Sample, dtype: str) -> int:
-    """How many entries of the result in that dtype are not the nearest to the exact value."""
+def misrounded(name: str, s: Sample, dtype: str, coefficient: Callable[[Any], Fraction] = Fraction) -> int:
+    """How many entries of the result in that dtype are not the nearest to the exact value, with coefficients as they are, or
+    as the function reads them."""
     s = chosen(name, s)
     result = merged(name, s, dtype)
     value, margin = evaluated(name, s, ..., float)
     near = nearly_nearest(value - 2 * margin, dtype) != nearly_nearest(value + 2 * margin, dtype)
-    exact, _ = evaluated(name, s, near, Fraction)
-    return sum(nearest(x, dtype) != y for x, y in zip(exact, result[near]))
+    exact = BOUNDS[name].formula(replace(s.taken(near, Fraction), number=coefficient)).value
+    return int(sum(nearest(x, dtype) != y for x, y in zip(exact, result[near])))
 
 
-def furthest(name: str, s: Sample) -> Fraction:
+def furthest(name: str, s: Sample) -> Fraction | float:
     """The largest |float32 result - exact| in units of the bound."""
     s = chosen(name, s)
     exact, limit = evaluated(name, s, ..., Fraction)
     result = merged(name, s, "float32")
-    worst = Fraction(0)
+    worst: Fraction | float = Fraction(0)
     for x, b, y in zip(exact.flat, limit.flat, result.flat):
         error = abs(Fraction(float(y)) - x)
         if error:
-            worst = max(worst, error / b if b else Fraction(10**9))
+            worst = max(worst, error / b if b else math.inf)
     return worst
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
-FINE_TUNES = {"float32": (16, 1024), "bfloat16": (1024, 1024), "float16": (1024, 1024)}
+FINE_TUNES = {"float32": (16, 1024), "bfloat16": (512, 1024), "float16": (512, 1024)}
 
 
 def fine_tunes(name: str, dtype: str, shape: tuple[int, int], seed: int = 0) -> Sample:
@@ -446,8 +448,7 @@ def adversaries(name: str, shape: tuple[int, int], seed: int = 0) -> Sample:
 
 def finished(name: str, base: np.ndarray, models: list[np.ndarray], draw: np.random.Generator) -> Sample:
     drawn = [(draw.uniform(size=base.shape) < 0.6).astype(np.float32) for _ in models]
-    fisher = [draw.uniform(0.1, 1, base.shape).astype(np.float32) for _ in models]
-    return Sample(base, models, BOUNDS[name].params, drawn, fisher)
+    return Sample(base, models, BOUNDS[name].params, drawn)
 
 
 def stated(name: str) -> str:
@@ -461,56 +462,102 @@ def row(name: str) -> str:
     """What the page says of a method."""
     usual = furthest(name, fine_tunes(name, "float32", FINE_TUNES["float32"]))
     worst = furthest(name, adversaries(name, (4, 1024)))
-    wrong = [misrounded(name, fine_tunes(name, dtype, FINE_TUNES[dtype]), dtype) for dtype in ("bfloat16", "float16")]
+    wrong = []
+    for dtype in ("bfloat16", "float16"):
+        s = fine_tunes(name, dtype, FINE_TUNES[dtype])
+        counts = [misrounded(name, replace(s, params=of_many_digits(s.params)), dtype), misrounded(name, s, dtype)]
+        counts.append(misrounded(name, s, dtype, as_written))
+        wrong += [in_a_million(count, s.base.size) for count in counts]
     link = f"[{name}]({pages.page(name).family}/{name}.md)"
     bound = stated(name).replace("|", "\\|")
-    return f"| {link} | {bound} | {float(usual):.2f} | {float(worst):.2f} | {wrong[0]} | {wrong[1]} |"
+    return f"| {link} | {bound} | {float(usual):.2f} | {float(worst):.2f} | {' | '.join(wrong)} |"
+
+
+def of_many_digits(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters a little changed, so that none of them is a short decimal or a simple fraction."""
+
+    def changed(x: Any) -> Any:
+        return x**1.0937 if type(x) is float else x
+
+    return {key: [changed(x) for x in value] if isinstance(value, list) else changed(value) for key, value in params.items()}
+
+
+def as_written(x: Any) -> Fraction:
+    """The simple fraction or short decimal that a float64 stands for."""
+    return Fraction(x).limit_denominator(1000)
+
+
+def in_a_million(count: int, size: int) -> str:
+    millionths = 1e6 * count / size
+    return f"{millionths:.0f}" if millionths >= 10 or not count else f"{millionths:.1f}"
 
 
 HEAD = """# Bounds
 
-How far a result computed in float32 may be from the exact value of the page's formula: for every method whose result at an
-entry is a fixed expression of that entry's inputs. Measured by `python -m tests.bounds`, which wrote this page;
+How far a result computed in float32 may be from the exact value of the page's formula, for methods whose result at an entry
+is a fixed expression of that entry's inputs. Measured by `python -m tests.bounds`, which wrote this page;
 `tests/test_bounds.py` holds every bound on inputs that cancel, underflow, and mix magnitudes.
 
 ## What is bounded
 
-| float32 result - exact value | <= g(k) size + (a few) eta
+    |float32 result - exact value| <= g(k) [size] + a few eta
 
 - The exact value is computed in rational numbers, with no rounding at all, from the inputs as they are stored and the
   coefficients as rule 2 has them: numbers of float64, such as 1 - alpha, w_n / (w_1 + ... + w_N), or 1 / density.
 - u = 2^-24 is half the distance from 1 to the next float32, and g(k) = k u / (1 - k u) what k roundings one upon the other
-  come to at most (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1). k counts the roundings on the longest
-  way from an input to the result; that of a coefficient to float32 is one of them.
-- The size, in brackets in the table, is the sum of the magnitudes of what is added, with tau_n = theta_n - theta_0 taken
-  exactly. So a task vector that cancels loses nothing: it enters with its own magnitude, not with that of the two models.
+  come to at most (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1). k counts the roundings on the
+  longest way from an input to the result; that of a coefficient to float32 is one of them.
+- The size is the sum of the magnitudes of what is added, with tau_n = theta_n - theta_0 taken exactly. So nothing is lost
+  where models are close: a task vector enters with its own magnitude, not with that of the two models.
 - eta = 2^-149 is the least positive float32: a product or a quotient may underflow, a sum never does.
-- It holds where coefficients are 0 or normal numbers of float32 (from 1.2e-38) and nothing overflows on the way.
-- What is *chosen* is given: masks, elected signs, the largest change, ranks. They are made from numbers of float32, and are
-  exact choices of these; exact arithmetic may choose otherwise where two of them tie or a sum cancels. The bound is
-  that of the formula with the choice that was made.
+- It holds where coefficients are 0 or normal numbers of float32 (from 1.2e-38), and nothing overflows on the way.
+- What is *chosen* is given: masks, elected signs, the largest change, ranks. Choices are made of numbers of float32, and
+  exact arithmetic may choose otherwise where two of them tie or a sum cancels. The bound is that of the formula with the
+  choice that was made.
 
-## What that means for 16 bits
+## In 16 bits
 
-Inputs in bfloat16 or float16 are read exactly and the result is rounded once more, to nearest. It is the correctly rounded exact
-value unless a number halfway between two values of 16 bits lies within the bound of it; then it may be that one of the two
-which is a little further. Numbers halfway are a rare thing in 24 digits, so that happens about once in 10^4 to 10^6 entries,
-by less than 1.001 halves of the last digit where the terms do not cancel:
+Inputs in bfloat16 or float16 are read exactly and the result is rounded once more, to nearest. It is the correctly rounded
+exact value unless a number halfway between two values of 16 bits lies within the bound of it. Then it may be the other
+neighbour, which is further away by no more than twice the bound. How often that happens depends on the coefficients:
+
+- Those of many digits meet numbers halfway by chance: the columns *long* below.
+- Short decimals and simple fractions, 0.7 or 1/3, often lead from numbers of 8 or 11 digits to one that is halfway but for
+  the error of the coefficient itself, which is no number of float64: the columns *short*, some entries in a hundred. In
+  float32 it is mostly just halfway and goes to the even neighbour, as it must with the coefficient that was written. The
+  columns *as written* compare with the exact value for that one, 7/10 or 1/3.
+
+```python
+>>> import ml_dtypes
+>>> import numpy as np
+>>> from fractions import Fraction
+>>> import refmerge
+>>> x = np.array([205], dtype=ml_dtypes.bfloat16)
+>>> float(refmerge.call("passthrough", [x], scale=0.7)[0]), Fraction("0.7") * 205, Fraction(0.7) * 205 < Fraction("143.5")
+(144.0, Fraction(287, 2), True)
+
+```
 
 """
-TABLE = """| method | bound | fine-tunes | adversaries | bfloat16 | float16 |
-|---|---|---|---|---|---|
+TABLE = """## Measured
+
+| method | bound | fine-tunes | adversaries | bfloat16: long | short | as written | float16: long | short | as written |
+|---|---|---|---|---|---|---|---|---|---|
 """
 FOOT = """
-*fine-tunes* and *adversaries*: the largest error seen, in units of the bound, in {few} entries of fine-tuned weights (normal,
-0.02, changed by 0.001), and in 4096 entries of all magnitudes from 2^-149 to 2^60, half of them equal, opposite or next to the
-base's. *bfloat16* and *float16*: how many of {many} entries of the result are not the correctly rounded exact value, with such
-fine-tunes in that dtype. N is the number of models, three where a method takes so many.
+*fine-tunes* and *adversaries*: the largest error seen, in units of the bound, in {few} entries of fine-tuned weights
+(normal, 0.02, changed by 0.001), and in 4096 entries of all magnitudes from 2^-149 to 2^60, half of them equal, opposite or
+next to the base's. *bfloat16* and *float16*: how many entries in a million of the result are not the correctly rounded exact
+value, counted over {many} entries of such fine-tunes in that dtype. The coefficients are short decimals, such as 0.7, means
+of three models, and 1 / 0.6; *long* are their powers with exponent 1.0937. The probabilities q_n of `della` and
+`della_linear` are of many digits everywhere. N is the number of models, three where a method takes so many; `lines` is shown
+for a tensor in no block.
 
 ## What has no bound here
 
-Coefficients that are functions of whole tensors (an angle, a norm, a share of squares: slerp, model_stock, sce, fisher with
-normalize) are computed in float64 by the rules for sums; decompositions and solvers state a tolerance on their pages.
+Coefficients that are functions of whole tensors (an angle, a norm, a share of squares: slerp, model_stock, sce) are computed
+in float64 by the rules for sums; quotients of sums of statistics (fisher) depend on these; decompositions and solvers state
+a tolerance on their pages.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.bounds import BOUNDS, DTYPES, Sample, chosen, evaluated, furthest, merged, nearest
-
 from refmerge import registry
+from tests import bounds as page
+from tests.bounds import BOUNDS, DTYPES, Sample, chosen, evaluated, furthest, merged, misrounded, nearest
 
 SHAPE = (2, 16)
 
 
 @st.composite
 def adversarial(draw, models: int, dtype: str):
-    """(base, models) of a few numbers, ordinary, subnormal and huge, in all combinations; entries of a model may be the base's
-    own, its opposite, its neighbours, and half of it."""
+    """(base, models, draws) of a few numbers, ordinary, subnormal and huge, in all combinations; entries of a model may be
+    the base's own, its opposite, its neighbours, and half of it."""
     kind, most = DTYPES[dtype], 2.0**60 if dtype != "float16" else 2.0**10
     least = float(ml_dtypes.finfo(kind).smallest_subnormal)
     number = st.floats(-most, most, width=32) | st.floats(-2, 2, width=32) | st.integers(-5, 5).map(lambda i: i * least)
@@ -32,7 +33,14 @@ def adversarial(draw, models: int, dtype: str):
     base = choice.choice(numbers, SHAPE)
     others = []
     for _ in range(models):
-        kinds = [choice.choice(numbers, SHAPE), base, -base, np.nextafter(base, kind(1)), base + kind(least), base * kind(0.5)]
+        kinds = [
+            choice.choice(numbers, SHAPE),
+            base,
+            -base,
+            np.nextafter(base, kind(1)),
+            base + kind(least),
+            base * kind(0.5),
+        ]
         others.append(np.choose(choice.integers(0, len(kinds), SHAPE), kinds))
     return base, others, [choice.integers(0, 2, SHAPE).astype(np.float32) for _ in others]
 
@@ -66,8 +74,7 @@ def samples(draw, name: str, dtype: str) -> Sample:
     params = {key: draw(values) for key, values in parameters(name, models).items()}
     if name == "linear" and draw(st.booleans()):
         params = {"weight": [draw(coefficient) for _ in others], "normalize": False}
-    fisher = [np.abs(x.astype(np.float32)) for x in others]
-    return Sample(base, others, params, drawn, fisher)
+    return Sample(base, others, params, drawn)
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -89,8 +96,35 @@ def test_16_bits_are_nearest_to_a_value_within_the_bound(name, dtype, data):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@given(st.floats(-(2.0**17), 2.0**17) | st.floats(-1, 1).map(lambda x: x * 2.0**-133) | st.floats(-1, 1).map(lambda x: x * 2.0**-20))
+@settings(max_examples=40)
+@given(
+    st.floats(-(2.0**17), 2.0**17)
+    | st.floats(-1, 1).map(lambda x: x * 2.0**-133)
+    | st.floats(-1, 1).map(lambda x: x * 2.0**-20)
+)
 def test_nearest_rounds_as_the_dtypes_do(dtype, x):
     x = float(np.float32(x)) if dtype == "bfloat16" else x  # ml_dtypes takes float64 through float32
     with np.errstate(all="ignore"):
         assert nearest(Fraction(x), dtype) == float(np.float64(x).astype(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_page_states_the_bound(name):
+    written = (Path(__file__).parent.parent / "spec" / "bounds.md").read_text(encoding="utf-8")
+    assert f"/{name}.md) | {page.stated(name)} | " in written.replace("\\|", "|")
+
+
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "della"])
+def test_misrounded_counts_what_exact_rounding_of_every_entry_counts(name):
+    s = chosen(name, page.fine_tunes(name, "bfloat16", (8, 32)))
+    exact, _ = evaluated(name, s, ..., Fraction)
+    result = merged(name, s, "bfloat16")
+    assert misrounded(name, s, "bfloat16") == sum(nearest(x, "bfloat16") != y for x, y in zip(exact.flat, result.flat))
+
+
+def test_a_wrong_formula_is_far_outside_the_bound():
+    s = page.fine_tunes("task_arithmetic", "float32", (1, 16))
+    other = replace(s, params={**s.params, "lambda_": 0.7 + 1e-5})
+    exact, limit = evaluated("task_arithmetic", chosen("task_arithmetic", other), ..., Fraction)
+    result = merged("task_arithmetic", s, "float32")
+    assert any(abs(Fraction(float(y)) - x) > b for x, b, y in zip(exact.flat, limit.flat, result.flat))
