@@ -214,10 +214,10 @@ def largest(s: Sample) -> Sample:
 
 @bound(k="4", size="|theta_0| + |lambda tau_n|, n the one taken", lost="1", choose=largest, params={"lambda_": 0.7})
 def magmax(s: Sample) -> Value:
-    return spread_out(s, s.tau, 4, 1)
+    return summed(s, s.tau, 4, 1)
 
 
-def spread_out(s: Sample, change: list[Any], k: int, lost: Any) -> Value:
+def summed(s: Sample, change: list[Any], k: int, lost: Any) -> Value:
     """theta_0 + lambda (the sum of what is kept of each change)."""
     factor = s.number(s.params["lambda_"])
     terms = [m * t for m, t in zip(s.kept, change)]
@@ -261,7 +261,7 @@ def between(s: Sample) -> Sample:
     params={"density": 0.7, "gamma": 0.02, "lambda_": 0.7},
 )  # fmt: skip
 def breadcrumbs(s: Sample) -> Value:
-    return spread_out(s, s.tau, len(s.models) + 3, 1)
+    return summed(s, s.tau, len(s.models) + 3, 1)
 
 
 def between_and_elected(s: Sample) -> Sample:
@@ -332,7 +332,7 @@ def drawn_by_rank_and_elected(s: Sample) -> Sample:
 def della_linear(s: Sample) -> Value:
     w, factor = s.numbers("weight"), abs(s.number(s.params["lambda_"]))
     change = [w_n * t / q_n for w_n, t, q_n in zip(w, s.tau, s.q)]
-    return spread_out(s, change, len(w) + 7, 1 + factor * sum(1 + abs(w_n) for w_n in w))
+    return summed(s, change, len(w) + 7, 1 + factor * sum(1 + abs(w_n) for w_n in w))
 
 
 @bound(
