@@ -557,7 +557,8 @@ for a tensor in no block.
 
 Coefficients that are functions of whole tensors (an angle, a norm, a share of squares: slerp, model_stock, sce) are computed
 in float64 by the rules for sums; quotients of sums of statistics (fisher) depend on these; decompositions and solvers state
-a tolerance on their pages.
+a tolerance on their pages. Of what is made of masks and sums as the methods above are, but not in the table (consensus,
+tall_masks, emr, ram and others), nothing was measured.
 """
 
 
