@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from refmerge.checkpoint import hub
 from refmerge.errors import UsageError
-from refmerge.procedures.experts.moe_from_dense import Expert, Mixture, prepare
 from refmerge.recipe.document import Document, Problems, quote, read_documents
 from refmerge.recipe.plan import read_text
 from refmerge.recipe.schema import DType, ModelPath, did_you_mean, place_of
+
+if TYPE_CHECKING:
+    from refmerge.procedures.experts.moe_from_dense import Expert, Mixture
 
 __all__ = ["MoeRecipe", "is_mixture", "prepare_moe"]
 
@@ -79,6 +81,8 @@ def prepare_moe(
     document, *others = read_documents(text, source)
     if others or not is_mixture(document.data):
         return None
+    from refmerge.procedures.experts.moe_from_dense import Expert, prepare
+
     content = validate(document)
     unset = {"nonfinite": "error", "integers": "equal", "missing": "error", "allow_pickle": False}
     for key, value in options.items():
