@@ -33,6 +33,8 @@ class Adapted(Checkpoint):
     adapters: label, Adapter and weight of each. nbytes_kept: what the adapters take in memory.
     """
 
+    multiplies = True
+
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]) -> None:
         self.__dict__.update(base.__dict__)
         self._of, self.adapters = base, tuple(adapters)

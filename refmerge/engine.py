@@ -340,7 +340,8 @@ def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, p
     InputError for a non-finite input where the policy is "error".
     """
     whole = any(work.view(t) in ("tensor", "model") for t in work.tensors)
-    with one_thread() if whole else nullcontext():
+    products = any(getattr(source, "multiplies", False) for source in work.read)
+    with one_thread() if whole or products else nullcontext():
         return _run(work, sinks, elements, threads, processes)
 
 

@@ -199,10 +199,11 @@ class ArraySource:
 
 class ByteSource:
     """Raw bytes of tensors, decoded into a backend's arrays. `cast`: a dtype to which every value is rounded first. `files`:
-    whether any process that was forked from this one can read them."""
+    whether any process that was forked from this one can read them. `multiplies`: whether matrices are multiplied for it."""
 
     label: str
     files = False
+    multiplies = False
 
     def __init__(self, backend: Any, cast: str | None = None) -> None:
         self._backend, self.cast = backend, cast
@@ -293,6 +294,10 @@ class DiskSource(ByteSource):
         super().__init__(backend, cast)
         self.checkpoint, self.label = checkpoint, checkpoint.label
 
+    @property
+    def multiplies(self) -> bool:  # type: ignore[override]
+        return self.checkpoint.multiplies
+
     def names(self) -> set[str]:
         return set(self.checkpoint.tensors)
 
@@ -338,6 +343,10 @@ class StitchedSource(ByteSource):
     @property
     def files(self) -> bool:  # type: ignore[override]
         return all(source.files for source, _ in self.places.values())
+
+    @property
+    def multiplies(self) -> bool:  # type: ignore[override]
+        return any(source.multiplies for source, _ in self.places.values())
 
     def names(self) -> set[str]:
         return set(self.places)

@@ -11,11 +11,13 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import refmerge
 from refmerge import InputError, UsageError
 from refmerge.adapted import adapted, open_model, reference
 from refmerge.adapters import Adapter, Factors, apply_adapter, write_adapter
+from refmerge.changes import Product
 from refmerge.checkpoint import open_checkpoint, save
 from refmerge.cli import main
 from refmerge.recipe.run import prepare_recipe
@@ -50,6 +52,20 @@ def test_rounded_once_by_hand(places):
     assert merged["q.weight"].astype(float).tolist() == [[258, 256], [256, 256]]
     wide = refmerge.merge([ref], "passthrough", out_dtype="float32")
     assert wide["q.weight"].tolist() == [[256.5, 256], [256, 256]]
+
+
+def test_products_are_made_on_one_thread_of_blas(places, monkeypatch):
+    """Those of BLAS in each of the engine's workers would wait for each other: a merge took twenty times as long."""
+    threads, added = [], Product.added
+
+    def counted(self, *args):
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return added(self, *args)
+
+    monkeypatch.setattr(Product, "added", counted)
+    with threadpool_limits(limits=2, user_api="blas"):
+        refmerge.merge([f"{places / 'base.safetensors'}+{places / 'half'}"], "passthrough")
+    assert threads and set(threads) == {1}
 
 
 def test_as_another_tool_reads_it(places):

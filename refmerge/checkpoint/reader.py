@@ -80,6 +80,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """
 
     coming = False
+    multiplies = False  # whether matrices are multiplied where it is read
     rewritten = False  # whether `config` is not what the folder's file says
     note = ""  # what a plan should say of how it is read
 
