@@ -632,8 +632,8 @@ def conform(
     """Run the test vectors against TARGET, another implementation, and say method by method whether it is right, or why not.
 
     TARGET is a tool with an adapter (fusion_bench, mergekit, peft, sd_mecha), a Python function as module:function, or with
-    --command any command. A difference that a flag explains is a choice that the tool has made; exit status 1 where there
-    are others.
+    --command any command. A difference that a flag explains is a choice that a tool has made; exit status 1 where there
+    are others, and where a function or a command differs from the semantics that it claims.
     """
     from refmerge.conform import conform, fuzzed
 

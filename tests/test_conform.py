@@ -97,6 +97,20 @@ def registry_merge(name, models, base, params):
     return refmerge.merge(models, name, base=base, **options, **params)
 
 
+def test_a_flag_is_no_excuse_for_who_claims_the_papers_semantics():
+    def lerp(models, base, *, alpha=0.5):
+        """The paper's line in another form, which rounds otherwise; that has a name. All else is refmerge's."""
+        right = registry_merge("wise_ft", models, base, {"alpha": alpha})
+        return {
+            k: x + (alpha * (models[0][k] - x)).astype(x.dtype) if x.dtype.kind == "f" else right[k] for k, x in base.items()
+        }
+
+    found = conform(lerp, ["wise_ft"])
+    (row,) = found.papers
+    assert row.verdict == "differs" and row.flags == ["WiseFtLerpForm"] and not row.unknown
+    assert not found.ok
+
+
 def test_by_name_as_the_command_does(tmp_path, monkeypatch):
     (tmp_path / "theirs.py").write_text("import refmerge\ndef ties(models, base, **params):\n    return models[0]\n")
     monkeypatch.syspath_prepend(tmp_path)
