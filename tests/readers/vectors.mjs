@@ -65,7 +65,7 @@ const LARGEST = { F64: Number.MAX_VALUE, F32: 3.4028234663852886e38, F16: 65504,
 
 const folder = process.argv[2];
 const run = { files: 0, tests: 0, merged: 0, failures: [] };
-for (const file of readdirSync(folder).filter((f) => f.endsWith(".json") && !f.endsWith(".schema.json")).sort()) {
+for (const file of readdirSync(folder).filter((f) => /\.json$/.test(f) && !/(\.schema|^collection)\.json$/.test(f)).sort()) {
   const document = JSON.parse(readFileSync(join(folder, file), "utf8"));
   const twin = safetensors(join(folder, file.replace(/json$/, "safetensors")));
   run.files += 1;
