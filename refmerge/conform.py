@@ -339,8 +339,8 @@ def conform(
 
     target: a tool that has an adapter (see `tools`); "module:function" or a function (models, base, **params) -> mapping,
     with or without its steps (see `testing.check`), for one method; or, with `command`, a command line that answers
-    requests. methods: None is all that have vectors. entry: whose semantics a function or a command claims; None is the paper's.
-    python: the interpreter in which the tool is installed.
+    requests. methods: None is all that have vectors. entry: whose semantics a function or a command claims; None is the
+    paper's. python: the interpreter in which the tool is installed.
     UsageError where the other side cannot be asked at all.
     """
     wanted = list(methods) if methods else testing.names()

@@ -70,30 +70,35 @@ class Test:
 
 @dataclass
 class Exact:
-    """A case of one tensor in exact numbers: arrays of Fractions. masks: recorded draws, 0 or 1, one array a model."""
+    """A case of one tensor in exact numbers: arrays of Fractions. stats: one mapping name -> array a model."""
 
     base: Any
     models: list[Any]
     params: dict[str, Any]
-    masks: list[Any]
+    stats: list[dict[str, Any]]
 
     @classmethod
     def of(cls, test: Test) -> Exact:
-        def fractions(tensors: Tensors) -> Any:
-            (x,) = tensors.values()
-            return fraction(x.astype(np.float64))
+        def fractions(tensors: Tensors) -> dict[str, Any]:
+            return {name: fraction(x.astype(np.float64)) for name, x in tensors.items()}
 
-        return cls(
-            None if test.base is None else fractions(test.base),
-            [fractions(x) for x in test.models],
-            test.params,
-            [fractions(x) for x in test.stats or ()],
-        )
+        base, *models = (sole(fractions(x)) for x in (test.base or test.models[0], *test.models))
+        return cls(base if test.base else None, models, test.params, [fractions(x) for x in test.stats or ()])
+
+    @property
+    def masks(self) -> list[Any]:
+        """Recorded draws, 0 or 1, one array a model."""
+        return [sole(x) for x in self.stats]
 
     def each(self, name: str, default: Any) -> list[Fraction]:
         """A parameter of which each model has one, or all have the same."""
         value = self.params.get(name, default)
         return [Fraction(x) for x in value] if isinstance(value, list) else [Fraction(value)] * len(self.models)
+
+
+def sole(tensors: dict[str, Any]) -> Any:
+    (x,) = tensors.values()
+    return x
 
 
 fraction = np.frompyfunc(Fraction, 1, 1)
