@@ -222,7 +222,8 @@ class Failure:
     def __str__(self) -> str:
         case = self.case
         flagged = f" [{', '.join(case.flags)}]" if case.flags else ""
-        return f"{case.id}{flagged}: {self.message}\n  {case.comment}\n" + _indent(case.reproducer())
+        page = f"  of the page: {'; '.join(case.page)}\n" if case.page else ""
+        return f"{case.id}{flagged}: {self.message}\n  {case.comment}\n{page}" + _indent(case.reproducer())
 
 
 @dataclass
@@ -311,7 +312,7 @@ def outcome(
             else:
                 assert_close(_host(got[name]), expected, case.tolerance if tolerance is None else tolerance)
         except AssertionError as exception:
-            first = first_differing(case, stages)
+            first = first_differing(case, stages, tolerance)
             return f"{name}: {exception}" + (f"; {first}" if first else "")
     return ""
 
@@ -336,16 +337,20 @@ class StepDiffers:
         return f"first differing step: {self.step}, {self.title} ({self.what})"
 
 
-def first_differing(case: Case, stages: Mapping[Any, Mapping[str, Any]]) -> StepDiffers | None:
+def first_differing(
+    case: Case, stages: Mapping[Any, Mapping[str, Any]], tolerance: float | None = None
+) -> StepDiffers | None:
     """The first of the case's steps of which `stages`, number of the step -> {name: value}, has another value.
 
-    A value is an array or numbers, or a list of them, one a model; entries are compared in C order, within the tolerance of
-    the case. Steps and names that are not given are passed over. None where all that is given is right.
+    A value is an array or numbers, or a list of them, one a model; entries are compared in C order, within `tolerance`,
+    that of the case where it is None. Steps and names that are not given are passed over. None where all is right that is
+    given.
     """
+    allowed = case.tolerance if tolerance is None else tolerance
     for stage in case.stages:
         given = stages.get(stage.step, stages.get(str(stage.step), {}))
         for name, expected in stage.values.items():
-            if name in given and (what := _differs(name, given[name], expected, case.tolerance)):
+            if name in given and (what := _differs(name, given[name], expected, allowed)):
                 return StepDiffers(stage.step, stage.title, what)
     return None
 
@@ -367,7 +372,8 @@ def _differs(name: str, got: Any, expected: np.ndarray | list[np.ndarray], toler
         return f"{name}: no numbers"
     if x.size != y.size:
         return f"{name}: of size {x.size} where {y.size} is right"
-    wrong = ~(np.abs(x - y) <= tolerance * np.max(np.abs(y), initial=0.0))
+    off = np.where(np.isnan(x), np.inf, np.abs(x - y))
+    wrong = off > tolerance * np.max(np.abs(y), initial=0.0)
     if not wrong.any():
         return ""
     first = int(np.argmax(wrong))

@@ -168,6 +168,18 @@ def test_check_names_the_first_differing_step():
     report = testing.check(by_count, "ties")
     (wrong,) = (failure for failure in report.failures if failure.case.id == "ties-vote-by-count")
     assert wrong.message.endswith(FIRST) and FIRST in str(report)
+    assert "  of the page: step 3\n" in str(wrong)
+    nothing = next(f for f in report.failures if f.case.id == "ties-nan-is-largest")
+    assert "first differing" not in nothing.message, "a case without steps"
+
+
+def test_steps_are_compared_as_the_caller_asks():
+    case = next(case for case in STAGED if case.id == "ties-by-hand")
+    off = {2: {"tau": [[8.0, -4.0, 0.0, 0.0], [4.0, 0.25, -6.0, np.nan]]}}
+    for tolerance, entry in ((None, "entry 1: 0.25 where 0.0"), (0.125, "entry 3: nan where 0.0")):
+        assert testing.first_differing(case, off, tolerance).what == f"tau of model 1, {entry} is right"
+    assert testing.first_differing(case, {"2": {"tau": off[2]["tau"][:1] * 2}}, np.inf) is None
+    assert testing.first_differing(case, {9: {"tau": 1}, 1: {"sigma": 1}}) is None
 
 
 def test_conform_names_it_in_each_form(tmp_path):
