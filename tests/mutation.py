@@ -3,8 +3,8 @@
     python -m tests.mutation [METHOD ...]       writes spec/mutation.md, or, for some methods, prints their survivors
 
 It needs the cosmic-ray package. A mutant is killed where a vector of its method fails, or of a method that takes a step from
-its file. Those that survive are wrong in a way that no vector shows, or are no different: tests/mutation.toml says why, and the
-rest is listed as unexplained.
+its file. Those that survive are wrong in a way that no vector shows, or are no different: tests/mutation.toml says why, and
+the rest is listed as unexplained.
 """
 
 from __future__ import annotations

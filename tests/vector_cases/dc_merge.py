@@ -145,12 +145,13 @@ def hand() -> Hand:
         first = unit * np.array([[1e6, 1e3], [1e3, 1.0]])
         case(
             id,
-            "(1000, 1) and (1, 1000) times themselves, which are turned to e_1 and e_2, so that each M_t is its task vector; its "
+            "(1000, 1) and (1, 1000) times themselves, which are turned to e_1 and e_2, so that each M_t is its task "
+            "vector; its "
             "entry in the other's block is a millionth of its largest",
             [first, first[::-1, ::-1].copy()],
             [[0.0, 0.0]] * 2,
             ("dc_merge", plain(1.0), diag(1e6 * unit, 1e6 * unit), "it counts as zero"),
-            ("dc_merge", plain(1.0, tolerance=1e-8), diag(500000.5 * unit, 500000.5 * unit), "it is averaged with the other's"),
+            ("dc_merge", plain(1.0, tolerance=1e-8), diag(500000.5 * unit, 500000.5 * unit), "averaged with the other's"),
             dtype="F64",
         )
     case(

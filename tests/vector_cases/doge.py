@@ -148,7 +148,8 @@ def hand() -> Hand:
     )
     case(
         "default-subspace",
-        "diag(2, 1, 1, 1, 1, 1) of length 3: of six directions, all shared alike, the largest is left alone; the others' entries "
+        "diag(2, 1, 1, 1, 1, 1) of length 3: of six directions, all shared alike, the largest is left alone; the "
+        "others' entries "
         "make one step of 1/2",
         [np.diag([2.0, 1.0, 1.0, 1.0, 1.0, 1.0])],
         np.zeros((6, 6)),
@@ -164,7 +165,7 @@ def hand() -> Hand:
     for id, a, b, third, left_alone, why in (
         ("shared-first", 4.0, 5.0, 0.0, (0, 2), "the first row's, which both have, comes first, though it is small; then 5"),
         ("shared-first-too", 5.0, 4.0, 0.0, (0, 1), "the same the other way round"),
-        ("two-each", 5.0, 4.5, 3.0, (0, 1), "5, since the first model's third direction, 3 in the third row, is none of them"),
+        ("two-each", 5.0, 4.5, 3.0, (0, 1), "5, since the first model's 3 in the third row is its third direction"),
     ):
         e = np.eye(4)
         small = third + 1
@@ -175,8 +176,10 @@ def hand() -> Hand:
         step[list(left_alone)] = 0.0
         case(
             id,
-            f"one entry in a row: {a:g} in the second and {b:g} in the third, each in one of two models, and {small:g} in the first "
-            "in both; two directions of each count, two of four are left alone, and the others' entries make one step of 1/2",
+            f"one entry in a row: {a:g} in the second and {b:g} in the third, each in one of two models, and "
+            f"{small:g} in the first "
+            "in both; two directions of each count, two of four are left alone, and the others' entries make one step "
+            "of 1/2",
             [rows, others],
             np.zeros((4, 4)),
             (

@@ -69,7 +69,8 @@ def hand() -> Hand:
     )
     case(
         "nearly-common",
-        "4 dimensions, 2 common, 8 e_1 e_1^T and 4 e_2 e_2^T; one task has 3 e_3 e_3^T, the other 2^-14 e_4 e_4^T beside them",
+        "4 dimensions, 2 common, 8 e_1 e_1^T and 4 e_2 e_2^T; one task has 3 e_3 e_3^T, the other 2^-14 e_4 e_4^T "
+        "beside them",
         [diag(4.0, 2.0, 3.0, 2.0), diag(4.0, 2.0, 0.0, 2.0**-14)],
         diag(0.0, 0.0, 0.0, 0.0),
         ("iso_cts", half, diag(5.0, 5.0, 5.0, 0.0), "2^-14 < 1e-5 * 8 counts as zero: the mean of 3, 8 and 4"),

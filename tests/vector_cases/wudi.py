@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from vector_cases import REFUSED, Hand, Paper, i64
 
 CODE = {
@@ -148,7 +149,7 @@ def hand() -> Hand:
         "diag(1, 1, 1, 1/8) over its length, about 1.74: the largest singular value is 0.57, the smallest an eighth of that",
         [np.diag([1.0, 1.0, 1.0, 0.125])],
         np.zeros((4, 4)),
-        ("wudi", {"solver": "exact", "tolerance": 0.1}, np.diag([1.0, 1.0, 1.0, 0.125]).tolist(), "more than a tenth counts"),
+        ("wudi", {"solver": "exact", "tolerance": 0.1}, np.diag([1.0, 1.0, 1.0, 0.125]).tolist(), "a tenth and more counts"),
         dtype="F64",
         tolerance=1e-14,
     )
