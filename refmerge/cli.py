@@ -621,33 +621,34 @@ def _range(samples: str | None) -> tuple[int, int | None]:
 @click.option("--entry", help="whose semantics a function or a command claims, mergekit:ties; default: the paper's")
 @click.option("--command", is_flag=True, help="TARGET is a command line that answers requests, in any language")
 @click.option("--python", type=click.Path(), help="the interpreter in which the tool is installed")
+@click.option("--path", type=click.Path(), metavar="CHECKOUT", help="with official: the authors' repository")
 @click.option("--fuzz", type=click.IntRange(min=1), metavar="N", help="N random inputs for each entry of the tool, too")
 @click.option("--html", type=click.Path(), metavar="OUT.HTML", help="write the table and the flags as one page")
 @click.option("--junit", type=click.Path(), metavar="OUT.XML", help="write the cases for a build server")
 @_options("json")
 def conform(
-    target: str, methods: tuple[str, ...], entry: str | None, command: bool, python: str | None, fuzz: int | None,
-    html: str | None, junit: str | None, json: bool,
+    target: str, methods: tuple[str, ...], entry: str | None, command: bool, python: str | None, path: str | None,
+    fuzz: int | None, html: str | None, junit: str | None, json: bool,
 ) -> None:  # fmt: skip
     """Run the test vectors against TARGET, another implementation, and say method by method whether it is right, or why not.
 
-    TARGET is a tool with an adapter (fusion_bench, mergekit, peft, sd_mecha), a Python function as module:function, or with
-    --command any command. A difference that a flag explains is a choice that a tool has made; exit status 1 where there
+    TARGET is a tool with an adapter (fusion_bench, mergekit, peft, sd_mecha), `official` with the --path of a checkout of the
+    authors' code, a Python function as module:function, or with --command any command. A difference that a flag explains is a choice that a tool has made; exit status 1 where there
     are others, and where a function or a command differs from the semantics that it claims.
     """
     from refmerge.conform import conform, fuzzed
 
     if fuzz is not None and (command or ":" in target):
         raise click.UsageError("--fuzz is for tools that have an adapter")
-    found = conform(target, methods, entry=entry, python=python, command=command)
-    differences = [] if fuzz is None else fuzzed(target, methods, fuzz, python)
-    for path, made in ((html, found.html), (junit, found.junit)):
-        if path is not None:
+    found = conform(target, methods, entry=entry, python=python, command=command, path=path)
+    differences = [] if fuzz is None else fuzzed(target, methods, fuzz, python, path)
+    for out, made in ((html, found.html), (junit, found.junit)):
+        if out is not None:
             try:
-                with open(path, "w", encoding="utf-8", newline="\n") as file:
+                with open(out, "w", encoding="utf-8", newline="\n") as file:
                     file.write(made())
             except OSError as e:
-                raise click.UsageError(f"{path} cannot be written: {e.strerror}") from e
+                raise click.UsageError(f"{out} cannot be written: {e.strerror}") from e
     if json:
         click.echo(jsonlib.dumps({**found.told(), "fuzz": [vars(d) for d in differences]}, indent=2))
     else:

@@ -2,42 +2,17 @@
 
 import os
 import sys
-import tempfile
-from fnmatch import fnmatchcase
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
+from _modules import EMBEDDINGS, module, restored  # noqa: E402
 from _serve import Unsupported, serve  # noqa: E402
 
 del sys.path[0]  # where folders have the names of tools
-
-EMBEDDINGS = ("*emb*", "*wte*", "*wpe*", "*shared*", "*relative_attention_bias*")
-
-
-def module(model, embeddings=EMBEDDINGS):
-    """A tree of modules that has these tensors in its state, under these names. One whose weight is a matrix, and whose
-    weight's name matches none of the globs, is a linear layer."""
-    root = torch.nn.Module()
-    for name, x in model.items():
-        *path, last = name.split(".")
-        at = root
-        for i, part in enumerate(path):
-            if part not in at._modules:
-                weight = ".".join([*path[: i + 1], "weight"])
-                linear = weight in model and model[weight].ndim == 2 and not any(fnmatchcase(weight, g) for g in embeddings)
-                at.add_module(part, torch.nn.Linear(0, 0, bias=False) if linear else torch.nn.Module())
-            at = at._modules[part]
-        if x.is_floating_point():
-            at.register_parameter(last, torch.nn.Parameter(x.clone(), requires_grad=False))
-        else:
-            at.register_buffer(last, x.clone())
-    return root
-
 
 def pool(models, base, embeddings=EMBEDDINGS, trained=False, **special):
     """The models, the base and the special ones; trained: what FusionBench's algorithms for trainable parameters see."""
@@ -181,19 +156,7 @@ def tall_masks(models, base, stats, tall_mask_lambda, task=0):
 def bitdelta(models, base, stats):
     from fusion_bench.method.bitdelta.bitdelta_utils.diff import compress_diff, load_diff, save_diff
 
-    (model,) = models
-    based, tuned, compressed = module(base), module(model), module(model)
-    compress_diff(based, tuned, compressed)
-    for parameter in compressed.parameters():
-        parameter.requires_grad_(True)
-    based.device, based.config = torch.device("cpu"), SimpleNamespace()
-    head = based._modules.setdefault("lm_head", torch.nn.Linear(1, 1, bias=False)) if "lm_head" not in based._modules else None
-    with tempfile.TemporaryDirectory() as folder:
-        save_diff(compressed, f"{folder}/diff.pt")
-        load_diff(based, f"{folder}/diff.pt")
-    if head is not None:
-        del based._modules["lm_head"]
-    return dict(based.state_dict())
+    return restored(compress_diff, save_diff, load_diff, *models, base)
 
 
 # ------------------------------------------------------------------------------------------------------------- statistics

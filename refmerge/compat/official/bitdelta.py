@@ -8,9 +8,9 @@ from refmerge.numeric import at_precision, host
 
 @method("official:bitdelta", paper="FasterDecoding/BitDelta@ecbee1e bitdelta/diff.py:compress_diff", models=(1, 1))
 def bitdelta(models, base, group, name):
-    """The compressed model before its scales are trained, as load_diff reads it: of layers with proj in their name, inside of
-    a module with mlp or self_attn in its own, the weight is compressed, of all other modules it is the fine-tune's; biases
-    and other parameters are the base's."""
+    """The compressed model before its scales are trained, as load_diff reads it. Weights of layers with proj in their name,
+    inside of a module with mlp or self_attn in its own, are compressed, those of other modules the fine-tune's. Biases and
+    other parameters are the base's."""
     (theta,) = models
     module, _, parameter = name.rpartition(".")
     parent, _, child = module.rpartition(".")
