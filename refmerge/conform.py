@@ -512,8 +512,15 @@ def fuzzed(
 def fuzz(other: Answers, entry: str, examples: int, seed: int = 0) -> Difference | None:
     """Random inputs that bite, to a tool and to refmerge's entry for it, made as small as they can be where they disagree.
 
-    None where no difference was found. Methods that draw at random, or rest on statistics, cannot be asked.
+    Numbers that differ come before inputs that one of the two refuses, which are told where there is nothing else. None
+    where no difference was found. Methods that draw at random, or rest on statistics, cannot be asked.
     """
+    return _search(other, entry, examples, seed, _of_numbers) or _search(other, entry, examples, seed, _disagree)
+
+
+def _search(
+    other: Answers, entry: str, examples: int, seed: int, compare: Callable[[Any, Any], str]
+) -> Difference | None:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from hypothesis import strategies as st
@@ -549,7 +556,7 @@ def fuzz(other: Answers, entry: str, examples: int, seed: int = 0) -> Difference
             return
         except ToolError as refused:
             theirs = refused
-        problem = _disagree(theirs, ours)
+        problem = compare(theirs, ours)
         if problem:
             case = testing.Case("fuzz", entry, "valid", "", (), dict(params), models, base, {}, 0.0)
             last.update(what=problem, reproducer=case.reproducer())
@@ -563,12 +570,15 @@ def fuzz(other: Answers, entry: str, examples: int, seed: int = 0) -> Difference
 
 
 def _disagree(theirs: Any, ours: Any) -> str:
-    if isinstance(theirs, ToolError) and isinstance(ours, ToolError):
+    for who, answer, another in (("the tool", theirs, ours), ("refmerge", ours, theirs)):
+        if isinstance(answer, ToolError) and not isinstance(another, ToolError):
+            return f"{who} refuses it: {answer}"
+    return _of_numbers(theirs, ours)
+
+
+def _of_numbers(theirs: Any, ours: Any) -> str:
+    if isinstance(theirs, ToolError) or isinstance(ours, ToolError):
         return ""
-    if isinstance(theirs, ToolError):
-        return f"the tool refuses it: {theirs}"
-    if isinstance(ours, ToolError):
-        return f"refmerge refuses it: {ours}"
     for name, x in ours.items():
         tolerance = 1e-5 if x.dtype.itemsize <= 4 else 1e-6
         try:

@@ -1,4 +1,4 @@
-"""Modules made of a model's tensors, for adapters of code that merges modules. Runs in the tool's own Python, as _serve.py."""
+"""Modules made of a model's tensors, for adapters of code that merges modules; runs in the tool's own Python."""
 
 import tempfile
 from fnmatch import fnmatchcase

@@ -64,7 +64,7 @@ def as_loaded(base, merged):
 
 
 def settings(models, **more):
-    return SimpleNamespace(DATASETS=[f"task{i}" for i in range(len(models))], device="cpu", **more)
+    return SimpleNamespace(DATASETS=[f"task{i}" for i in range(len(models))], num_tasks=len(models), device="cpu", **more)
 
 
 def on_cpu():
@@ -289,6 +289,8 @@ def task_vectors(root):
     theirs = defined(root / "src/task_vectors.py")
 
     def task_arithmetic(models, base, stats, op="add", scaling_coef=1.0):
+        if op == "analogy" and len(models) != 3:
+            raise Unsupported("an analogy is of three models")
         with loaded():
             tau = [theirs.TaskVector(module(base), module(model)) for model in models]
             if op == "analogy":
@@ -340,7 +342,8 @@ def dc_merge(root):
         return rebound(theirs.dc_merge, keep_topk_percent=lambda tensors, _: keep(tensors, share))
 
     return {
-        "official:dc_merge": of_full, "official_lora:dc_merge": of_adapters, "dcmerge:iso_cts": iso_cts, "dcmerge:tsvm": tsvm,
+        "official:dc_merge": of_full, "official_lora:dc_merge": of_adapters,
+        "dcmerge:iso_cts": iso_cts, "dcmerge:tsvm": tsvm,
     }  # fmt: skip
 
 
