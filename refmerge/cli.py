@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json as jsonlib
 import sys
 import time
@@ -341,15 +342,35 @@ def verify(merged: str, recipe: str | None, exact: bool, top: int, json: bool, *
 
 @main.command()
 @click.argument("path", type=click.Path())
-@click.option("--tensor", metavar="GLOB", help="list the tensors whose names match")
+@click.option("--tensor", metavar="GLOB", help="list the tensors whose names match; with --values, read no others")
+@click.option("--values", is_flag=True, help="read the weights, too: norms, ranges, zeros, NaN, tensors that are the same")
+@click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, help="with --values: how many to list")
+@click.option(
+    "--by", type=click.Choice(["norm", "magnitude", "largest", "zeros", "rank", "size"]), default="norm", show_default=True,
+    help="with --values: which tensors first",
+)  # fmt: skip
+@click.option("--rank", is_flag=True, help="with --values: the effective rank of each matrix, which is held whole")
+@click.option("--rank-limit", type=click.IntRange(min=1), metavar="N", help="entries of the largest such matrix (16777216)")
+@click.option("--html", type=click.Path(), metavar="OUT.HTML", help="with --values: one page, with plots by layer")
 @_options("allow_pickle", "json")
-def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> None:
-    """Show what a checkpoint holds, from its headers alone."""
+def inspect(
+    path: str, tensor: str | None, values: bool, top: int, by: str, rank: bool, rank_limit: int | None, html: str | None,
+    allow_pickle: bool, json: bool,
+) -> None:  # fmt: skip
+    """Show what a checkpoint holds: from its headers alone, or with --values from all of it, read in blocks."""
     from fnmatch import fnmatchcase
 
     from refmerge.adapted import open_model
 
-    with open_model(path, allow_pickle=allow_pickle, values=False) as c:
+    for option, given in (("--rank", rank), ("--html", html is not None)):
+        if given and not values:
+            raise click.UsageError(f"{option} wants --values")
+    if by == "rank" and not rank:
+        raise click.UsageError("--by rank wants --rank")
+    _check_page(html)
+    if rank_limit is not None and not rank:
+        raise click.UsageError("--rank-limit wants --rank")
+    with open_model(path, allow_pickle=allow_pickle, values=values) as c:
         infos = list(c.tensors.values())
         dtypes: dict[str, dict[str, int]] = {}
         for i in infos:
@@ -361,21 +382,41 @@ def inspect(path: str, tensor: str | None, allow_pickle: bool, json: bool) -> No
             )
         files = sorted({i.file.name for i in infos})
         shown = [i for i in infos if fnmatchcase(i.name, tensor or "*")]
-        if json:
-            tensors = {i.name: {"dtype": i.dtype, "shape": list(i.shape), "file": i.file.name} for i in shown}
-            found = {"path": str(c.path), "files": files, "metadata": c.metadata, "dtypes": dtypes, "tensors": tensors}
-            click.echo(jsonlib.dumps(found, indent=2))
-            return
+        seen = None
+        if values:
+            from refmerge import inspection
+            from refmerge.compare import RANKED
+
+            names = {i.name for i in shown}
+            with _Reading(sum(i.nbytes for i in shown), silent=json) as reading:
+                seen = inspection.values(c, reading, (rank_limit or RANKED) if rank else None, only=names)
         parameters = sum(i.size for i in infos)
         in_files = f"{len(files)} file{'s' * (len(files) != 1)}"
-        say(f"{path}: {_tensors(len(infos))}, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")
+        facts = [(path, f"{_tensors(len(infos))}, {parameters:,} parameters, {size(c.nbytes)} in {in_files}")]
         if c.config:
             known = [
                 k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config
             ]
-            say("config: " + (", ".join(f"{k} {c.config[k]}" for k in known) or "of no kind that is known"))
+            facts.append(("config", ", ".join(f"{k} {c.config[k]}" for k in known) or "of no kind that is known"))
         for name, d in dtypes.items():
-            say(f"{name}: {_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}")
+            facts.append((name, f"{_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}"))
+        if html is not None and seen is not None:
+            from refmerge.compare_page import inspected
+
+            _write(html, inspected(seen, path, facts, by))
+        if json:
+            tensors = {i.name: {"dtype": i.dtype, "shape": list(i.shape), "file": i.file.name} for i in shown}
+            found = {"path": str(c.path), "files": files, "metadata": c.metadata, "dtypes": dtypes, "tensors": tensors}
+            if seen is not None:
+                told = seen.told()
+                found |= told | {"tensors": {name: of | told["tensors"][name] for name, of in tensors.items()}}
+            click.echo(jsonlib.dumps(found, indent=2))
+            return
+        for label, sentence in facts:
+            say(f"{label}: {sentence}")
+        if seen is not None:
+            say(seen.text(top, by))
+            return
         width = max((len(i.name) for i in shown), default=0)
         for i in shown if tensor or len(shown) <= 40 else []:
             say(f"  {i.name:{width}}  {i.dtype} {list(i.shape)}")
@@ -413,8 +454,6 @@ def compare(
     changed, with --rank the effective rank of A - B: exp of the entropy of its singular values. With --data nothing of that,
     but the barrier: how far the loss rises above the line between its ends.
     """
-    import os
-
     from refmerge import compare as comparing
     from refmerge.adapted import open_model
 
@@ -429,10 +468,7 @@ def compare(
     for option, given in (("--rank", rank), ("--html", html is not None)):
         if data is not None and given:
             raise click.UsageError(f"{option} is for weights, without --data")
-    if html is not None and not html.endswith(".html"):
-        raise click.UsageError(f"--html writes HTML, and {html} does not end in .html")
-    if html is not None and not os.path.isdir(os.path.dirname(html) or "."):
-        raise click.UsageError(f"{html} cannot be written: it is in no folder that exists")
+    _check_page(html)
     if rank_limit is not None and not rank:
         raise click.UsageError("--rank-limit wants --rank")
     with contextlib.ExitStack() as stack:
@@ -456,6 +492,11 @@ def compare(
 
             _write(plot, draw_paths({"": line.loss}, f"{net}: the loss from {a} to {b}"))
         click.echo(line.text() if not json else jsonlib.dumps(line.told(), indent=2))
+
+
+diff = copy.copy(compare)
+diff.short_help = "Another name of compare."
+main.add_command(diff, "diff")
 
 
 @main.command()
@@ -526,6 +567,16 @@ def search(
     say(f"{len(found.trials)} trials, the best {found.score:.6g}, to {out}")
     taken = ", ".join(str(k + 1) for k in getattr(found, "ingredients", ()))
     say(f"models {taken} of the recipe" if greedy else found.recipe.rstrip("\n"))
+
+
+def _check_page(html: str | None) -> None:
+    """UsageError where the page could not be written, before anything is read."""
+    import os
+
+    if html is not None and not html.endswith(".html"):
+        raise click.UsageError(f"--html writes HTML, and {html} does not end in .html")
+    if html is not None and not os.path.isdir(os.path.dirname(html) or "."):
+        raise click.UsageError(f"{html} cannot be written: it is in no folder that exists")
 
 
 def _write(path: str, text: str) -> None:
@@ -621,33 +672,35 @@ def _range(samples: str | None) -> tuple[int, int | None]:
 @click.option("--entry", help="whose semantics a function or a command claims, mergekit:ties; default: the paper's")
 @click.option("--command", is_flag=True, help="TARGET is a command line that answers requests, in any language")
 @click.option("--python", type=click.Path(), help="the interpreter in which the tool is installed")
+@click.option("--path", type=click.Path(), metavar="CHECKOUT", help="with official: the authors' repository")
 @click.option("--fuzz", type=click.IntRange(min=1), metavar="N", help="N random inputs for each entry of the tool, too")
 @click.option("--html", type=click.Path(), metavar="OUT.HTML", help="write the table and the flags as one page")
 @click.option("--junit", type=click.Path(), metavar="OUT.XML", help="write the cases for a build server")
 @_options("json")
 def conform(
-    target: str, methods: tuple[str, ...], entry: str | None, command: bool, python: str | None, fuzz: int | None,
-    html: str | None, junit: str | None, json: bool,
+    target: str, methods: tuple[str, ...], entry: str | None, command: bool, python: str | None, path: str | None,
+    fuzz: int | None, html: str | None, junit: str | None, json: bool,
 ) -> None:  # fmt: skip
     """Run the test vectors against TARGET, another implementation, and say method by method whether it is right, or why not.
 
-    TARGET is a tool with an adapter (fusion_bench, mergekit, peft, sd_mecha), a Python function as module:function, or with
-    --command any command. A difference that a flag explains is a choice that a tool has made; exit status 1 where there
-    are others, and where a function or a command differs from the semantics that it claims.
+    TARGET is a tool with an adapter (fusion_bench, mergekit, peft, sd_mecha), `official` with the --path of a checkout of
+    the authors' code, a Python function as module:function, or with --command any command. A difference that a flag explains
+    is a choice that a tool has made; exit status 1 where there are others, and where a function or a command differs from
+    the semantics that it claims.
     """
     from refmerge.conform import conform, fuzzed
 
     if fuzz is not None and (command or ":" in target):
         raise click.UsageError("--fuzz is for tools that have an adapter")
-    found = conform(target, methods, entry=entry, python=python, command=command)
-    differences = [] if fuzz is None else fuzzed(target, methods, fuzz, python)
-    for path, made in ((html, found.html), (junit, found.junit)):
-        if path is not None:
+    found = conform(target, methods, entry=entry, python=python, command=command, path=path)
+    differences = [] if fuzz is None else fuzzed(target, methods, fuzz, python, path)
+    for out, made in ((html, found.html), (junit, found.junit)):
+        if out is not None:
             try:
-                with open(path, "w", encoding="utf-8", newline="\n") as file:
+                with open(out, "w", encoding="utf-8", newline="\n") as file:
                     file.write(made())
             except OSError as e:
-                raise click.UsageError(f"{path} cannot be written: {e.strerror}") from e
+                raise click.UsageError(f"{out} cannot be written: {e.strerror}") from e
     if json:
         click.echo(jsonlib.dumps({**found.told(), "fuzz": [vars(d) for d in differences]}, indent=2))
     else:

@@ -132,25 +132,25 @@ class Comparison:
         equal = sum(not x.differing for x in self.tensors.values())
         found = [("tensors", f"{len(self.tensors)} in both, {equal} of them equal")]
         for which, names in zip("AB", self.only):
-            found += [(f"only {which}", f"{len(names)}: {_some(names)}")] if names else []
+            found += [(f"only {which}", f"{len(names)}: {some(names)}")] if names else []
         found += [("apart", f"{shown(name)}: {why}") for name, why in self.apart.items()]
         for i, which in enumerate("AB"):
             odd = [x.name for x in self.tensors.values() if x.nan[i] or x.infinite[i]]
             if odd:
                 counts = f"{whole.nan[i]:,} NaN and {whole.infinite[i]:,} infinite entries in"
-                found.append(("NaN, inf", f"in {which}: {counts} {_some(odd)}"))
+                found.append(("NaN, inf", f"in {which}: {counts} {some(odd)}"))
         norms = f"|A| = {digits(whole.norm[0])}, |B| = {digits(whole.norm[1])}, |B| / |A| = {digits(whole.ratio, 6)}"
         found.append(("distance", f"|A - B| = {digits(whole.distance)}, {norms}, relative {digits(whole.relative)}"))
         found.append(("cosine", digits(whole.cosine, 6)))
-        found.append(("equal", f"{_percent(whole.equal)} of the entries, differing {whole.differing:,}"))
+        found.append(("equal", f"{percent(whole.equal)} of the entries, differing {whole.differing:,}"))
         if self.from_base:
             found.append(("changes", f"cosine {digits(whole.changes, 6)} of what A and B changed of the base"))
-            found.append(("signs", f"{_percent(whole.conflicts)} of the entries that both changed have opposite signs"))
+            found.append(("signs", f"{percent(whole.conflicts)} of the entries that both changed have opposite signs"))
         if self.ranked:
             ranks = sum(x.rank is not None for x in self.tensors.values())
             found.append(("rank", f"effective, exp of the entropy of the singular values of A - B, of {ranks} matrices"))
         if self.too_large:
-            found.append(("", f"not of {len(self.too_large)} that are too large: {_some(self.too_large)}"))
+            found.append(("", f"not of {len(self.too_large)} that are too large: {some(self.too_large)}"))
         return found
 
     def columns(self) -> list[str]:
@@ -188,8 +188,8 @@ def kind_of(name: str) -> str:
 
 
 def _group(tensors: Sequence[Tensor]) -> Group:
-    of_a, of_b = (_together([x.norm[i] for x in tensors]) for i in (0, 1))
-    distance = _together([x.distance for x in tensors])
+    of_a, of_b = (together([x.norm[i] for x in tensors]) for i in (0, 1))
+    distance = together([x.distance for x in tensors])
     if of_a is None or of_b is None or distance is None:
         return Group(None, None)
     relative = _quotient(distance, of_a) if distance else 0.0
@@ -199,7 +199,7 @@ def _group(tensors: Sequence[Tensor]) -> Group:
     return Group(relative, max(-1.0, min(1.0, math.fsum(shares))))
 
 
-def _together(norms: Sequence[float | None]) -> float | None:
+def together(norms: Sequence[float | None]) -> float | None:
     """The norm of tensors one after the other."""
     known = [x for x in norms if x is not None]
     return math.hypot(*known) if len(known) == len(norms) else None
@@ -215,11 +215,11 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
-def _percent(x: float | None) -> str:
+def percent(x: float | None) -> str:
     return "-" if x is None else f"{100 * x:.4g} %"
 
 
@@ -250,8 +250,8 @@ def weights(
                 too_large.append(name)
             difference = np.empty(one.size if fits else 0)
             start = 0
-            for block in _blocks(name, one.size, [a, b] + ([from_base] if from_base is not None else []), progress):
-                wide = [*map(_widened, block)]
+            for block in blocks(name, one.size, [a, b] + ([from_base] if from_base is not None else []), progress):
+                wide = [*map(widened, block)]
                 here.add(*wide)
                 if fits:
                     with np.errstate(all="ignore"):
@@ -288,7 +288,7 @@ def _as(base: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
     return found is not None and found.shape == shape and found.dtype in FLOATS
 
 
-def _blocks(
+def blocks(
     name: str, size: int, models: list[Checkpoint], progress: Callable[[int], None]
 ) -> Iterator[list[tuple[str, np.ndarray]]]:
     """Blocks of a tensor: of each model its dtype, and the bytes."""
@@ -304,7 +304,7 @@ def _blocks(
         yield found
 
 
-def _widened(block: tuple[str, np.ndarray]) -> np.ndarray:
+def widened(block: tuple[str, np.ndarray]) -> np.ndarray:
     """Floats, in float64."""
     dtype, raw = block
     wide = np.empty(raw.size // itemsize(dtype), np.float64)
@@ -314,7 +314,7 @@ def _widened(block: tuple[str, np.ndarray]) -> np.ndarray:
 
 def _integers(name: str, a: Checkpoint, b: Checkpoint, progress: Callable[[int], None]) -> Tensor:
     differing = 0
-    for block in _blocks(name, a.tensors[name].size, [a, b], progress):
+    for block in blocks(name, a.tensors[name].size, [a, b], progress):
         x, y = (raw.view(DTYPES[dtype]) for dtype, raw in block)
         differing += int(np.count_nonzero(x != y))
     size, dtypes = a.tensors[name].size, (a.tensors[name].dtype, b.tensors[name].dtype)

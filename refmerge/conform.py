@@ -12,6 +12,7 @@ import html
 import importlib
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -33,7 +35,7 @@ __all__ = ["Answers", "Conformance", "Difference", "NotSupported", "Row", "ToolE
 
 Verdict = Literal["equal", "within rounding", "differs", "unknown difference"]
 Ask = Callable[[testing.Case], Any]  # a mapping name -> array, or that and its steps
-TOOL_WORDS = {"sd_mecha": "sd-mecha"}  # as the flags name them
+CHECKOUTS = ("official",)  # adapters of code that is not installed, but lies in a checkout
 
 
 class NotSupported(Exception):
@@ -176,12 +178,14 @@ def _value(x: Any) -> Any:
 class Row:
     """One method against one semantics, `entry`: the paper's, or what refmerge says that the tool computes.
 
-    equal, close: ids of the cases whose result is expected to the bit, and within the case's tolerance. off: id -> (what is
-    wrong, the flags that name it). steps: id -> the first step that differs, of who gives steps. skipped: id -> why.
+    through: the tool's own entry that was asked. equal, close: ids of the cases whose result is expected to the bit, and
+    within the case's tolerance. off: id -> (what is wrong, the flags that name it). steps: id -> the first step that
+    differs, of who gives steps. skipped: id -> why.
     """
 
     method: str
     entry: str
+    through: str = ""
     equal: list[str] = field(default_factory=list)
     close: list[str] = field(default_factory=list)
     off: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
@@ -244,19 +248,29 @@ class Conformance:
 
     def table(self) -> list[tuple[str, str, str, str]]:
         """(method, verdict against the paper, flags that explain it, what refmerge says of the tool holds)."""
-        mine = {row.method: row for row in self.own}
-        theirs = {row.method: row for row in self.papers}
+        mine = {(row.method, row.through): row for row in self.own}
+        theirs = {(row.method, row.through): row for row in self.papers}
         rows = []
-        for method in sorted(mine.keys() | theirs.keys()):
-            paper, own = theirs.get(method), mine.get(method)
+        for method, through in sorted(mine.keys() | theirs.keys()):
+            paper, own = theirs.get((method, through)), mine.get((method, through))
             count = "" if paper is None else f" ({len(paper.equal) + len(paper.close)} of {_asked(paper)})"
             verdict = "not asked" if paper is None or paper.verdict is None else f"{paper.verdict}{count}"
             named = [] if paper is None else [*paper.flags, *(f"unexplained: {id}" for id in paper.unknown)]
             first = {(at.step, at.title) for at in paper.steps.values()} if paper is not None else ()
             named += [f"first differing step: {step}, {title}" for step, title in sorted(first)]
             said = "" if own is None or not _asked(own) else f"{len(own.equal) + len(own.close)} of {_asked(own)}"
-            rows.append((method, verdict, ", ".join(named), said))
+            several = sum(name == method for name, _ in mine) > 1
+            rows.append((f"{method} ({through})" if several else method, verdict, ", ".join(named), said))
         return rows
+
+    def not_asked(self) -> list[str]:
+        """Why cases of the tool's own entries could not be asked: a line for each entry and reason."""
+        lines = []
+        for row in self.own:
+            for reason in dict.fromkeys(row.skipped.values()):
+                count = sum(why == reason for why in row.skipped.values())
+                lines.append(f"{row.entry}: {count} of {_asked(row) + len(row.skipped)} cases not asked: {reason}")
+        return list(dict.fromkeys(lines))
 
     def text(self) -> str:
         """For people."""
@@ -267,6 +281,7 @@ class Conformance:
         lines += ["  ".join([*(x.ljust(w) for x, w in zip(r, widths)), r[3]]).rstrip() for r in rows]
         for row in (*self.own, *self.papers):
             lines += [f"{id}: {what}" for id, (what, flags) in row.off.items() if not flags or id in row.steps]
+        lines += ["", *skipped] if (skipped := self.not_asked()) else []
         return "\n".join(lines)
 
     def html(self) -> str:
@@ -334,13 +349,15 @@ def conform(
     entry: str | None = None,
     python: str | None = None,
     command: bool = False,
+    path: str | None = None,
 ) -> Conformance:
     """Run the vectors against somebody's implementation.
 
     target: a tool that has an adapter (see `tools`); "module:function" or a function (models, base, **params) -> mapping,
     with or without its steps (see `testing.check`), for one method; or, with `command`, a command line that answers
     requests. methods: None is all that have vectors. entry: whose semantics a function or a command claims; None is the
-    paper's. python: the interpreter in which the tool is installed.
+    paper's. python: the interpreter in which the tool is installed. path: for "official" the checkout of the authors'
+    repository, which is recognised by its files.
     UsageError where the other side cannot be asked at all.
     """
     wanted = list(methods) if methods else testing.names()
@@ -351,17 +368,24 @@ def conform(
     if command:
         with Answers(shlex.split(target)) as other:
             return _one_semantics(other.tool, other.version, wanted, entry, other.case)
+    if path is not None and target not in CHECKOUTS:
+        raise UsageError(f"a path is for {' and '.join(CHECKOUTS)}, code in a checkout; {target!r} is asked where it is")
     if target not in tools():
         raise UsageError(
             f"no adapter for {target!r} (there are some for {', '.join(tools())}): name a function as module:function, or a "
             "command with --command"
         )
-    with _adapter(target, python) as other:
+    with _adapter(target, python, path) as other:
         return _tool(other, target, wanted)
 
 
-def _adapter(tool: str, python: str | None) -> Answers:
-    return Answers([python or sys.executable, str(resources.files("refmerge.compat") / tool / "adapter.py")])
+def _adapter(tool: str, python: str | None, path: str | None) -> Answers:
+    if tool in CHECKOUTS and path is None:
+        raise UsageError(f"{tool}: give the checkout of the authors' repository (--path)")
+    if path is not None and not Path(path).is_dir():
+        raise UsageError(f"{path} is no folder")
+    command = [python or sys.executable, str(resources.files("refmerge.compat") / tool / "adapter.py")]
+    return Answers(command if path is None else [*command, str(Path(path).resolve())])
 
 
 def _function(target: str | Callable[..., Any], methods: Sequence[str], entry: str | None) -> Conformance:
@@ -404,37 +428,46 @@ def _one_semantics(tool: str, version: str, methods: Sequence[str], entry: str |
 
 
 def _tool(other: Answers, tool: str, methods: Sequence[str]) -> Conformance:
-    """A tool is asked what its own cases ask; where the paper's semantics has the same inputs, it is held to that too."""
+    """A tool is asked what the cases of its own entries ask; where the paper's semantics has the same inputs, it is held to
+    that too."""
     found = Conformance(other.tool, other.version)
     for method in methods:
         cases = {case.id: case for case in testing.vectors(method)}
-        own = [case for case in cases.values() if case.entry.startswith(f"{tool}:")]
-        said, paper = Row(method, f"{tool}:{method}"), Row(method, method)
         notes = testing.flags(method)
-        for case in own:
-            try:
-                answer: Any = other.case(case)
-            except NotSupported as reason:
-                said.skipped[case.id] = str(reason)
+        for entry in dict.fromkeys(case.entry for case in cases.values()):
+            prefix = entry.partition(":")[0]
+            if entry not in other.entries and (tool in CHECKOUTS or not entry.startswith(f"{tool}:")):
                 continue
-            except ToolError as error:
-                answer = error
-            _note(said, case, partial(_given, answer), tuple(f for f in case.flags if _speaks_of(notes[f], tool)))
-            twin = (
-                cases.get(case.id.removesuffix(f"-{tool}"))
-                if case.id.endswith(f"-{tool}")
-                else cases.get(f"{case.id}-paper")
-            )
-            if twin is not None and twin.entry == method:
-                flags = tuple(f for f in dict.fromkeys(case.flags + twin.flags) if _speaks_of(notes[f], tool))
-                _note(paper, twin, partial(_given, answer), flags)
-        found.own += [said] if own else []
-        found.papers += [paper] if _asked(paper) else []
+            said, paper = Row(method, entry, entry), Row(method, method, entry)
+            for case in (case for case in cases.values() if case.entry == entry):
+                try:
+                    answer: Any = other.case(case)
+                except NotSupported as reason:
+                    said.skipped[case.id] = str(reason)
+                    continue
+                except ToolError as error:
+                    answer = error
+                _note(said, case, partial(_given, answer), tuple(f for f in case.flags if _speaks_of(notes[f], prefix)))
+                twin = (
+                    cases.get(case.id.removesuffix(f"-{prefix}"))
+                    if case.id.endswith(f"-{prefix}")
+                    else cases.get(f"{case.id}-paper")
+                )
+                if twin is not None and twin.entry == method and _names(twin) == _names(case):
+                    flags = tuple(f for f in dict.fromkeys(case.flags + twin.flags) if _speaks_of(notes[f], prefix))
+                    _note(paper, twin, partial(_given, answer), flags)
+            found.own.append(said)
+            found.papers += [paper] if _asked(paper) else []
     return found
 
 
-def _speaks_of(note: Mapping[str, Any], tool: str) -> bool:
-    return any(who.startswith(TOOL_WORDS.get(tool, tool)) for who in note["who"])
+def _names(case: testing.Case) -> list[list[str]]:
+    return [sorted(model) for model in case.models]
+
+
+def _speaks_of(note: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a flag says what the code does whose entries have this prefix."""
+    return any(re.match(rf"{prefix.replace('_', '[-_]')}\b", who, re.IGNORECASE) for who in note["who"])
 
 
 def _given(answer: Any, case: testing.Case) -> Any:
@@ -487,12 +520,14 @@ class Difference:
         return f"\n{self.entry}: {self.what}\n{self.reproducer}"
 
 
-def fuzzed(tool: str, methods: Sequence[str], examples: int, python: str | None = None) -> list[Difference]:
+def fuzzed(
+    tool: str, methods: Sequence[str], examples: int, python: str | None = None, path: str | None = None
+) -> list[Difference]:
     """What `fuzz` finds for each entry of a tool."""
     from refmerge import registry
 
     found = []
-    with _adapter(tool, python) as other:
+    with _adapter(tool, python, path) as other:
         for entry in other.entries:
             if entry in registry.names() and (not methods or entry.partition(":")[2] in methods):
                 try:
@@ -506,8 +541,15 @@ def fuzzed(tool: str, methods: Sequence[str], examples: int, python: str | None 
 def fuzz(other: Answers, entry: str, examples: int, seed: int = 0) -> Difference | None:
     """Random inputs that bite, to a tool and to refmerge's entry for it, made as small as they can be where they disagree.
 
-    None where no difference was found. Methods that draw at random, or rest on statistics, cannot be asked.
+    Numbers that differ come before inputs that one of the two refuses, which are told where there is nothing else. None
+    where no difference was found. Methods that draw at random, or rest on statistics, cannot be asked.
     """
+    return _search(other, entry, examples, seed, _of_numbers) or _search(other, entry, examples, seed, _disagree)
+
+
+def _search(
+    other: Answers, entry: str, examples: int, seed: int, compare: Callable[[Any, Any], str]
+) -> Difference | None:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from hypothesis import strategies as st
@@ -543,7 +585,7 @@ def fuzz(other: Answers, entry: str, examples: int, seed: int = 0) -> Difference
             return
         except ToolError as refused:
             theirs = refused
-        problem = _disagree(theirs, ours)
+        problem = compare(theirs, ours)
         if problem:
             case = testing.Case("fuzz", entry, "valid", "", (), dict(params), models, base, {}, 0.0)
             last.update(what=problem, reproducer=case.reproducer())
@@ -557,12 +599,15 @@ def fuzz(other: Answers, entry: str, examples: int, seed: int = 0) -> Difference
 
 
 def _disagree(theirs: Any, ours: Any) -> str:
-    if isinstance(theirs, ToolError) and isinstance(ours, ToolError):
+    for who, answer, another in (("the tool", theirs, ours), ("refmerge", ours, theirs)):
+        if isinstance(answer, ToolError) and not isinstance(another, ToolError):
+            return f"{who} refuses it: {answer}"
+    return _of_numbers(theirs, ours)
+
+
+def _of_numbers(theirs: Any, ours: Any) -> str:
+    if isinstance(theirs, ToolError) or isinstance(ours, ToolError):
         return ""
-    if isinstance(theirs, ToolError):
-        return f"the tool refuses it: {theirs}"
-    if isinstance(ours, ToolError):
-        return f"refmerge refuses it: {ours}"
     for name, x in ours.items():
         tolerance = 1e-5 if x.dtype.itemsize <= 4 else 1e-6
         try:

@@ -123,7 +123,7 @@ def test_by_name_as_the_command_does(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "target, options, said",
     [
-        ("merjkit", {}, "no adapter for 'merjkit' .there are some for fusion_bench, mergekit, peft, sd_mecha"),
+        ("merjkit", {}, "no adapter for 'merjkit' .there are some for fusion_bench, mergekit, official, peft, sd_mecha"),
         ("math:no", {"methods": ["ties"]}, "math:no: module 'math' has no attribute 'no'"),
         ("math:sin", {}, "math:sin is one function: name the one method"),
         ("mergekit", {"methods": ["tyes"]}, "no vectors for tyes"),
@@ -132,6 +132,9 @@ def test_by_name_as_the_command_does(tmp_path, monkeypatch):
         (f"{sys.executable} -c 1", {"command": True}, "ended without an answer"),
         (f"{sys.executable} -c print(3)", {"command": True}, "'3' is no answer: a line of JSON, an object"),
         ("mergekit", {"python": "/no/python"}, "/no/python .* cannot be run"),
+        ("official", {}, "official: give the checkout of the authors' repository"),
+        ("official", {"path": "/no/checkout"}, "/no/checkout is no folder"),
+        ("mergekit", {"path": "."}, "a path is for official, code in a checkout; 'mergekit' is asked where it is"),
     ],
 )
 def test_refusals(target, options, said):
@@ -153,7 +156,7 @@ def test_a_command_that_talks(tmp_path):
 
 
 def test_every_tool_has_entries_that_it_is_asked_for():
-    assert tools() == ["fusion_bench", "mergekit", "peft", "sd_mecha"]
+    assert tools() == ["fusion_bench", "mergekit", "official", "peft", "sd_mecha"]
     assert not [name for name in registry.names() if name.endswith(":adapter")]
 
 

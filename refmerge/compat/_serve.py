@@ -59,6 +59,8 @@ def serve(tool, version, entries):
             answer["tensors"] = {name: array(x) for name, x in got.items()}
         except Unsupported as reason:
             answer["unsupported"] = str(reason)
+        except ImportError as error:  # of the tool, or of what a part of it needs
+            answer["unsupported"] = f"cannot be imported there: {error}".partition("\n")[0].split(" (/")[0]
         except Exception as error:  # the tool's own, whatever it is
             answer["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(json.dumps(answer), file=out, flush=True)

@@ -36,13 +36,14 @@ def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
 def hand() -> Hand:
     h = Hand("bitdelta", CODE)
 
-    def case(id: str, comment: str, model: Any, base: Any, expect: Any, **more: Any) -> None:
+    def case(id: str, comment: str, model: Any, base: Any, expect: Any, flags: str = "BitDeltaColumns") -> None:
+        """Of few columns, which the authors' code cannot pack: their entries have the result that it would have."""
         h.case(
             id, comment, [model], base,
             ("bitdelta", {}, expect, ""),
             ("official:bitdelta", {}, expect, ""),
             ("fusion_bench:bitdelta", {}, expect, ""),
-            **more,
+            flags=flags,
         )  # fmt: skip
 
     case(
@@ -58,7 +59,7 @@ def hand() -> Hand:
         {NAME: [[1.0, -3.0]]},
         {NAME: [[1.0, 1.0]]},
         {NAME: [[3.0, -1.0]]},
-        flags="BitDeltaZeroSign",
+        flags="BitDeltaColumns BitDeltaZeroSign",
     )
     case("no-change", "mean 0", {NAME: [[1.0, -3.0]]}, {NAME: [[1.0, -3.0]]}, {NAME: [[1.0, -3.0]]})
     case(
@@ -87,6 +88,7 @@ def hand() -> Hand:
         others,
         {"embed.weight": [[0.0, 0.0]], "norm.weight": [0.0, 0.0], "mlp.fc1.weight": [[0.0, 0.0]], "lm_head.weight": [0.0]},
         others,
+        flags="",
     )
     bias = "layers.0.self_attn.q_proj.bias"
     h.case(
@@ -95,9 +97,33 @@ def hand() -> Hand:
         [{NAME: [[3.0, -1.0]], bias: [7.0]}],
         {NAME: [[1.0, 1.0]], bias: [5.0]},
         ("bitdelta", {}, {NAME: [[3.0, -1.0]], bias: [7.0]}, "the fine-tune's"),
-        ("official:bitdelta", {}, {NAME: [[3.0, -1.0]], bias: [5.0]}, "their layer has none; the base's stays"),
+        ("official:bitdelta", {}, {NAME: [[3.0, -1.0]], bias: [5.0]}, "the base's stays"),
         ("fusion_bench:bitdelta", {}, {NAME: [[3.0, -1.0]], bias: [5.0]}, "as there"),
+        flags="BitDeltaBias BitDeltaColumns",
+    )
+    norm = {"norm.weight": [3.0], "norm.bias": [7.0], "scale": [2.0]}
+    h.case(
+        "norm-bias",
+        "a norm: weight 3, bias 7, in the base 1 and 5; a parameter of the whole model: 2, in the base 1",
+        [norm],
+        {"norm.weight": [1.0], "norm.bias": [5.0], "scale": [1.0]},
+        ("bitdelta", {}, norm, "the fine-tune's"),
+        ("official:bitdelta", {}, {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}, "but for weights the base's"),
+        ("fusion_bench:bitdelta", {}, {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}, "but for weights the base's"),
         flags="BitDeltaBias",
+    )
+    wide = {NAME: [[4.0, -4.0] * 16], "layers.0.self_attn.q_proj.weight": [[1.0, -7.0] * 16], "norm.weight": [3.0]}
+    ones = {NAME: [[4.0, 4.0] * 16], "layers.0.self_attn.q_proj.weight": [[1.0, 1.0] * 16], "norm.weight": [1.0]}
+    signs = {NAME: [[8.0, 0.0] * 16], "layers.0.self_attn.q_proj.weight": [[5.0, -3.0] * 16], "norm.weight": [3.0]}
+    h.case(
+        "word",
+        "rows of 32, one word of bits: delta = (0, -8) and (0, -8) sixteen times, means 4; a bias",
+        [wide | {bias: [7.0]}],
+        ones | {bias: [5.0]},
+        ("bitdelta", {}, signs | {bias: [7.0]}, "the fine-tune's"),
+        ("official:bitdelta", {}, signs | {bias: [5.0]}, "the base's"),
+        ("fusion_bench:bitdelta", {}, signs | {bias: [5.0]}, "the base's"),
+        flags="BitDeltaBias BitDeltaZeroSign",
     )
     h.case(
         "columns",

@@ -55,7 +55,7 @@ def hand() -> Hand:
         layer(zeros),
         ("dop", one, layer([[2.5, 0.0, 0.0], [0.0, 0.0, 1.5]]), ""),
         (TOOL, theirs, layer(half), "of rank 1 the only term reaches the share, and is left out: nothing pulls"),
-        flags="DopCrossing",
+        flags="DopCrossing DopZeroLoss",
     )
     two = [[4.0, 0.0], [0.0, 1.0]]
     case(

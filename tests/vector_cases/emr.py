@@ -147,6 +147,7 @@ def hand() -> Hand:
         {"s": 0.0, "ids": i64(3, 4)},
         {"s": 4.0, "ids": i64(3, 4)},
         1,
+        flags="EmrIntegers",
     )
     h.case(
         "empty",

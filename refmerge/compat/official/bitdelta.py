@@ -8,15 +8,16 @@ from refmerge.numeric import at_precision, host
 
 @method("official:bitdelta", paper="FasterDecoding/BitDelta@ecbee1e bitdelta/diff.py:compress_diff", models=(1, 1))
 def bitdelta(models, base, group, name):
-    """The compressed model before its scales are trained. Layers with proj in their name, inside of a module with mlp or
-    self_attn in its own, lose their bias to the base's."""
+    """The compressed model before its scales are trained, as load_diff reads it. Weights of layers with proj in their name,
+    inside of a module with mlp or self_attn in its own, are compressed, those of other modules the fine-tune's. Biases and
+    other parameters are the base's."""
     (theta,) = models
     module, _, parameter = name.rpartition(".")
     parent, _, child = module.rpartition(".")
+    if parameter != "weight" or not module:
+        return base
     if "proj" not in child or not ("mlp" in parent or "self_attn" in parent):
         return theta
-    if parameter != "weight":
-        return base
     # 1. difference
     diff = theta - base
     # 2. coefficient
