@@ -18,12 +18,14 @@ from array_api_compat import is_numpy_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, refuse_input
 from refmerge.checkpoint.dtypes import OUTPUTS
+from refmerge.checkpoint.layout import PIPELINE, WEIGHTS
 from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import ResourceError, UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
 from refmerge.identity import of_merge
 from refmerge.method import Method, Over
+from refmerge.pipelines import Arrangement
 from refmerge.registry import is_ours
 from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work, stat_name
@@ -70,8 +72,9 @@ class Plan:
     inputs before the first block is read. rest: works beside the first, of the same method on other numbers of models.
     stages: merges that come first, and whose results are inputs of this one.
     config: of the result, where it is not the donor's. sidecars: files that are copied, the donor's where None. files: name
-    -> content of what else lies in a folder beside the weights. report: called with the files of weights when all is
-    written, for more such files. metadata: of the files of weights.
+    -> content of what else lies in a folder beside the weights. report: called with the folder and its files of weights when
+    all is written, for more such files. metadata: of the files of weights. arranged: what becomes of each component, where
+    the inputs are pipelines. notes: what the user should know.
     """
 
     work: Work
@@ -93,8 +96,10 @@ class Plan:
     config: dict[str, Any] | None = None
     sidecars: Sequence[Path] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
-    report: Callable[[Sequence[Path]], Mapping[str, bytes]] | None = None
+    report: Callable[[Path, Sequence[Path]], Mapping[str, bytes]] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    arranged: Arrangement | None = None
+    notes: Sequence[str] = ()
     ran: Ran | None = None
 
     @property
@@ -150,6 +155,8 @@ class Plan:
         target = Path(out)
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
+        if self.arranged is not None and target.suffix == ".safetensors":
+            raise UsageError(f"a pipeline of several components is a folder, and {str(target)!r} is a file")
         refuse_input(target, [p for c in self.checkpoints if not c.coming for p in c.paths])
         limit = parse_size(max_shard_size)
         merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": dict(metadata or {})})
@@ -167,11 +174,11 @@ class Plan:
                     merge=merge,
                     resume=resume,
                     metadata=metadata,
-                    sidecars=() if single else self._sidecars(),
+                    sidecars={} if single else self._sidecars(),
                     extra_files=None if single else files,
-                    **({} if single or self.donor is None else {"weights": self.donor.weights}),
+                    weights=WEIGHTS if single else self._weights(),
                 )
-                written = writer.paths
+                folder, written = writer.partial, writer.paths
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)
                 writer.reuse(done)
@@ -179,7 +186,7 @@ class Plan:
             for c in self.checkpoints:
                 c.check_unchanged()
             if self.report is not None and not single:
-                files |= self.report(written)
+                files |= self.report(folder, written)
         return target if self.work.method.outputs else open_checkpoint(target)
 
     def _done(self, finished: frozenset[str]) -> frozenset[str]:
@@ -207,26 +214,47 @@ class Plan:
             return StagedSink(writer, specs, self.example)
         return DiskSink(writer, specs, self.backend)
 
-    def side_files(self) -> tuple[Sequence[Path], dict[str, bytes]]:
-        """What lies beside the weights: files that are copied, and contents by name, which win."""
+    def side_files(self) -> tuple[dict[str, Path], dict[str, bytes]]:
+        """What lies beside the weights: files that are copied and contents, by name; contents win."""
         return self._sidecars(), self._files()
 
-    def _sidecars(self) -> Sequence[Path]:
-        if self.sidecars is not None:
-            return self.sidecars
-        return self.donor.sidecars() if self.donor is not None else ()
+    def _weights(self) -> str | dict[str, str]:
+        """What the only file of weights is called, in each component of a pipeline."""
+        if self.arranged is None:
+            return WEIGHTS if self.donor is None else self.donor.weights
+        weights = {name: c.components[name].weights for name, c in self.arranged.donors.items()}
+        return {name: w.weights for name, w in weights.items() if w is not None}
+
+    def _sidecars(self) -> dict[str, Path]:
+        paths = self.sidecars
+        if paths is None:
+            paths = self.donor.sidecars() if self.donor is not None else ()
+        found = {path.name: path for path in paths}
+        for name, c in self.arranged.donors.items() if self.arranged is not None else ():
+            found |= {f"{name}/{path.name}": path for path in c.components[name].sidecars()}
+        return found
 
     def _files(self) -> dict[str, bytes]:
         """What lies beside the weights and is not copied; the config of the result, with its dtype, if not the donor's."""
         files = dict(self.files)
-        donors = self.donor.config if self.donor is not None else None
-        config = self.config or donors
-        word = _CONFIG_WORDS.get(self.out_dtype or "")
+        if self.donor is not None and self.arranged is None:
+            files |= self._config("config.json", self.donor, self.config, self.out_dtype)
+        elif self.arranged is not None:
+            files[PIPELINE] = _json(self.arranged.index)
+            for name, c in self.arranged.donors.items():
+                weights, merged = c.components[name].weights, name in self.arranged.merged
+                if weights is not None:
+                    files |= self._config(f"{name}/config.json", weights, None, self.out_dtype if merged else None)
+        return files
+
+    @staticmethod
+    def _config(name: str, donor: Checkpoint, config: dict[str, Any] | None, dtype: str | None) -> dict[str, bytes]:
+        """The config under this name, where it is not as it is in the donor's folder."""
+        config = config or donor.config
+        word = _CONFIG_WORDS.get(dtype or "")
         if config and word:
             config = {**config, **{k: word for k in ("dtype", "torch_dtype") if k in config}}
-        if config and (config != donors or (self.donor is not None and self.donor.rewritten)):
-            files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-        return files
+        return {name: _json(config)} if config and (config != donor.config or donor.rewritten) else {}
 
     @property
     def _on_files(self) -> bool:
@@ -303,6 +331,10 @@ class Plan:
             "backend": "arrays" if self.backend is None else self.backend.name,
             "compiled": self.is_fused,
         }
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 @contextmanager
