@@ -22,6 +22,7 @@ from refmerge.method import Method, Over
 from refmerge.pipelines import arrange
 from refmerge.plan import ARRAYS_BLOCK_BYTES, Plan
 from refmerge.registry import get, open_backend
+from refmerge.skipping import POLICY
 from refmerge.sources import ArraySource, DiskSource, HostSource, Source, StitchedSource
 from refmerge.work import Tensor, Work, stat_name
 
@@ -48,7 +49,7 @@ def merge(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     resume: bool = False,
-    nonfinite: Literal["error", "propagate"] = "error",
+    nonfinite: Literal["error", "propagate", "skip-model"] = "error",
     integers: Literal["equal", "base"] = "equal",
     missing: Literal["error", "base", "skip"] = "error",
     arithmetic: Literal["round_once", "native"] = "round_once",
@@ -72,7 +73,8 @@ def merge(
     resume: go on where an earlier run of the same merge into `out` stopped, if one did; and if this one is interrupted,
         leave what is done beside `out` to be gone on with.
     threads: None uses the cores that the process may use. max_memory: "500MB" bounds the blocks' memory.
-    nonfinite: what to do with NaN and infinities in the inputs. integers: "equal" demands that integer and boolean tensors
+    nonfinite: what to do with NaN and infinities in the inputs: "skip-model" merges each tensor from the models in which it
+        is finite, with a warning that names the others. integers: "equal" demands that integer and boolean tensors
         agree and copies them, "base" takes the base's (without one, the first model's).
     missing: what to do with tensors that not all models have: "base" copies the base's (without one, the first model's
         that has it), "skip" leaves them out; the same of components of pipelines.
@@ -164,7 +166,7 @@ def prepare(
     m = get(method) if isinstance(method, str) else method
     if not isinstance(m, Method):
         raise UsageError(f"a method is a name or what @method makes of a function, not {type(m).__name__}")
-    _one_of("nonfinite", nonfinite, "error", "propagate")
+    _one_of("nonfinite", nonfinite, "error", "propagate", POLICY)
     _one_of("integers", integers, "equal", "base")
     _one_of("missing", missing, "error", "base", "skip")
     _one_of("arithmetic", arithmetic, "round_once", "native")

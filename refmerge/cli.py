@@ -90,8 +90,8 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         "seed": click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="of the random draws (default 0)"),
         "max_memory": click.option("--max-memory", metavar="SIZE", help="bound on the blocks' memory: 500MB, 2GiB"),
         "nonfinite": click.option(
-            "--nonfinite", type=click.Choice(["error", "propagate"]), default="error", show_default=True,
-            help="what to do with NaN and infinities in the inputs",
+            "--nonfinite", type=click.Choice(["error", "propagate", "skip-model"]), default="error", show_default=True,
+            help="NaN and infinities in the inputs: merge them, or each tensor from the models in which it is finite",
         ),
         "integers": click.option(
             "--integers", type=click.Choice(["equal", "base"]), default="equal", show_default=True,

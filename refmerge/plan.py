@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from refmerge.identity import of_merge
 from refmerge.method import Method, Over
 from refmerge.pipelines import Arrangement
 from refmerge.registry import is_ours
+from refmerge.skipping import POLICY, Skipped, sound, told
 from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work, stat_name
 
@@ -74,7 +76,8 @@ class Plan:
     config: of the result, where it is not the donor's. sidecars: files that are copied, the donor's where None. files: name
     -> content of what else lies in a folder beside the weights. report: called with the folder and its files of weights when
     all is written, for more such files. metadata: of the files of weights. arranged: what becomes of each component, where
-    the inputs are pipelines. notes: what the user should know.
+    the inputs are pipelines. notes: what the user should know. parts: what was run of work and rest, where the inputs were
+    looked at for values that are not finite, and skipped: the models that were left out.
     """
 
     work: Work
@@ -101,10 +104,12 @@ class Plan:
     arranged: Arrangement | None = None
     notes: Sequence[str] = ()
     ran: Ran | None = None
+    parts: Sequence[Work] = ()
+    skipped: Sequence[Skipped] = ()
 
     @property
     def works(self) -> list[Work]:
-        return [self.work, *self.rest]
+        return [*self.parts] or [self.work, *self.rest]
 
     @property
     def all_plans(self) -> list[Plan]:
@@ -194,9 +199,7 @@ class Plan:
         work = self.work
         groups: dict[str, set[str]] = {}
         for t in work.tensors:
-            whole = work.over == "model" or work.view(t) == "model"
-            label = "" if whole else work.over(t.name) if callable(work.over) else t.name
-            groups.setdefault(label, set()).update({t.name} if t.size else ())
+            groups.setdefault(work.group_of(t), set()).update({t.name} if t.size else ())
         done = frozenset().union(*(group for group in groups.values() if group <= finished))
         return done | (finished & self.copied.keys())
 
@@ -288,6 +291,8 @@ class Plan:
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
         fused = self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values())
         self.ran = Ran()
+        if self.work.nonfinite == POLICY:
+            self._skip_models()
         for work in self.works:
             if done:
                 recorded = work.recorded
@@ -302,6 +307,14 @@ class Plan:
             if "" in sinks and name not in done:
                 sinks[""].copy(name, source)
 
+    def _skip_models(self) -> None:
+        """Put in place of the works their parts, each without the models whose values are not finite there."""
+        found = [sound(work, self.threads) for work in (self.work, *self.rest)]
+        self.parts = [part for parts, _ in found for part in parts]
+        self.skipped = [skipped for _, of in found for skipped in of]
+        for line in told(self.skipped):
+            warnings.warn(line, stacklevel=2)
+
     def figures(self, estimate: bool = False) -> dict[str, Any]:
         """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
         arrays. Bytes are those of the tensors; peak_memory is that of the blocks and of the interpreters, of which
@@ -314,6 +327,8 @@ class Plan:
             for work in self.works:
                 ran = _both(ran, _expected(work, self._block_elements(work, processes)))
         copied = sum(_nbytes(spec) for n, spec in self.specs.items() if n in self.copied)
+        strict = self.work.nonfinite == POLICY  # then all is read once more, before anything is merged
+        looked_at = sum(w.bytes_of(t, t.size) for w in (self.work, *self.rest) for t in w.tensors) if strict else 0
         memory = max(_peak_memory(w, self._block_elements(w, processes), self.threads) for w in self.works)
         return {
             "method": method.name,
@@ -322,7 +337,7 @@ class Plan:
             "copied": len(self.copied),
             "parameters": sum(t.size for w in self.works for t in w.tensors),
             "passes": ran.passes,
-            "bytes_read": ran.bytes_read + copied,
+            "bytes_read": ran.bytes_read + copied + looked_at,
             "bytes_written": sum(_nbytes(s) for o in method.outputs or ("",) for s in self._specs_of(o).values()),
             "peak_memory": memory
             + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)

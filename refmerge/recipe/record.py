@@ -27,6 +27,7 @@ from refmerge.recipe.parameters import recipe_key
 from refmerge.recipe.plan import Recipe, Resolved, describe
 from refmerge.recipe.tokenizers import json_bytes
 from refmerge.registry import get
+from refmerge.skipping import POLICY
 from refmerge.sources import Source, StitchedSource
 
 __all__ = ["keep_record"]
@@ -81,6 +82,7 @@ def keep_record(
             "recipe": {k: v for k, v in describe(resolved).items() if k != "vocabulary" and v not in (None, [], {})},
             **_tensors(plan, {str(c.path): m for m, c in models.items()}),
             **({} if resolved.rows_from is None else {"vocabulary": resolved.rows_from}),
+            **({} if plan.work.nonfinite != POLICY else {"skipped": _skipped(plan, models)}),
             **({} if plan.arranged is None else {"components": _components(plan.arranged, models)}),
         }  # fmt: skip
         if resolved.semantics == "refmerge":  # whose paths are relative to the recipe's folder, and this will be another one
@@ -167,6 +169,18 @@ def _components(arranged: Arrangement, models: Mapping[str, Checkpoint]) -> dict
     names = {c.label: m for m, c in models.items()}
     told = arranged.told()
     return {**told, "taken": {part: names.get(label, label) for part, label in told["taken"].items()}}
+
+
+def _skipped(plan: Plan, models: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
+    """The models that were left out of a tensor, with what is not finite there."""
+    names = {str(c.path): m for m, c in models.items()}
+    return [
+        {
+            "model": _origin(s.source, s.tensor, names), "tensor": s.tensor, "nonfinite": s.found.count,
+            "first": list(s.found.index), "value": str(s.found.value), "tensors_without_it": s.size,
+        }
+        for s in plan.skipped
+    ]  # fmt: skip
 
 
 def _file(path: Path, folder: Path | None, hashed: bool) -> dict[str, Any]:

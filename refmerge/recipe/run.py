@@ -32,6 +32,7 @@ from refmerge.recipe.tokenizers import (
 from refmerge.recipe.vocabulary import Alignment as Vocabularies
 from refmerge.recipe.vocabulary import align, check_alike
 from refmerge.registry import open_backend
+from refmerge.skipping import POLICY
 from refmerge.sources import ByteSource, DiskSource
 
 __all__ = ["prepare_recipe", "run_recipe"]
@@ -163,6 +164,8 @@ def _prepare(
     _finish(resolved, plan, opened, None)
     resolved = replace(resolved, notes=(*resolved.notes, *notes, *plan.notes))
     if resolved.align is not None:
+        if common.get("nonfinite") == POLICY:
+            raise UsageError(f"align looks at whole models, and nonfinite = {POLICY!r} leaves out parts of some")
         plan.before = _alignment(resolved.align, resolved.models, resolved.base, plan)
     return resolved, plan
 
