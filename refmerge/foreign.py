@@ -5,8 +5,8 @@
     unet.down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight   diffusers, older
 
 kohya writes a module's name with underscores for dots, so that it is found only beside a model: `matched` looks for it among
-the names of a base. Where that is a single file in the layout of the first Stable Diffusion, its names are turned into
-diffusers' by rule.
+the names of a base. The U-Nets of Stable Diffusion have two sets of names, those of single files and diffusers'; each is
+turned into the other by rule.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from refmerge.errors import InputError, UsageError
 if TYPE_CHECKING:
     from refmerge.adapters import Adapter
 
-__all__ = ["file_of", "matched", "matches", "parts_of"]
+__all__ = ["file_of", "matched", "matches", "parts_of", "single_names"]
 
 # The part of a pipeline that a name begins with, in kohya's layout and in diffusers'.
 KOHYA = {
@@ -53,6 +53,8 @@ SINGLE = {
     "out.0": "conv_norm_out", "out.2": "conv_out", "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }  # fmt: skip
+_RESNET_OF = {theirs: name for name, theirs in RESNET.items()}
+_SINGLE_OF = {theirs: name for name, theirs in SINGLE.items()}
 
 
 def parts_of(
@@ -180,7 +182,7 @@ def _index(names: Iterable[str], part: str) -> Iterator[tuple[str, str]]:
     for module in modules:
         if module.startswith(place):
             bare = module.removeprefix(place)
-            for name in {bare, *([_diffusers(bare)] if part == "unet" else [])}:
+            for name in {bare, *([_diffusers(bare), *single_names(bare)] if part == "unet" else [])}:
                 yield name.replace(".", "_"), module
 
 
@@ -203,3 +205,24 @@ def _diffusers(name: str) -> str:
     if sub and rest == "conv":
         return f"{blocks}.upsamplers.0.conv"
     return f"{blocks}.attentions.{place}.{rest}" if sub else f"{blocks}.resnets.{place}.{RESNET.get(rest, rest)}"
+
+
+def single_names(name: str) -> list[str]:
+    """What a module of diffusers' U-Net may be called in a single file: the inverse of `_diffusers`. An upsampler stands
+    after the attention, or in its place where the stage has none."""
+    if name in _SINGLE_OF:
+        return [_SINGLE_OF[name]]
+    kinds = "resnets|attentions|downsamplers|upsamplers"
+    block = re.fullmatch(rf"(down|up|mid)_blocks?\.(?:(\d+)\.)?({kinds})\.(\d+)\.(.+)", name)
+    if block is None:
+        return []
+    side, stage, kind, place, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
+    rest = _RESNET_OF.get(rest, rest) if kind == "resnets" else rest
+    if side == "mid":
+        return [f"middle_block.{1 if kind == 'attentions' else 2 * place}.{rest}"]
+    if kind == "downsamplers":
+        return [f"input_blocks.{3 * stage + 3}.0.op"]
+    if kind == "upsamplers":
+        return [f"output_blocks.{3 * stage + 2}.{sub}.conv" for sub in (1, 2)]
+    at = f"input_blocks.{3 * stage + place + 1}" if side == "down" else f"output_blocks.{3 * stage + place}"
+    return [f"{at}.{int(kind == 'attentions')}.{rest}"]

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from refmerge.foreign import single_names
 from refmerge.recipe.run import run_recipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -123,3 +124,25 @@ def test_a_merge_of_variants_in_shards_loads(tmp_path):
     a, b = ({n.partition(".")[2]: x for n, x in m.items() if n.startswith("unet.")} for m in made)
     for name, x in loaded.unet.state_dict().items():
         assert torch.equal(x, ((a[name].half().float() + b[name].half().float()) / 2).half()), name
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_the_names_of_single_files_are_those_that_diffusers_converts(xl):
+    """Each module of its U-Net under our name for it in a single file, and back by diffusers' own conversion."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 2, "projection_class_embeddings_input_dim": 20}
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(4,) * (3 if xl else 4), layers_per_block=2, cross_attention_dim=4, norm_num_groups=2,
+        attention_head_dim=2, down_block_types=(down[:1] + down[1:] * 2) if xl else (down[1:] * 3 + down[:1]),
+        up_block_types=(up[:1] * 2 + up[1:]) if xl else (up[1:] + up[:1] * 3), **(more if xl else {}),
+    )  # fmt: skip
+    weights, single = unet.state_dict(), {}
+    for name, x in weights.items():
+        module, _, leaf = name.rpartition(".")
+        beside = f"{module.partition('.upsamplers')[0]}.attentions.0.proj_in.weight"  # where an upsampler is after attention
+        place = single_names(module)[-1 if beside in weights else 0]
+        single[f"model.diffusion_model.{place}.{leaf}"] = x
+    converted = convert_ldm_unet_checkpoint(single, dict(unet.config))
+    assert converted.keys() == weights.keys() and all(converted[name] is x for name, x in weights.items())
