@@ -22,7 +22,7 @@ from refmerge.checkpoint.files import listed, shown
 from refmerge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from refmerge.adapters import Adapter
+    from refmerge.adapters import Adapter, Factors
 
 __all__ = ["file_of", "matched", "matches", "parts_of", "single_names"]
 
@@ -36,8 +36,11 @@ PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_
 PLACES = {
     "unet": ("model.diffusion_model.", "unet.", ""),
     "transformer": ("model.diffusion_model.", "transformer.", ""),
-    "text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.", ""),
-    "text_encoder_2": ("text_encoder_2.", ""),
+    "text_encoder": (
+        "cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer.",
+        "text_encoder.", "",
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "text_encoder_2.", ""),
     "text_encoder_3": ("text_encoder_3.", ""),
 }
 ENDS = re.compile(
@@ -53,6 +56,10 @@ SINGLE = {
     "out.0": "conv_norm_out", "out.2": "conv_out", "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }  # fmt: skip
+# Modules of a layer of OpenCLIP's text encoder, which single files have, and what diffusers and kohya call them. The weights
+# of its queries, keys and values are one tensor, in_proj_weight.
+OPEN_CLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _RESNET_OF = {theirs: name for name, theirs in RESNET.items()}
 _SINGLE_OF = {theirs: name for name, theirs in SINGLE.items()}
 
@@ -156,14 +163,33 @@ def matched(adapter: Adapter, names: Iterable[str], label: str, part: str | None
         wanted = {raw: (p, rest) for raw, (p, rest) in wanted.items() if p == part}
     index = {p: dict(_index(names, p)) for p in {p for p, _ in wanted.values()}}
     found = {raw: index[p].get(rest.replace(".", "_")) for raw, (p, rest) in wanted.items()}
-    if missing := [raw for raw, module in found.items() if module is None]:
+    if missing := [raw for raw, place in found.items() if place is None]:
         hint = "" if part is not None else "; where the model is one part of several, part (--part) says which"
         raise InputError(f"{label}: the base has no module for {listed(missing)}{hint}")
-    modules = {module: adapter.modules[raw] for raw, module in found.items() if module is not None}
-    if len(modules) < len(found):
-        twice = sorted(raw for raw, module in found.items() if list(found.values()).count(module) > 1)
+    if len(set(found.values())) < len(found):
+        twice = sorted(raw for raw, place in found.items() if list(found.values()).count(place) > 1)
         raise InputError(f"{label}: {listed(twice)} fit the same modules of the base; part (--part) says which are meant")
+    modules: dict[str, Factors] = {}
+    thirds: dict[str, dict[int, Factors]] = {}
+    for raw, (module, third) in ((raw, place) for raw, place in found.items() if place is not None):
+        if third is None:
+            modules[module] = adapter.modules[raw]
+        else:
+            thirds.setdefault(module, {})[third] = adapter.modules[raw]
+    modules |= {module: _stacked(factors) for module, factors in thirds.items()}
     return replace(adapter, modules=modules, layout="peft")
+
+
+def _stacked(thirds: Mapping[int, Factors]) -> Factors:
+    """The factors of a tensor that is three others, one below the other, from those of some of the three."""
+    from refmerge.adapters import Factors
+
+    rows, rank = max(len(f.B) for f in thirds.values()), sum(f.rank for f in thirds.values())
+    B, at = np.zeros((3 * rows, rank)), 0
+    for third, f in thirds.items():
+        B[third * rows : third * rows + len(f.B), at : at + f.rank] = f.scaling * f.matrices()[0]
+        at += f.rank
+    return Factors(np.concatenate([f.matrices()[1] for f in thirds.values()]), B)
 
 
 def _part(raw: str) -> tuple[str, str]:
@@ -175,15 +201,29 @@ def _part(raw: str) -> tuple[str, str]:
     return (part, rest) if part in PARTS else ("unet", raw)
 
 
-def _index(names: Iterable[str], part: str) -> Iterator[tuple[str, str]]:
-    """(name with underscores, module), for every name by which a module of that part may be called."""
-    modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
+def _index(names: Iterable[str], part: str) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """(name with underscores, (module, which third of its rows or None)), for every name by which a module of that part may
+    be called."""
+    modules = [n[: -len("?weight")] for n in names if n.endswith((".weight", ".in_proj_weight"))]
     place = next(p for p in PLACES[part] if any(m.startswith(p) for m in modules) or not p)
     for module in modules:
         if module.startswith(place):
             bare = module.removeprefix(place)
             for name in {bare, *([_diffusers(bare), *single_names(bare)] if part == "unet" else [])}:
-                yield name.replace(".", "_"), module
+                yield name.replace(".", "_"), (module, None)
+            for name, third in _of_open_clip(bare) if part != "unet" else ():
+                yield name.replace(".", "_"), (module, third)
+
+
+def _of_open_clip(name: str) -> list[tuple[str, int | None]]:
+    """diffusers' names for a module of OpenCLIP's text encoder, and which third of its rows each is."""
+    found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
+    if found is None:
+        return []
+    layer = f"text_model.encoder.layers.{found[1]}."
+    if found[2] == "attn.in_proj":
+        return [(layer + third, i) for i, third in enumerate(THIRDS)]
+    return [(layer + OPEN_CLIP[found[2]], None)] if found[2] in OPEN_CLIP else []
 
 
 def _diffusers(name: str) -> str:

@@ -79,6 +79,28 @@ def test_kohyas_names_of_a_single_file_in_a_pipeline(tmp_path):
     assert [read[f"text_encoder{n}.{TEXT}.weight"][0, 0] for n in ("", "_2")] == [1.0, 6.0]
 
 
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [("conditioner.embedders.1.model.", "lora_te2_"), ("cond_stage_model.model.", "lora_te_"), ("", "lora_te2_")],
+)
+def test_the_text_encoder_of_open_clip(tmp_path, place, part):
+    """Queries, keys and values in one tensor: 2 x 3 each, of which keys stay as they are."""
+    layer, theirs = f"{place}transformer.resblocks.3.", "text_model_encoder_layers_3_"
+    base = {f"{layer}{n}.weight": np.zeros((2, 3), np.float32) for n in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")}
+    base |= {f"{layer}attn.in_proj_weight": np.zeros((6, 3), np.float32), f"{layer}attn.in_proj_bias": np.zeros(6)}
+    save(base, tmp_path / "sd.safetensors")
+    lora = factors(f"{part}{theirs}self_attn_q_proj", 1.0, alpha=1) | factors(f"{part}{theirs}self_attn_v_proj", 2.0, r=1)
+    for i, name in enumerate(("self_attn_out_proj", "mlp_fc1", "mlp_fc2")):
+        lora |= factors(f"{part}{theirs}{name}", i + 3.0, alpha=1)
+    save(lora, tmp_path / "lora.safetensors")
+    read = adapted(tmp_path / "sd.safetensors", tmp_path / "lora.safetensors")
+    assert read[f"{layer}attn.in_proj_weight"].tolist() == [[x] * 3 for x in (1.0, 0.0, 0.0, 0.0, 2.0, 0.0)]
+    assert [read[f"{layer}{n}.weight"][0, 0] for n in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")] == [3.0, 4.0, 5.0]
+    save(lora | factors(f"{part}{theirs}self_attn_q.proj", 1.0), tmp_path / "twice.safetensors")
+    with pytest.raises(InputError, match=r"self_attn_q.proj', .*self_attn_q_proj' fit the same modules"):
+        adapted(tmp_path / "sd.safetensors", tmp_path / "twice.safetensors")
+
+
 def test_block_weights_of_an_adapter(tmp_path):
     """As people say which blocks an adapter is to change: weights by filters on the base's names."""
     base = {f"model.diffusion_model.{b}.weight": np.full((2, 3), 8, np.float16) for b in ("input_blocks.1.1.q", "out.2")}
