@@ -92,6 +92,9 @@ class Adapted(Checkpoint):
     def ahead(self, name: str, start: int, stop: int) -> None:
         self._of.ahead(name, start, stop)
 
+    def close(self) -> None:
+        self._of.close()
+
     def _wide(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries of the base in float64."""
         exact = self._of.exact(name, start, stop)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array
@@ -14,12 +14,15 @@ from array_api_compat import is_array_api_obj, is_cupy_array, is_numpy_array, is
 from refmerge.adapted import open_model
 from refmerge.checkpoint import Checkpoint, check_target, parse_size, promote
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, OUTPUTS
+from refmerge.checkpoint.pipeline import part_of
 from refmerge.checkpoint.scaled import as_values
 from refmerge.engine import check_memory, default_threads
 from refmerge.errors import InputError, RefmergeError, UsageError, together
 from refmerge.method import Method, Over
+from refmerge.pipelines import arrange
 from refmerge.plan import ARRAYS_BLOCK_BYTES, Plan
 from refmerge.registry import get, open_backend
+from refmerge.skipping import POLICY
 from refmerge.sources import ArraySource, DiskSource, HostSource, Source, StitchedSource
 from refmerge.work import Tensor, Work, stat_name
 
@@ -46,17 +49,19 @@ def merge(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     resume: bool = False,
-    nonfinite: Literal["error", "propagate"] = "error",
+    nonfinite: Literal["error", "propagate", "skip-model"] = "error",
     integers: Literal["equal", "base"] = "equal",
     missing: Literal["error", "base", "skip"] = "error",
     arithmetic: Literal["round_once", "native"] = "round_once",
+    components: Mapping[str, str | Path | Checkpoint | None] | None = None,
     allow_pickle: bool = False,
     **params: Any,
 ) -> Any:
     """Merge models into one.
 
     models: in the caller's order, all of one kind: paths of checkpoints (or open ones), or mappings name -> array of one
-        array library. The path "model+adapter" is a model with a LoRA adapter in it.
+        array library. The path "model+adapter" is a model with a LoRA adapter in it. Of diffusers pipelines each component
+        is a model, whose tensors are called "unet.<name>".
     base: the model that task vectors are taken from, where the method needs one.
     method: a registry name, "ties" for the paper's method or "mergekit:ties" for another tool's, or a Method.
     stats: per model a mapping or a path of named statistics, for methods that read some.
@@ -68,11 +73,13 @@ def merge(
     resume: go on where an earlier run of the same merge into `out` stopped, if one did; and if this one is interrupted,
         leave what is done beside `out` to be gone on with.
     threads: None uses the cores that the process may use. max_memory: "500MB" bounds the blocks' memory.
-    nonfinite: what to do with NaN and infinities in the inputs. integers: "equal" demands that integer and boolean tensors
+    nonfinite: what to do with NaN and infinities in the inputs: "skip-model" merges each tensor from the models in which it
+        is finite, with a warning that names the others. integers: "equal" demands that integer and boolean tensors
         agree and copies them, "base" takes the base's (without one, the first model's).
     missing: what to do with tensors that not all models have: "base" copies the base's (without one, the first model's
-        that has it), "skip" leaves them out.
+        that has it), "skip" leaves them out; the same of components of pipelines.
     arithmetic: "native" rounds after each operation in the inputs' dtype, as tools do that merge in 16 bits.
+    components: of pipelines, component -> the pipeline from which it is taken as it is, or None to leave it out.
     allow_pickle: read models that are pickled (.bin, .pt), too, by torch's weights_only reader.
 
     Returns a mapping name -> array of the inputs' library, or the open Checkpoint at `out`. A method with several outputs
@@ -82,7 +89,8 @@ def merge(
     plan = prepare(
         models, method, base=base, stats=stats, seed=seed, over=over, dtype=dtype, out_dtype=out_dtype, backend=backend,
         threads=threads, max_memory=max_memory, nonfinite=nonfinite, integers=integers, missing=missing,
-        arithmetic=arithmetic, allow_pickle=allow_pickle, out=out, overwrite=overwrite, params=params,
+        arithmetic=arithmetic, components=components, allow_pickle=allow_pickle, out=out, overwrite=overwrite,
+        params=params,
     )  # fmt: skip
     return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
@@ -139,6 +147,7 @@ def prepare(
     integers: str = "equal",
     missing: str = "error",
     arithmetic: str = "round_once",
+    components: Mapping[str, str | Path | Checkpoint | None] | None = None,
     allow_pickle: bool = False,
     read_dtype: str | None = None,
     donor: str | Path | Checkpoint | None = None,
@@ -157,7 +166,7 @@ def prepare(
     m = get(method) if isinstance(method, str) else method
     if not isinstance(m, Method):
         raise UsageError(f"a method is a name or what @method makes of a function, not {type(m).__name__}")
-    _one_of("nonfinite", nonfinite, "error", "propagate")
+    _one_of("nonfinite", nonfinite, "error", "propagate", POLICY)
     _one_of("integers", integers, "equal", "base")
     _one_of("missing", missing, "error", "base", "skip")
     _one_of("arithmetic", arithmetic, "round_once", "native")
@@ -181,6 +190,22 @@ def prepare(
     sources, used, example = _sources(everything, len(models), backend, read_dtype, allow_pickle)
     base_source = sources[-1] if base is not None else None
     problems: list[RefmergeError] = []
+    opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
+    given_by = opened[-1 if base is not None else 0] if opened else None
+    if isinstance(donor, Checkpoint):
+        given_by = donor
+    elif donor is not None:
+        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor, allow_pickle)
+    over = m.over if over is None else over
+    arranged = None
+    if components is not None and not any(c.components for c in opened):
+        raise UsageError("components are those of diffusers pipelines, and no model is one")
+    if given_by is not None and any(c.components for c in opened):
+        whose = {n: None if c is None else _opened(c, allow_pickle) for n, c in (components or {}).items()}
+        arranged = arrange(opened, given_by, whose, missing, problems)
+        for s in sources:
+            cast(DiskSource, s).parts = arranged.merged
+        over = part_of if over == "model" else over
     names, copied = _names(sources, base_source, missing, problems)
     whole = _integers([n for n in names if n not in copied], sources, base_source, integers, problems)
     copied |= whole
@@ -195,9 +220,9 @@ def prepare(
     out_name = None if out_dtype is None else OUTPUTS.get(out_dtype, out_dtype)
     if out_name is not None and out_name not in FLOATS:
         raise UsageError(f"out_dtype = {out_dtype!r} is none of {', '.join(OUTPUTS)}")
-    over = m.over if over is None else over
     stored = {n: promote([s.dtype(n) for s in sources]) for n in floats}
     kept: dict[str, str] = {}
+    of_part = _by_part(floats, arranged is not None)
     wide = any(d == "F64" for d in stored.values())
     tensors = []
     for n in floats:
@@ -209,7 +234,7 @@ def prepare(
             work_dtype = m.work or dtype or needed
         bound = dict[str, Any]()
         with _noted(problems):
-            bound = m.bind(params(n, floats) if callable(params) else params, len(models))
+            bound = m.bind(params(n, of_part[n]) if callable(params) else params, len(models))
         if problems:
             continue
         least = m.least_for(bound)
@@ -224,9 +249,6 @@ def prepare(
                 f"backend {used.name} has no {t.work} ({reason}), in which tensor {t.name!r} is to be computed: "
                 "--backend numpy has it"
             )
-    specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
-    specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
-
     # Arrays on a device are merged by the caller's thread, on the caller's stream: nothing else is in order with them.
     beside = _beside(example) if used is None else None
     usual = 1 if beside else getattr(used, "threads", None) or default_threads()
@@ -241,13 +263,13 @@ def prepare(
         work.kernels, workers = beside.kernels, 1
     check_memory(work, limit, workers)
     _check_copies(whole if integers == "equal" else {}, copied, sources)
-    opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
+    for part, c in ({} if arranged is None else arranged.taken).items():
+        taken = DiskSource(c, used)
+        copied |= {n: taken for n in c.tensors if part_of(n) == part}
+    specs = {n: (kept[n], sources[0].shape(n)) for n in floats}
+    specs |= {n: (s.stored(n), s.shape(n)) for n, s in copied.items()}
     statistics = [s.checkpoint for s in stat_sources or () if isinstance(s, DiskSource)]
-    given_by = opened[-1 if base is not None else 0] if opened else None
-    if isinstance(donor, Checkpoint):
-        given_by = donor
-    elif donor is not None:
-        given_by = next((c for x, c in zip(everything, opened) if same_path(x, donor)), None) or _opened(donor, allow_pickle)
+    others = dict.fromkeys(c for c in ([] if arranged is None else arranged.donors.values()) if c not in opened)
     return Plan(
         work=work,
         specs=dict(sorted(specs.items())),
@@ -257,10 +279,22 @@ def prepare(
         max_memory=limit,
         block_bytes=getattr(used or beside, "block_bytes", ARRAYS_BLOCK_BYTES),
         example=example,
-        checkpoints=(*opened, *statistics),
+        checkpoints=(*opened, *statistics, *others),
         donor=given_by,
         out_dtype=out_name,
+        arranged=arranged,
+        notes=() if arranged is None else arranged.notes,
     )
+
+
+def _by_part(names: Sequence[str], in_parts: bool) -> dict[str, Collection[str]]:
+    """For each tensor those of its model: all, or the same component's."""
+    if not in_parts:
+        return dict.fromkeys(names, names)
+    parts: dict[str, list[str]] = {}
+    for n in names:
+        parts.setdefault(part_of(n), []).append(n)
+    return {n: parts[part_of(n)] for n in names}
 
 
 def same_path(model: Any, path: Any) -> bool:

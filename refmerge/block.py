@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from refmerge.rng import Memo, Rng
 from refmerge.sources import NotFinite, Scratch, Sink, Source, all_finite
 from refmerge.work import Tensor, Work, stat_name
 
-__all__ = ["report_nonfinite", "run_block", "run_model"]
+__all__ = ["Nonfinite", "count_nonfinite", "report_nonfinite", "run_block", "run_model"]
 
 
 def run_block(
@@ -166,8 +167,23 @@ def _stats(
     return found
 
 
-def report_nonfinite(source: Source, t: Tensor) -> None:
-    """Raise the error that names the tensor, the first index and the count."""
+@dataclass(frozen=True)
+class Nonfinite:
+    """Values of a tensor that are NaN or infinite: how many, and index and value of the first."""
+
+    count: int
+    index: tuple[int, ...]
+    value: float
+
+    def told(self, source: Source, name: str) -> str:
+        return (
+            f"{source.told(name)} has {self.count} non-finite value{'s' * (self.count != 1)}, the first {self.value} at "
+            f"{self.index}"
+        )
+
+
+def count_nonfinite(source: Source, t: Tensor) -> Nonfinite:
+    """Count what is not finite in a tensor that has such values."""
     first, count, step, scratch = None, 0, 1 << 20, Scratch()
     for start in range(0, t.size, step):
         x = host(source.load(t.name, start, min(start + step, t.size), t.work, 0, scratch))
@@ -176,10 +192,14 @@ def report_nonfinite(source: Source, t: Tensor) -> None:
             first = (start + int(bad[0]), float(x[bad[0]]))
         count += bad.size
     assert first is not None
-    index = tuple(int(i) for i in np.unravel_index(first[0], t.shape))
+    return Nonfinite(count, tuple(int(i) for i in np.unravel_index(first[0], t.shape)), first[1])
+
+
+def report_nonfinite(source: Source, t: Tensor) -> NoReturn:
+    """Raise the error that names the tensor, the first index and the count."""
     raise InputError(
-        f"{source.told(t.name)} has {count} non-finite value{'s' * (count != 1)}, the first {first[1]} at "
-        f"{index}; nonfinite='propagate' (--nonfinite propagate) merges them"
+        f"{count_nonfinite(source, t).told(source, t.name)}; nonfinite='propagate' (--nonfinite propagate) merges them, and "
+        "nonfinite='skip-model' merges a tensor from the models in which it is finite"
     )
 
 

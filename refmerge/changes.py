@@ -143,7 +143,7 @@ class Changes:
         for label, adapter, weight in adapters:
             if not math.isfinite(weight):
                 raise UsageError(f"{label}: weight = {weight!r} is no finite number")
-            missing = [m for m, f in adapter.modules.items() if any(name not in base for name in _touched(m, f))]
+            missing = [m for m, f in adapter.modules.items() if any(name not in base for name in _touched(m, f, base))]
             if missing := missing + [name for name in adapter.saved if name not in base]:
                 raise InputError(f"{label}: the base has no {listed(missing)}, which the adapter changes")
             before = {name: len(changes) for name, changes in self._of.items()}
@@ -175,7 +175,7 @@ class Changes:
         return x
 
     def _products(self, base: Shapes, label: str, adapter: Adapter, module: str, f: Factors, weight: float) -> None:
-        name = f"{module}.weight"
+        name = _weight(module, base)
         if f.magnitude is not None and weight != 1:
             raise UsageError(f"{label}: module {module!r} is DoRA's, which has no fraction: its weight is 1, not {weight!r}")
         turned = adapter.turned(module)
@@ -203,8 +203,14 @@ def _then(change: Replaced | Shifted | Product, before: Read, base: Read, start:
     return change.applied(before(start, stop), start, stop, before, base)
 
 
-def _touched(module: str, f: Factors) -> list[str]:
-    return [f"{module}.weight", *([f"{module}.bias"] if f.bias is not None else [])]
+def _touched(module: str, f: Factors, base: Shapes) -> list[str]:
+    return [_weight(module, base), *([f"{module}.bias"] if f.bias is not None else [])]
+
+
+def _weight(module: str, base: Shapes) -> str:
+    """A module's weight; torch's attention calls that of its inner module in_proj in_proj_weight."""
+    joined = f"{module}_weight"
+    return joined if module.endswith("in_proj") and joined in base else f"{module}.weight"
 
 
 def _same(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

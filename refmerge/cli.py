@@ -91,8 +91,8 @@ def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         "seed": click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="of the random draws (default 0)"),
         "max_memory": click.option("--max-memory", metavar="SIZE", help="bound on the blocks' memory: 500MB, 2GiB"),
         "nonfinite": click.option(
-            "--nonfinite", type=click.Choice(["error", "propagate"]), default="error", show_default=True,
-            help="what to do with NaN and infinities in the inputs",
+            "--nonfinite", type=click.Choice(["error", "propagate", "skip-model"]), default="error", show_default=True,
+            help="NaN and infinities in the inputs: merge them, or each tensor from the models in which it is finite",
         ),
         "integers": click.option(
             "--integers", type=click.Choice(["equal", "base"]), default="equal", show_default=True,
@@ -239,6 +239,7 @@ def _told(resolved: Resolved, p: Plan, tensor: str | None, time_it: bool) -> dic
     adapters = list(dict.fromkeys(line for c in p.checkpoints for line in described(c)))
     read_as = [c.note for c in p.checkpoints if c.note]
     found = {**describe(resolved), "adapters": adapters, "read_as": read_as, "figures": figures}
+    found |= {} if p.arranged is None else {"arranged": p.arranged.told()}
     return {**found, **({"listed": listed} if tensor else {})}
 
 
@@ -259,6 +260,14 @@ def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
         say(f"{'' if i else 'statistics':12}{path}")
     for i, line in enumerate(facts["adapters"]):
         say(f"{'adapters' if i == 0 else '':12}{line}")
+    if "arranged" in facts:
+        of = facts["arranged"]
+        lines = [f"{', '.join(of['merged']) or 'none'} merged"]
+        for m in sorted({*of["taken"].values()}):
+            lines.append(f"{', '.join(n for n in of['taken'] if of['taken'][n] == m)} of {m}")
+        lines += [f"{', '.join(of['left_out'])} left out"] if of["left_out"] else []
+        for i, line in enumerate(lines):
+            say(f"{'' if i else 'components':12}{line}")
     if resolved.align is not None:
         say(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
     for module in resolved.modules:
@@ -380,7 +389,8 @@ def inspect(
                 d["parameters"] + i.size,
                 d["bytes"] + i.nbytes,
             )
-        files = sorted({i.file.name for i in infos})
+        within = {i.file: i.file.relative_to(c.directory or i.file.parent).as_posix() for i in infos}
+        files = sorted(within.values())
         shown = [i for i in infos if fnmatchcase(i.name, tensor or "*")]
         seen = None
         if values:
@@ -398,6 +408,9 @@ def inspect(
                 k for k in ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size") if k in c.config
             ]
             facts.append(("config", ", ".join(f"{k} {c.config[k]}" for k in known) or "of no kind that is known"))
+        for part in c.components.values():
+            weights = f", {_tensors(len(part.weights))}" if part.weights is not None else ""
+            facts.append((part.name, f"{part.kind}{weights}"))
         for name, d in dtypes.items():
             facts.append((name, f"{_tensors(d['tensors'])}, {d['parameters']:,} parameters, {size(d['bytes'])}"))
         if html is not None and seen is not None:
@@ -405,7 +418,7 @@ def inspect(
 
             _write(html, inspected(seen, path, facts, by))
         if json:
-            tensors = {i.name: {"dtype": i.dtype, "shape": list(i.shape), "file": i.file.name} for i in shown}
+            tensors = {i.name: {"dtype": i.dtype, "shape": list(i.shape), "file": within[i.file]} for i in shown}
             found = {"path": str(c.path), "files": files, "metadata": c.metadata, "dtypes": dtypes, "tensors": tensors}
             if seen is not None:
                 told = seen.told()

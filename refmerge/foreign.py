@@ -5,8 +5,8 @@
     unet.down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight   diffusers, older
 
 kohya writes a module's name with underscores for dots, so that it is found only beside a model: `matched` looks for it among
-the names of a base. Where that is a single file in the layout of the first Stable Diffusion, its names are turned into
-diffusers' by rule.
+the names of a base. The U-Nets of Stable Diffusion have two sets of names, those of single files and diffusers'; each is
+turned into the other by rule.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from refmerge.checkpoint.files import listed, shown
 from refmerge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from refmerge.adapters import Adapter
+    from refmerge.adapters import Adapter, Factors
 
-__all__ = ["file_of", "matched", "matches", "parts_of"]
+__all__ = ["file_of", "matched", "matches", "parts_of", "single_names"]
 
 # The part of a pipeline that a name begins with, in kohya's layout and in diffusers'.
 KOHYA = {
@@ -36,8 +36,11 @@ PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_
 PLACES = {
     "unet": ("model.diffusion_model.", "unet.", ""),
     "transformer": ("model.diffusion_model.", "transformer.", ""),
-    "text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.", ""),
-    "text_encoder_2": ("text_encoder_2.", ""),
+    "text_encoder": (
+        "cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer.",
+        "text_encoder.", "",
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "text_encoder_2.", ""),
     "text_encoder_3": ("text_encoder_3.", ""),
 }
 ENDS = re.compile(
@@ -53,6 +56,12 @@ SINGLE = {
     "out.0": "conv_norm_out", "out.2": "conv_out", "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }  # fmt: skip
+# Modules of a layer of OpenCLIP's text encoder, which single files have, and what diffusers and kohya call them. The weights
+# of its queries, keys and values are one tensor, in_proj_weight.
+OPEN_CLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_RESNET_OF = {theirs: name for name, theirs in RESNET.items()}
+_SINGLE_OF = {theirs: name for name, theirs in SINGLE.items()}
 
 
 def parts_of(
@@ -154,14 +163,33 @@ def matched(adapter: Adapter, names: Iterable[str], label: str, part: str | None
         wanted = {raw: (p, rest) for raw, (p, rest) in wanted.items() if p == part}
     index = {p: dict(_index(names, p)) for p in {p for p, _ in wanted.values()}}
     found = {raw: index[p].get(rest.replace(".", "_")) for raw, (p, rest) in wanted.items()}
-    if missing := [raw for raw, module in found.items() if module is None]:
+    if missing := [raw for raw, place in found.items() if place is None]:
         hint = "" if part is not None else "; where the model is one part of several, part (--part) says which"
         raise InputError(f"{label}: the base has no module for {listed(missing)}{hint}")
-    modules = {module: adapter.modules[raw] for raw, module in found.items() if module is not None}
-    if len(modules) < len(found):
-        twice = sorted(raw for raw, module in found.items() if list(found.values()).count(module) > 1)
+    if len(set(found.values())) < len(found):
+        twice = sorted(raw for raw, place in found.items() if list(found.values()).count(place) > 1)
         raise InputError(f"{label}: {listed(twice)} fit the same modules of the base; part (--part) says which are meant")
+    modules: dict[str, Factors] = {}
+    thirds: dict[str, dict[int, Factors]] = {}
+    for raw, (module, third) in ((raw, place) for raw, place in found.items() if place is not None):
+        if third is None:
+            modules[module] = adapter.modules[raw]
+        else:
+            thirds.setdefault(module, {})[third] = adapter.modules[raw]
+    modules |= {module: _stacked(factors) for module, factors in thirds.items()}
     return replace(adapter, modules=modules, layout="peft")
+
+
+def _stacked(thirds: Mapping[int, Factors]) -> Factors:
+    """The factors of a tensor that is three others, one below the other, from those of some of the three."""
+    from refmerge.adapters import Factors
+
+    rows, rank = max(len(f.B) for f in thirds.values()), sum(f.rank for f in thirds.values())
+    B, at = np.zeros((3 * rows, rank)), 0
+    for third, f in thirds.items():
+        B[third * rows : third * rows + len(f.B), at : at + f.rank] = f.scaling * f.matrices()[0]
+        at += f.rank
+    return Factors(np.concatenate([f.matrices()[1] for f in thirds.values()]), B)
 
 
 def _part(raw: str) -> tuple[str, str]:
@@ -173,15 +201,29 @@ def _part(raw: str) -> tuple[str, str]:
     return (part, rest) if part in PARTS else ("unet", raw)
 
 
-def _index(names: Iterable[str], part: str) -> Iterator[tuple[str, str]]:
-    """(name with underscores, module), for every name by which a module of that part may be called."""
-    modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
+def _index(names: Iterable[str], part: str) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """(name with underscores, (module, which third of its rows or None)), for every name by which a module of that part may
+    be called."""
+    modules = [n[: -len("?weight")] for n in names if n.endswith((".weight", ".in_proj_weight"))]
     place = next(p for p in PLACES[part] if any(m.startswith(p) for m in modules) or not p)
     for module in modules:
         if module.startswith(place):
             bare = module.removeprefix(place)
-            for name in {bare, *([_diffusers(bare)] if part == "unet" else [])}:
-                yield name.replace(".", "_"), module
+            for name in {bare, *([_diffusers(bare), *single_names(bare)] if part == "unet" else [])}:
+                yield name.replace(".", "_"), (module, None)
+            for name, third in _of_open_clip(bare) if part != "unet" else ():
+                yield name.replace(".", "_"), (module, third)
+
+
+def _of_open_clip(name: str) -> list[tuple[str, int | None]]:
+    """diffusers' names for a module of OpenCLIP's text encoder, and which third of its rows each is."""
+    found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
+    if found is None:
+        return []
+    layer = f"text_model.encoder.layers.{found[1]}."
+    if found[2] == "attn.in_proj":
+        return [(layer + third, i) for i, third in enumerate(THIRDS)]
+    return [(layer + OPEN_CLIP[found[2]], None)] if found[2] in OPEN_CLIP else []
 
 
 def _diffusers(name: str) -> str:
@@ -203,3 +245,24 @@ def _diffusers(name: str) -> str:
     if sub and rest == "conv":
         return f"{blocks}.upsamplers.0.conv"
     return f"{blocks}.attentions.{place}.{rest}" if sub else f"{blocks}.resnets.{place}.{RESNET.get(rest, rest)}"
+
+
+def single_names(name: str) -> list[str]:
+    """What a module of diffusers' U-Net may be called in a single file: the inverse of `_diffusers`. An upsampler stands
+    after the attention, or in its place where the stage has none."""
+    if name in _SINGLE_OF:
+        return [_SINGLE_OF[name]]
+    kinds = "resnets|attentions|downsamplers|upsamplers"
+    block = re.fullmatch(rf"(down|up|mid)_blocks?\.(?:(\d+)\.)?({kinds})\.(\d+)\.(.+)", name)
+    if block is None:
+        return []
+    side, stage, kind, place, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
+    rest = _RESNET_OF.get(rest, rest) if kind == "resnets" else rest
+    if side == "mid":
+        return [f"middle_block.{1 if kind == 'attentions' else 2 * place}.{rest}"]
+    if kind == "downsamplers":
+        return [f"input_blocks.{3 * stage + 3}.0.op"]
+    if kind == "upsamplers":
+        return [f"output_blocks.{3 * stage + 2}.{sub}.conv" for sub in (1, 2)]
+    at = f"input_blocks.{3 * stage + place + 1}" if side == "down" else f"output_blocks.{3 * stage + place}"
+    return [f"{at}.{int(kind == 'attentions')}.{rest}"]

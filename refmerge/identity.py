@@ -27,6 +27,7 @@ def of_merge(plan: Plan, options: Mapping[str, Any]) -> dict[str, str] | None:
     files alone, or something is done to them first. Threads and block sizes are not among them: they change no bit."""
     work = plan.work
     sources = [*work.models, *([] if work.base is None else [work.base]), *(work.stats or [])]
+    sources += [s for s in dict.fromkeys(plan.copied.values()) if s not in sources]
     if plan.before is not None or not all(_is_file(s) for s in sources):
         return None
     recipe = {

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,12 +19,15 @@ from array_api_compat import is_numpy_array
 
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, refuse_input
 from refmerge.checkpoint.dtypes import OUTPUTS
+from refmerge.checkpoint.layout import PIPELINE, WEIGHTS
 from refmerge.engine import MASKS, Ran, block_elements, run
 from refmerge.errors import RefmergeError, ResourceError, UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
 from refmerge.identity import of_merge
+from refmerge.pipelines import Arrangement
 from refmerge.registry import is_ours
+from refmerge.skipping import POLICY, Skipped, sound, told
 from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work, stat_name
 
@@ -74,8 +78,10 @@ class Plan:
     inputs before the first block is read. rest: works beside the first, of the same method on other numbers of models.
     stages: merges that come first, and whose results are inputs of this one.
     config: of the result, where it is not the donor's. sidecars: files that are copied, the donor's where None. files: name
-    -> content of what else lies in a folder beside the weights. report: called with the files of weights when all is
-    written, for more such files. metadata: of the files of weights.
+    -> content of what else lies in a folder beside the weights. report: called with the folder and its files of weights when
+    all is written, for more such files. metadata: of the files of weights. arranged: what becomes of each component, where
+    the inputs are pipelines. notes: what the user should know. parts: what was run of work and rest, where the inputs were
+    looked at for values that are not finite, and skipped: the models that were left out.
     """
 
     work: Work
@@ -97,13 +103,17 @@ class Plan:
     config: dict[str, Any] | None = None
     sidecars: Sequence[Path] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
-    report: Callable[[Sequence[Path]], Mapping[str, bytes]] | None = None
+    report: Callable[[Path, Sequence[Path]], Mapping[str, bytes]] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    arranged: Arrangement | None = None
+    notes: Sequence[str] = ()
     ran: Ran | None = None
+    parts: Sequence[Work] = ()
+    skipped: Sequence[Skipped] = ()
 
     @property
     def works(self) -> list[Work]:
-        return [self.work, *self.rest]
+        return [*self.parts] or [self.work, *self.rest]
 
     @property
     def all_plans(self) -> list[Plan]:
@@ -154,6 +164,8 @@ class Plan:
         target = Path(out)
         if self.work.method.outputs and target.suffix == ".safetensors":
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
+        if self.arranged is not None and target.suffix == ".safetensors":
+            raise UsageError(f"a pipeline of several components is a folder, and {str(target)!r} is a file")
         refuse_input(target, [p for c in self.checkpoints if not c.coming for p in c.paths])
         limit = parse_size(max_shard_size)
         merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": dict(metadata or {})})
@@ -171,11 +183,11 @@ class Plan:
                     merge=merge,
                     resume=resume,
                     metadata=metadata,
-                    sidecars=() if single else self._sidecars(),
+                    sidecars={} if single else self._sidecars(),
                     extra_files=None if single else files,
-                    **({} if single or self.donor is None else {"weights": self.donor.weights}),
+                    weights=WEIGHTS if single else self._weights(),
                 )
-                written = writer.paths
+                folder, written = writer.partial, writer.paths
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)
                 writer.reuse(done)
@@ -183,7 +195,7 @@ class Plan:
             for c in self.checkpoints:
                 c.check_unchanged()
             if self.report is not None and not single:
-                files |= self.report(written)
+                files |= self.report(folder, written)
         return target if self.work.method.outputs else open_checkpoint(target)
 
     def _done(self, finished: frozenset[str]) -> frozenset[str]:
@@ -191,9 +203,7 @@ class Plan:
         work = self.work
         groups: dict[str, set[str]] = {}
         for t in work.tensors:
-            whole = work.over == "model" or work.view(t) == "model"
-            label = "" if whole else work.over(t.name) if callable(work.over) else t.name
-            groups.setdefault(label, set()).update({t.name} if t.size else ())
+            groups.setdefault(work.group_of(t), set()).update({t.name} if t.size else ())
         done = frozenset().union(*(group for group in groups.values() if group <= finished))
         return done | (finished & self.copied.keys())
 
@@ -211,26 +221,47 @@ class Plan:
             return StagedSink(writer, specs, self.example)
         return DiskSink(writer, specs, self.backend)
 
-    def side_files(self) -> tuple[Sequence[Path], dict[str, bytes]]:
-        """What lies beside the weights: files that are copied, and contents by name, which win."""
+    def side_files(self) -> tuple[dict[str, Path], dict[str, bytes]]:
+        """What lies beside the weights: files that are copied and contents, by name; contents win."""
         return self._sidecars(), self._files()
 
-    def _sidecars(self) -> Sequence[Path]:
-        if self.sidecars is not None:
-            return self.sidecars
-        return self.donor.sidecars() if self.donor is not None else ()
+    def _weights(self) -> str | dict[str, str]:
+        """What the only file of weights is called, in each component of a pipeline."""
+        if self.arranged is None:
+            return WEIGHTS if self.donor is None else self.donor.weights
+        weights = {name: c.components[name].weights for name, c in self.arranged.donors.items()}
+        return {name: w.weights for name, w in weights.items() if w is not None}
+
+    def _sidecars(self) -> dict[str, Path]:
+        paths = self.sidecars
+        if paths is None:
+            paths = self.donor.sidecars() if self.donor is not None else ()
+        found = {path.name: path for path in paths}
+        for name, c in self.arranged.donors.items() if self.arranged is not None else ():
+            found |= {f"{name}/{path.name}": path for path in c.components[name].sidecars()}
+        return found
 
     def _files(self) -> dict[str, bytes]:
         """What lies beside the weights and is not copied; the config of the result, with its dtype, if not the donor's."""
         files = dict(self.files)
-        donors = self.donor.config if self.donor is not None else None
-        config = self.config or donors
-        word = _CONFIG_WORDS.get(self.out_dtype or "")
+        if self.donor is not None and self.arranged is None:
+            files |= self._config("config.json", self.donor, self.config, self.out_dtype)
+        elif self.arranged is not None:
+            files[PIPELINE] = _json(self.arranged.index)
+            for name, c in self.arranged.donors.items():
+                weights, merged = c.components[name].weights, name in self.arranged.merged
+                if weights is not None:
+                    files |= self._config(f"{name}/config.json", weights, None, self.out_dtype if merged else None)
+        return files
+
+    @staticmethod
+    def _config(name: str, donor: Checkpoint, config: dict[str, Any] | None, dtype: str | None) -> dict[str, bytes]:
+        """The config under this name, where it is not as it is in the donor's folder."""
+        config = config or donor.config
+        word = _CONFIG_WORDS.get(dtype or "")
         if config and word:
             config = {**config, **{k: word for k in ("dtype", "torch_dtype") if k in config}}
-        if config and (config != donors or (self.donor is not None and self.donor.rewritten)):
-            files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-        return files
+        return {name: _json(config)} if config and (config != donor.config or donor.rewritten) else {}
 
     @property
     def _on_files(self) -> bool:
@@ -267,6 +298,8 @@ class Plan:
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
         fused = self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values())
         self.ran = Ran()
+        if self.work.nonfinite == POLICY:
+            self._skip_models()
         for work in self.works:
             if done:
                 recorded = work.recorded
@@ -281,6 +314,14 @@ class Plan:
             if "" in sinks and name not in done:
                 sinks[""].copy(name, source)
 
+    def _skip_models(self) -> None:
+        """Put in place of the works their parts, each without the models whose values are not finite there."""
+        found = [sound(work, self.threads) for work in (self.work, *self.rest)]
+        self.parts = [part for parts, _ in found for part in parts]
+        self.skipped = [skipped for _, of in found for skipped in of]
+        for line in told(self.skipped):
+            warnings.warn(line, stacklevel=2)
+
     def figures(self, estimate: bool = False) -> dict[str, Any]:
         """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
         arrays. Bytes are those of the tensors; peak_memory is that of the blocks and of the interpreters, of which
@@ -293,6 +334,8 @@ class Plan:
             for work in self.works:
                 ran = _both(ran, _expected(work, self._block_elements(work, processes)))
         copied = sum(_nbytes(spec) for n, spec in self.specs.items() if n in self.copied)
+        strict = self.work.nonfinite == POLICY  # then all is read once more, before anything is merged
+        looked_at = sum(w.bytes_of(t, t.size) for w in (self.work, *self.rest) for t in w.tensors) if strict else 0
         memory = max(_peak_memory(w, self._block_elements(w, processes), self.threads) for w in self.works)
         return {
             "method": method.name,
@@ -301,7 +344,7 @@ class Plan:
             "copied": len(self.copied),
             "parameters": sum(t.size for w in self.works for t in w.tensors),
             "passes": ran.passes,
-            "bytes_read": ran.bytes_read + copied,
+            "bytes_read": ran.bytes_read + copied + looked_at,
             "bytes_written": sum(_nbytes(s) for o in method.outputs or ("",) for s in self._specs_of(o).values()),
             "peak_memory": memory
             + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)
@@ -310,6 +353,10 @@ class Plan:
             "backend": "arrays" if self.backend is None else self.backend.name,
             "compiled": self.is_fused,
         }
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 @contextmanager

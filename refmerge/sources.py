@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from array_api_compat import is_numpy_array, is_torch_array
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, decode, encode, itemsize
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, WORDS
 from refmerge.checkpoint.dtypes import finite as finite_bytes
+from refmerge.checkpoint.pipeline import part_of
 from refmerge.errors import InputError
 from refmerge.fused import Lazy, leaf, store, support
 from refmerge.native import Rounded
@@ -286,9 +287,10 @@ class ByteSource:
 
 
 class DiskSource(ByteSource):
-    """A checkpoint on disk, read in pieces."""
+    """A checkpoint on disk, read in pieces. parts: of a pipeline, the components that are looked at; None is all."""
 
     files = True
+    parts: Collection[str] | None = None
 
     def __init__(self, checkpoint: Checkpoint, backend: Any, cast: str | None = None) -> None:
         super().__init__(backend, cast)
@@ -299,7 +301,8 @@ class DiskSource(ByteSource):
         return self.checkpoint.multiplies
 
     def names(self) -> set[str]:
-        return set(self.checkpoint.tensors)
+        names = self.checkpoint.tensors
+        return set(names) if self.parts is None else {n for n in names if part_of(n) in self.parts}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.checkpoint.tensors[name].shape

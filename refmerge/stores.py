@@ -10,8 +10,9 @@ import numpy as np
 
 from refmerge.block import report_nonfinite
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, refuse_input
-from refmerge.errors import InputError
+from refmerge.errors import InputError, UsageError
 from refmerge.plan import Plan
+from refmerge.skipping import POLICY
 from refmerge.sources import NotFinite, Scratch
 from refmerge.work import Tensor
 
@@ -19,10 +20,13 @@ __all__ = ["give_back", "read", "refuse", "unpacked"]
 
 
 def refuse(plan: Plan, base: Mapping[str, Any], out: str | Path) -> None:
-    """InputError where models and base have not the same tensors, UsageError for an output that lies in an input."""
+    """InputError where models and base have not the same tensors, UsageError for an output that lies in an input and for a
+    policy under which models could be missing."""
     for s in plan.work.models:
         if odd := sorted(s.names() ^ {*base}):
             raise InputError(f"tensor {odd[0]!r} is not in both {s.label} and the base: they must have the same tensors")
+    if plan.work.nonfinite == POLICY:
+        raise UsageError(f"nonfinite = {POLICY!r} is for merges: here every model has a place of its own")
     refuse_input(out, [p for c in plan.checkpoints for p in c.paths])
 
 

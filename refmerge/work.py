@@ -70,6 +70,12 @@ class Work:
         """The sources that the method reads weights of: the models, and the base where it asks for one."""
         return [*self.models, *([self.base] if self.base is not None and self.method.takes_base else [])]
 
+    def group_of(self, tensor: Tensor) -> str:
+        """What names the group that the method sees this tensor with: one for all tensors of the same group."""
+        if self.over == "model" or self.view(tensor) == "model":
+            return ""
+        return str(self.over(tensor.name)) if callable(self.over) else tensor.name
+
     def view(self, tensor: Tensor) -> str:
         """What of this tensor must stay whole."""
         return self.method.view_for(tensor.params, len(tensor.shape))

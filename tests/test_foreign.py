@@ -12,6 +12,7 @@ from refmerge.adapted import adapted
 from refmerge.adapters import read_adapter, write_adapter
 from refmerge.checkpoint import open_checkpoint, save
 from refmerge.procedures.adapters.lora_merge import lora_merge
+from refmerge.recipe.run import run_recipe
 
 # diffusers' name of a module of the U-Net, and where the first Stable Diffusion's single file has it.
 PLACES = {
@@ -57,6 +58,66 @@ def test_kohyas_names_in_a_single_file(tmp_path):
         assert read[f"model.diffusion_model.{ldm}.weight"].tolist() == [[i + 1.0] * 3, [0.0] * 3]
     assert read["cond_stage_model.transformer." + TEXT + ".weight"].tolist() == [[1.0] * 3, [0.0] * 3]
     assert not read["first_stage_model.conv_in.weight"].any()
+
+
+def test_kohyas_names_of_a_single_file_in_a_pipeline(tmp_path):
+    """As adapters of Stable Diffusion XL are mostly trained: the single file's names, and two text encoders."""
+    parts = {"unet": [*PLACES], "text_encoder": [TEXT], "text_encoder_2": [TEXT]}
+    for part, names in parts.items():
+        weights = {f"{name}.weight": np.zeros((2, 3), np.float16) for name in names}
+        save(weights, tmp_path / "sd" / part, extra_files={"config.json": b"{}"})
+    classes = {part: ["diffusers", part] for part in parts}
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(classes))
+    lora = {}
+    for i, ldm in enumerate(PLACES.values()):
+        lora |= factors(f"lora_unet_{flat(ldm)}", i + 1.0, alpha=1)
+    lora |= factors(f"lora_te1_{flat(TEXT)}", 0.5) | factors(f"lora_te2_{flat(TEXT)}", 3.0)
+    save(lora, tmp_path / "lora.safetensors")
+    read = adapted(open_checkpoint(tmp_path / "sd"), tmp_path / "lora.safetensors")
+    for i, name in enumerate(PLACES):
+        assert read[f"unet.{name}.weight"].tolist() == [[i + 1.0] * 3, [0.0] * 3]
+    assert [read[f"text_encoder{n}.{TEXT}.weight"][0, 0] for n in ("", "_2")] == [1.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [("conditioner.embedders.1.model.", "lora_te2_"), ("cond_stage_model.model.", "lora_te_"), ("", "lora_te2_")],
+)
+def test_the_text_encoder_of_open_clip(tmp_path, place, part):
+    """Queries, keys and values in one tensor: 2 x 3 each, of which keys stay as they are."""
+    layer, theirs = f"{place}transformer.resblocks.3.", "text_model_encoder_layers_3_"
+    base = {f"{layer}{n}.weight": np.zeros((2, 3), np.float32) for n in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")}
+    base |= {f"{layer}attn.in_proj_weight": np.zeros((6, 3), np.float32), f"{layer}attn.in_proj_bias": np.zeros(6)}
+    save(base, tmp_path / "sd.safetensors")
+    lora = factors(f"{part}{theirs}self_attn_q_proj", 1.0, alpha=1) | factors(f"{part}{theirs}self_attn_v_proj", 2.0, r=1)
+    for i, name in enumerate(("self_attn_out_proj", "mlp_fc1", "mlp_fc2")):
+        lora |= factors(f"{part}{theirs}{name}", i + 3.0, alpha=1)
+    save(lora, tmp_path / "lora.safetensors")
+    read = adapted(tmp_path / "sd.safetensors", tmp_path / "lora.safetensors")
+    assert read[f"{layer}attn.in_proj_weight"].tolist() == [[x] * 3 for x in (1.0, 0.0, 0.0, 0.0, 2.0, 0.0)]
+    assert [read[f"{layer}{n}.weight"][0, 0] for n in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")] == [3.0, 4.0, 5.0]
+    save(lora | factors(f"{part}{theirs}self_attn_q.proj", 1.0), tmp_path / "twice.safetensors")
+    with pytest.raises(InputError, match=r"self_attn_q.proj', .*self_attn_q_proj' fit the same modules"):
+        adapted(tmp_path / "sd.safetensors", tmp_path / "twice.safetensors")
+
+
+def test_block_weights_of_an_adapter(tmp_path):
+    """As people say which blocks an adapter is to change: weights by filters on the base's names."""
+    base = {f"model.diffusion_model.{b}.weight": np.full((2, 3), 8, np.float16) for b in ("input_blocks.1.1.q", "out.2")}
+    base |= {"cond_stage_model.transformer.q.weight": np.full((2, 3), 8, np.float16), "betas": np.ones(2, np.float32)}
+    save(base, tmp_path / "sd.safetensors")
+    lora = factors("lora_unet_down_blocks_0_attentions_0_q", 1.0, alpha=1) | factors("lora_unet_conv_out", 2.0, alpha=1)
+    save(lora | factors("lora_te_q", 1.0), tmp_path / "lora.safetensors")
+    (tmp_path / "recipe.yml").write_text(
+        "refmerge: 1\nmerge_method: task_arithmetic\nbase_model: sd.safetensors\nmodels:\n"
+        "  - model: sd.safetensors+lora.safetensors\n    parameters:\n      weight:\n"
+        "        - {filter: input_blocks.1., value: 1}\n        - {filter: cond_stage_model., value: 0}\n"
+        "        - {value: 0.5}\n"
+    )
+    merged = run_recipe(tmp_path / "recipe.yml", tmp_path / "out.safetensors")
+    assert merged["model.diffusion_model.input_blocks.1.1.q.weight"].tolist() == [[9.0] * 3, [8.0] * 3]
+    assert merged["model.diffusion_model.out.2.weight"].tolist() == [[9.0] * 3, [8.0] * 3]
+    assert merged["cond_stage_model.transformer.q.weight"].tolist() == [[8.0] * 3] * 2
 
 
 @pytest.mark.parametrize(("down", "up"), [("lora_A", "lora_B"), ("lora.down", "lora.up")])

@@ -301,12 +301,7 @@ def test_components_of_diffusers_keep_their_names(tmp_path, size):
     assert names[1] == f"diffusion_pytorch_model{'-00001-of-00002' if size == 50 else ''}.safetensors"
 
 
-def test_a_pipeline_names_its_components(tmp_path):
-    for name in ("unet", "vae"):
-        component(tmp_path / "sd" / name, 1)
-    (tmp_path / "sd" / "model_index.json").write_text("{}")
-    with pytest.raises(InputError, match=r"a diffusers pipeline of several components.* of 'unet', 'vae'"):
-        open_checkpoint(tmp_path / "sd")
+def test_several_readings_of_a_component(tmp_path):
     both = component(tmp_path / "both", 1, max_shard_size=50)
     (both / "x.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match="2 indexes"):

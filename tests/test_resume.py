@@ -218,6 +218,8 @@ def test_what_cannot_be_resumed(models, tmp_path):
         (crashes.fail, {"every": 97}),
         (crashes.fail, {"every": 61, "overwrite": True, "single": True}),
         (crashes.fail, {"every": 111, "resume": False}),
+        (crashes.kill, {"every": 211, "pipelines": True}),
+        (crashes.fail, {"every": 191, "pipelines": True, "overwrite": True}),
     ],
 )
 def test_killed_or_failing_at_any_call(stop, options, tmp_path):

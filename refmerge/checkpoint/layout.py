@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,7 +16,14 @@ from refmerge.errors import InputError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INDEXES = ".safetensors.index.json"  # what the names of indexes end in
+PIPELINE = "model_index.json"  # what says which components a diffusers pipeline has
 _DIFFUSION = "diffusion_pytorch_model"  # the weights of a component of a diffusers pipeline
+_SHARD = r"(?:-\d{5}-of-\d{5})?"
+# Weights of a variant, fp16 or non_ema, beside the plain ones or in their place: a file, a shard, an index.
+_VARIANT = re.compile(
+    rf"(?P<stem>{_DIFFUSION}|model){_SHARD}\.(?P<file>[A-Za-z]\w*){_SHARD}\.safetensors"
+    rf"|(?P<of>{_DIFFUSION}|model)\.safetensors\.index\.(?P<index>[A-Za-z]\w*)\.json"
+)
 
 _PICKLES_AND_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".tflite")
 _KNOWN_SIDECARS = frozenset({
@@ -68,10 +76,10 @@ def locate(path: str | os.PathLike[str]) -> Layout:
 
 
 def _locate_in(folder: Path) -> Layout:
-    names = _list(folder)
-    indexes = [name for name in names if name.endswith(INDEXES)]
+    names = _one_variant(folder, _list(folder))
+    indexes = [name for name in names if _is_index(name)]
     index = INDEX if INDEX in indexes or not indexes else indexes[0]
-    single = index.removesuffix(".index.json")
+    single = _of_index(index)
     if len(indexes) > 1 and INDEX not in indexes:
         listed = ", ".join(map(shown, indexes[:5]))
         raise InputError(f"{shown(folder)}: {len(indexes)} indexes ({listed}); give the path of the one that is meant")
@@ -86,6 +94,32 @@ def _locate_in(folder: Path) -> Layout:
     return Layout(folder, folder, (contained(path, folder),))
 
 
+def _one_variant(folder: Path, names: list[str]) -> list[str]:
+    """The names without weights of variants, where there are plain ones. InputError for several variants and none plain."""
+    found = {name: match for name in names if (match := _VARIANT.fullmatch(name))}
+    stems = {match["stem"] or match["of"] for match in found.values()}
+    if any(f"{stem}.safetensors{end}" in names for stem in stems for end in ("", ".index.json")):
+        return [name for name in names if name not in found]
+    variants = sorted({match["file"] or match["index"] for match in found.values()})
+    if len(variants) > 1:
+        raise InputError(
+            f"{shown(folder)}: weights of the variants {', '.join(variants)}, and none that are plain; give the path of the "
+            "file that is meant, or keep one variant"
+        )
+    return names
+
+
+def _is_index(name: str) -> bool:
+    match = _VARIANT.fullmatch(name)
+    return name.endswith(INDEXES) or (match is not None and match["index"] is not None)
+
+
+def _of_index(index: str) -> str:
+    """The name of the only file that would stand for what the index lists."""
+    match = _VARIANT.fullmatch(index)
+    return index.removesuffix(".index.json") if match is None else f"{match['of']}.{match['index']}.safetensors"
+
+
 def _only_file(folder: Path, names: list[str]) -> Path:
     found = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names:
@@ -95,12 +129,6 @@ def _only_file(folder: Path, names: list[str]) -> Path:
         listed = ", ".join(map(shown, found[:5]))
         raise InputError(
             f"{shown(folder)}: {len(found)} safetensors files ({listed}) and no {INDEX} to say what belongs"
-        )
-    if not found and "model_index.json" in names:
-        parts = [name for name in names if (folder / name / "config.json").is_file()]
-        raise InputError(
-            f"{shown(folder)}: a diffusers pipeline of several components; give the path of the one to merge, of "
-            f"{', '.join(map(shown, parts[:9])) or 'those in its folders'}"
         )
     if not found:
         others = [name for name in names if name.endswith(_PICKLES_AND_OTHERS)]
@@ -155,6 +183,12 @@ def contained(path: Path, folder: Path) -> Path:
     return path
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there is anything in the folder that is weights of some kind, or a network's config that wants some."""
+    names = _list(folder)
+    return "config.json" in names or any(_is_index(n) or n.endswith((".safetensors", *_PICKLES_AND_OTHERS)) for n in names)
+
+
 def config(folder: Path | None) -> dict[str, Any] | None:
     """The folder's config.json, None where there is none; InputError if it is not a JSON object."""
     if folder is None or not os.path.lexists(folder / "config.json"):
@@ -183,7 +217,7 @@ def sidecars(folder: Path) -> list[Path]:
         path = folder / name
         if name.startswith(".") or name in _PROVENANCE or path.is_dir():
             continue
-        if name.endswith((".safetensors", ".safetensors.index.json", ".bin.index.json", *_PICKLES_AND_OTHERS)):
+        if _is_index(name) or name.endswith((".safetensors", ".bin.index.json", *_PICKLES_AND_OTHERS)):
             continue
         if not path.is_file():  # a link to nothing, or no file that could be copied: the result would lack it
             raise InputError(f"{shown(contained(path, folder))}: not a regular file")

@@ -9,8 +9,8 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,11 +20,15 @@ from refmerge.checkpoint.files import PositionedFile, open_regular, readable, sh
 from refmerge.checkpoint.header import Header, TensorInfo, identity, read_header
 from refmerge.errors import InputError, ResourceError
 
+if TYPE_CHECKING:
+    from refmerge.checkpoint.pipeline import Component
+
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a .safetensors file, an index .json, or a folder in the Hub's layout; a .gguf file where the gguf package is.
+    """Open a .safetensors file, an index .json, a folder in the Hub's layout or that of a diffusers pipeline; a .gguf file
+    where the gguf package is.
 
     Reads and checks all headers and the index, and no weights. InputError names the file and what is wrong with it.
     allow_pickle: open pickled weights (.bin, .pt, .pth, .ckpt), too, through torch's weights_only reader.
@@ -34,6 +38,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False)
             from refmerge.checkpoint.gguf_files import open_gguf
 
             return open_gguf(Path(path))
+        if os.path.lexists(os.path.join(path, layout.PIPELINE)):
+            from refmerge.checkpoint.pipeline import open_pipeline
+
+            return open_pipeline(Path(path), lambda folder: open_checkpoint(folder, allow_pickle=allow_pickle))
         if allow_pickle and os.path.exists(path):
             from refmerge.checkpoint.pickles import is_pickled, open_pickled
 
@@ -83,6 +91,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     multiplies = False  # whether matrices are multiplied where it is read
     rewritten = False  # whether `config` is not what the folder's file says
     note = ""  # what a plan should say of how it is read
+    components: Mapping[str, Component] = MappingProxyType({})
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, WORDS, decode, itemsize
 from refmerge.checkpoint.files import shown
 from refmerge.checkpoint.header import TensorInfo
+from refmerge.checkpoint.pipeline import Pipeline
 from refmerge.checkpoint.reader import Checkpoint
 from refmerge.errors import InputError
 
@@ -45,6 +46,8 @@ def as_values(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.rewritten:
         return checkpoint
+    if isinstance(checkpoint, Pipeline):
+        return checkpoint.through(as_values)
     tensors = checkpoint.tensors
     for ending, tool in _PACKED.items():
         found = next((n for n, t in tensors.items() if n.endswith(ending) and t.dtype not in FLOATS), None)

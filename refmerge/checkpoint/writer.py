@@ -36,7 +36,7 @@ from refmerge.checkpoint.files import (
 )
 from refmerge.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, build_header
 from refmerge.checkpoint.journal import Journal, beside, take_up
-from refmerge.checkpoint.layout import INDEXES, WEIGHTS
+from refmerge.checkpoint.layout import INDEXES, PIPELINE, WEIGHTS, read_json
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
 
@@ -53,9 +53,11 @@ class CheckpointWriter:
     target: a path ending in .safetensors gives one file, any other a folder in the Hub's layout: model.safetensors, or
     shards of at most `max_shard_size` bytes of tensors (more only where one tensor is larger) and their index.
     tensors: name -> (safetensors dtype, shape). metadata: strings for each file's header beside {"format": "pt"}.
-    sidecars: files copied into the folder. extra_files: name -> content, which wins over a sidecar of the same name and
-    is looked at only by commit(), so that a report may be put there last. weights: the name of a folder's only file,
-    after which those of several are called, too.
+    sidecars: files copied into the folder, or name there -> file. extra_files: name -> content, which wins over a sidecar of
+    the same name and is looked at only by commit(), so that a report may be put there last. weights: the name of a folder's
+    only file, after which those of several are called, too. For a pipeline of components it is component -> that name: the
+    tensors of unet, `unet.<name>`, go into the folder unet without that beginning, and names of other files may be
+    `unet/<name>`.
     overwrite: an existing target stays until the new one is complete, is then moved away, and removed last.
     merge: what decides every byte, part -> digest; a journal is then kept. resume: go on with the output of the same merge
     that an earlier run left, if there is one, and leave this one to be gone on with if it is interrupted. finished: the
@@ -74,24 +76,25 @@ class CheckpointWriter:
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
-        sidecars: Sequence[Path] = (),
+        sidecars: Sequence[Path] | Mapping[str, Path] = (),
         extra_files: Mapping[str, bytes] | None = None,
-        weights: str = WEIGHTS,
+        weights: str | Mapping[str, str] = WEIGHTS,
         merge: Mapping[str, str] | None = None,
         resume: bool = False,
     ) -> None:
         self.target = Path(os.path.abspath(target))
         self._single = self.target.name.endswith(".safetensors")
         self._overwrite = overwrite
-        self._sidecars = [Path(path) for path in sidecars]
+        named = sidecars.items() if isinstance(sidecars, Mapping) else [(Path(path).name, path) for path in sidecars]
+        self._sidecars = [(name, Path(path)) for name, path in named]
         self._extra_files: Mapping[str, bytes] = {} if extra_files is None else extra_files
         if self._single and (self._sidecars or self._extra_files):
             raise UsageError(
                 f"{shown(self.target)}: a single .safetensors file has no room for other files; give a folder"
             )
         check_target(self.target, overwrite)
+        self._weights = {"": weights} if isinstance(weights, str) else dict(weights)
         self._check_names()
-        self._weights = weights
         self._merge, self._resume = merge, resume and merge is not None
         self._journal: Journal | None = None
         self._noted, self._note_lock = time.monotonic(), threading.Lock()
@@ -103,13 +106,18 @@ class CheckpointWriter:
         self.finished = frozenset(() if self._journal is None else self._journal.finished)
         limit = parse_size(max_shard_size)
         sizes = _checked(tensors)
-        shards = [list(sizes)] if self._single else _split(sizes, limit)
         self._shards: list[_Shard] = []
-        for file, names in zip(_file_names(len(shards), weights), shards):
-            part = {name: (tensors[name][0], tuple(map(operator.index, tensors[name][1]))) for name in names}
-            path = self.partial if self._single else self.partial / file
-            self._shards.append(_Shard(path, part, {"format": "pt", **(metadata or {})}))
+        for folder, only in self._weights.items():
+            prefix = f"{folder}." if folder else ""
+            of = {name: size for name, size in sizes.items() if name.startswith(prefix)}
+            shards = [list(of)] if self._single else _split(of, limit)
+            for file, names in zip(_file_names(len(shards), only), shards):
+                part = {name: (tensors[name][0], tuple(map(operator.index, tensors[name][1]))) for name in names}
+                path = self.partial if self._single else self.partial / folder / file
+                self._shards.append(_Shard(path, part, {"format": "pt", **(metadata or {})}, prefix))
         self._home = {name: shard for shard in self._shards for name in shard.tensors}
+        if homeless := sizes.keys() - self._home.keys():
+            raise UsageError(f"tensor {shown(min(homeless))} is in none of the components {', '.join(self._weights)}")
         self._done = False
         self._made: list[Path] = []
         try:
@@ -172,8 +180,7 @@ class CheckpointWriter:
                     shard.sync()
                     names += new
             if names:
-                if not self._single:
-                    sync_directory(self.partial)
+                self._sync_directories()
                 self._journal.note(names)
 
     def commit(self) -> None:
@@ -233,12 +240,13 @@ class CheckpointWriter:
             error.add_note(f"{len(self._journal.finished)} tensors are kept, and --resume goes on from them")
 
     def _check_names(self) -> None:
-        names = [path.name for path in self._sidecars]
-        for name in (*names, *self._extra_files):
-            if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
-                raise UsageError(f"{shown(name)} is not the name of a file in a folder")
-            if name.endswith((".safetensors", INDEXES)) or names.count(name) > 1:
-                raise UsageError(f"{shown(name)}: another file of this name may be in {shown(self.target)}")
+        names = [name for name, _ in self._sidecars]
+        for path in (*names, *self._extra_files):
+            folder, slash, name = path.rpartition("/") if "" not in self._weights else ("", "", path)
+            if name in ("", ".", "..") or any(c in name for c in "/\\\0") or (slash and not folder.isidentifier()):
+                raise UsageError(f"{shown(path)} is not the name of a file in a folder")
+            if name.endswith((".safetensors", INDEXES)) or names.count(path) > 1:
+                raise UsageError(f"{shown(path)}: another file of this name may be in {shown(self.target)}")
 
     def _prepare(self) -> None:
         parent = self.target.parent
@@ -250,12 +258,13 @@ class CheckpointWriter:
         if not self._single:
             self.partial.mkdir()
         for shard in self._shards:
+            shard.path.parent.mkdir(exist_ok=True)
             shard.create()
         if self._merge is not None:
             self._journal = Journal.create(self.partial, self._merge)
 
     def _check_room(self, needed: int) -> None:
-        needed += sum(map(_size, self._sidecars))
+        needed += sum(_size(path) for _, path in self._sidecars)
         needed += needed // 100
         free = shutil.disk_usage(self.target.parent).free
         if free < needed:
@@ -269,8 +278,8 @@ class CheckpointWriter:
             shard.take_up()
         if not self._single:
             ours = {shard.path for shard in self._shards}
-            for path in self.partial.iterdir():
-                if path not in ours:
+            for path in self.partial.rglob("*"):
+                if path not in ours and not path.is_dir():
                     path.unlink()
         self._check_room(sum(shard.file_size - _allocated(shard.path) for shard in self._shards))
 
@@ -281,25 +290,33 @@ class CheckpointWriter:
             shard.sync()
         if not self._single:
             self._check_names()
-            for path in self._sidecars:
-                if path.name not in self._extra_files:
-                    _copy(path, self.partial / path.name)
+            for name, path in self._sidecars:
+                if name not in self._extra_files:
+                    _copy(path, self._place(name))
             for name, content in self._extra_files.items():
-                _write_file(self.partial / name, content)
-            if len(self._shards) > 1:
-                _write_file(self.partial / f"{self._weights}.index.json", self._index())
-            sync_directory(self.partial)
+                _write_file(self._place(name), content)
+            for folder, only in self._weights.items():
+                shards = [shard for shard in self._shards if shard.path.parent == self.partial / folder]
+                if len(shards) > 1:
+                    _write_file(self.partial / folder / f"{only}.index.json", _index(shards))
+            self._sync_directories()
         check_target(self.target, self._overwrite)
         self._swap()
         if self._journal is not None:
             self._journal.remove()
         sync_directory(self.target.parent)
 
-    def _index(self) -> bytes:
-        total = sum(tensor.nbytes for shard in self._shards for tensor in shard.tensors.values())
-        weight_map = {name: shard.path.name for name, shard in sorted(self._home.items())}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, ensure_ascii=False)
-        return (text + "\n").encode("utf-8")
+    def _place(self, name: str) -> Path:
+        path = self.partial / name
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def _sync_directories(self) -> None:
+        if not self._single:
+            for path in self.partial.iterdir():
+                if path.is_dir():
+                    sync_directory(path)
+            sync_directory(self.partial)
 
     def _swap(self) -> None:
         if self._single or not os.path.lexists(self.target):
@@ -317,18 +334,21 @@ class CheckpointWriter:
 
 
 class _Shard:
-    """One file: preallocated, opened when first written to, and closed as soon as its last byte is there."""
+    """One file: preallocated, opened when first written to, and closed as soon as its last byte is there. prefix: what its
+    tensors' names begin with, and do not in the file."""
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], prefix: str
     ) -> None:
         self.path = path
         if not all(isinstance(text, str) for entry in metadata.items() for text in entry):
             raise UsageError(f"{shown(path.name)}: metadata must map strings to strings")
         try:
-            self._header, self.tensors = build_header(tensors, metadata, path)
+            inner = {name.removeprefix(prefix): spec for name, spec in tensors.items()}
+            self._header, infos = build_header(inner, metadata, path)
         except ValueError as error:
             raise UsageError(f"{shown(path.name)}: cannot be written: {error}") from None
+        self.tensors = {prefix + name: tensor for name, tensor in infos.items()}
         self.written: set[str] = set()
         self._claimed = dict.fromkeys(self.tensors, 0)
         self._unwritten = {name: tensor.nbytes for name, tensor in self.tensors.items()}
@@ -530,19 +550,40 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
+def _index(shards: Sequence[_Shard]) -> bytes:
+    tensors = [(tensor, shard.path.name) for shard in shards for tensor in shard.tensors.values()]
+    weight_map = {tensor.name: file for tensor, file in sorted(tensors, key=lambda pair: pair[0].name)}
+    total = sum(tensor.nbytes for tensor, _ in tensors)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, ensure_ascii=False)
+    return (text + "\n").encode("utf-8")
+
+
 def _file_names(count: int, single: str) -> list[str]:
     stem = single.removesuffix(".safetensors")
     return [single] if count == 1 else [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Overwriting removes a whole folder, so only one that plainly is a model's, with nothing below it."""
-    with os.scandir(folder) as scan:
-        entries = list(scan)
-    if any(entry.is_dir(follow_symlinks=False) for entry in entries):
+    """Overwriting removes a whole folder, so only one that plainly is a model's, with nothing below it but components."""
+    files, folders = _entries(folder)
+    if PIPELINE in files:
+        components = read_json(folder / PIPELINE).keys()
+        for name in [name for name in folders if name in components]:
+            inner, deeper = _entries(folder / name)
+            files += inner
+            folders = [*(f for f in folders if f != name), *(f"{name}/{f}" for f in deeper)]
+    if folders:
         raise UsageError(f"{shown(folder)}: has folders in it, which overwriting would remove; remove it yourself")
-    if entries and not any(entry.name.endswith((".safetensors", INDEXES)) for entry in entries):
+    if files and not any(name.endswith((".safetensors", INDEXES)) for name in files):
         raise UsageError(f"{shown(folder)}: holds no model, so it is not overwritten; remove it yourself")
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of files and of folders in a folder."""
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return [entry.name for entry in entries if entry.name not in below], below
 
 
 def _size(sidecar: Path) -> int:

@@ -94,6 +94,7 @@ class Resolved:
     None where they are merged as they are, which `rows_as_they_are` says is wanted. base_model: as declared, whether the
     method has a base or not. rows_from: whose row each token's is, once the models were looked at.
     align: what is done to models and base before. donor: the model whose config and tokenizer files the output gets.
+    components: of pipelines, component -> the model from which it is taken as it is, or None to leave it out.
     read_dtype: every input is cast to it at load. read_dtype and out_dtype are safetensors names. notes: what the recipe
     says and a merge does not act on.
     """
@@ -115,6 +116,7 @@ class Resolved:
     rows_from: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     chat_template: str | None = None
     align: Alignment | None = None
+    components: Mapping[str, str | None] | None = None
     stats: tuple[str | None, ...] | None = None
     read_dtype: str | None = None
     out_dtype: str | None = None
@@ -251,6 +253,7 @@ def _models_of(content: MergekitRecipe | NativeRecipe) -> set[str]:
     """All models that a recipe names."""
     found: set[str | None] = {content.base_model, content.tokenizer_source}
     found |= {entry.model for entry in content.models or ()}
+    found |= {*(getattr(content, "components", None) or {}).values()}
     modules = [*(content.modules or {}).values(), ModuleEntry(slices=content.slices, prefix=None)]
     for module in modules:
         found |= {entry.model for entry in module.models or ()}
@@ -315,6 +318,7 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
         base_model=content.base_model,
         chat_template=content.chat_template,
         align=align,
+        components=getattr(content, "components", None),
         stats=stats if any(stats) else None,
         read_dtype=_dtype(content.dtype),
         out_dtype=_dtype(content.out_dtype or content.dtype),
@@ -352,6 +356,7 @@ def describe(resolved: Resolved) -> dict[str, Any]:
         "models": list(resolved.models),
         "base": resolved.base,
         "align": None if resolved.align is None else asdict(resolved.align),
+        "components": None if resolved.components is None else dict(resolved.components),
         "donor": resolved.donor,
         "tokenizer": None if resolved.tokenizer is None else resolved.tokenizer.model_dump(exclude_none=True),
         "chat_template": resolved.chat_template,

@@ -21,11 +21,13 @@ from ruamel.yaml.error import YAMLError
 from refmerge.checkpoint import Checkpoint, itemsize
 from refmerge.checkpoint.files import read_small
 from refmerge.errors import InputError
+from refmerge.pipelines import Arrangement
 from refmerge.plan import Plan
 from refmerge.recipe.parameters import recipe_key
 from refmerge.recipe.plan import Recipe, Resolved, describe
 from refmerge.recipe.tokenizers import json_bytes
 from refmerge.registry import get
+from refmerge.skipping import POLICY
 from refmerge.sources import Source, StitchedSource
 
 __all__ = ["keep_record"]
@@ -65,7 +67,7 @@ def keep_record(
     )
     wanted = size <= SMALL if hashes is None else hashes
 
-    def report(written: Sequence[Path]) -> dict[str, bytes]:
+    def report(folder: Path, written: Sequence[Path]) -> dict[str, bytes]:
         found = {
             "versions": {
                 "refmerge": _version("refmerge"), "numpy": _version("numpy"), "ml_dtypes": _version("ml-dtypes"),
@@ -75,15 +77,17 @@ def keep_record(
             "backend": plan.backend.name,
             "seed": plan.work.seed,
             "options": {k: v for k, v in options.items() if k in _OPTIONS and v is not None},
-            "inputs": {m: [_file(path, wanted) for path in c.files] for m, c in models.items()},
-            "outputs": [_file(path, wanted) for path in written],
+            "inputs": {m: [_file(path, c.directory, wanted) for path in c.files] for m, c in models.items()},
+            "outputs": [_file(path, folder, wanted) for path in written],
             "recipe": {k: v for k, v in describe(resolved).items() if k != "vocabulary" and v not in (None, [], {})},
             **_tensors(plan, {str(c.path): m for m, c in models.items()}),
             **({} if resolved.rows_from is None else {"vocabulary": resolved.rows_from}),
+            **({} if plan.work.nonfinite != POLICY else {"skipped": _skipped(plan, models)}),
+            **({} if plan.arranged is None else {"components": _components(plan.arranged, models)}),
         }  # fmt: skip
         if resolved.semantics == "refmerge":  # whose paths are relative to the recipe's folder, and this will be another one
             names = {r.content.name for r in recipes}
-            moved = [_moved(d, source, written[0].parent, names) for d in filled]
+            moved = [_moved(d, source, folder, names) for d in filled]
         else:
             moved = filled
         config = "---\n".join(map(_yaml, moved))
@@ -121,7 +125,8 @@ _PATHS = ("model", "base_model", "base_stats", "stats", "to", "source", "tokeniz
 def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], key: str = "") -> Any:
     """A recipe of the folder `source` as one of the folder `to`: with other relative paths."""
     if isinstance(value, dict):
-        return {k: v if k == "parameters" else _moved(v, source, to, names, k) for k, v in value.items()}
+        keys = dict.fromkeys(value, "model") if key == "components" else {k: k for k in value}
+        return {k: v if k == "parameters" else _moved(v, source, to, names, keys[k]) for k, v in value.items()}
     if isinstance(value, list):
         return [_moved(v, source, to, names, key) for v in value]
     if key not in _PATHS or not isinstance(value, str) or value in names:
@@ -160,8 +165,27 @@ def _origin(source: Source, name: str, names: Mapping[str, str]) -> str | list[s
     return names.get(source.label, source.label)
 
 
-def _file(path: Path, hashed: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
+def _components(arranged: Arrangement, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    names = {c.label: m for m, c in models.items()}
+    told = arranged.told()
+    return {**told, "taken": {part: names.get(label, label) for part, label in told["taken"].items()}}
+
+
+def _skipped(plan: Plan, models: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
+    """The models that were left out of a tensor, with what is not finite there."""
+    names = {str(c.path): m for m, c in models.items()}
+    return [
+        {
+            "model": _origin(s.source, s.tensor, names), "tensor": s.tensor, "nonfinite": s.found.count,
+            "first": list(s.found.index), "value": str(s.found.value), "tensors_without_it": s.size,
+        }
+        for s in plan.skipped
+    ]  # fmt: skip
+
+
+def _file(path: Path, folder: Path | None, hashed: bool) -> dict[str, Any]:
+    name = path.relative_to(folder).as_posix() if folder is not None and path.is_relative_to(folder) else path.name
+    found: dict[str, Any] = {"file": name, "bytes": path.stat().st_size}
     blob = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", blob):  # in the Hub's cache the name of a large file is its hash
         found["sha256"] = blob
@@ -195,7 +219,8 @@ def _yaml(data: Any) -> str:
 
 def _card(resolved: Resolved, plan: Plan, models: Mapping[str, Checkpoint], text: str) -> str:
     named = [hub for c in models.values() if (hub := _hub_name(c))]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "refmerge"]}
+    library = "transformers" if plan.arranged is None else "diffusers"
+    front: dict[str, Any] = {"library_name": library, "tags": ["merge", "refmerge"]}
     if named:
         front["base_model"] = named
     if licence := _licence(models.values()):

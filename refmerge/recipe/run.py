@@ -32,6 +32,7 @@ from refmerge.recipe.tokenizers import (
 from refmerge.recipe.vocabulary import Alignment as Vocabularies
 from refmerge.recipe.vocabulary import align, check_alike
 from refmerge.registry import open_backend
+from refmerge.skipping import POLICY
 from refmerge.sources import ByteSource, DiskSource
 
 __all__ = ["prepare_recipe", "run_recipe"]
@@ -68,6 +69,7 @@ def prepare_recipe(
         resolved, plan = _prepare(resolved, models, method if last else None, dtype, seed, {**options, **target})
         named = [*resolved.models, *(p.model for m in resolved.modules for s in m.slices for p in s.everything)]
         named += [] if resolved.base is None else [resolved.base]
+        named += [model for model in (resolved.components or {}).values() if model is not None]
         keep_record(
             recipes if last else [one],
             resolved,
@@ -139,8 +141,11 @@ def _prepare(
     }
     if resolved.modules:
         return _prepare_assembled(resolved, models, method or resolved.method, common)
-    opened = models.open_all([*resolved.models, *([] if resolved.base is None else [resolved.base])], resolved.donor)
+    of_parts = resolved.components or {}
+    base = [] if resolved.base is None else [resolved.base]
+    opened = models.open_all([*resolved.models, *base, *(m for m in of_parts.values() if m is not None)], resolved.donor)
     donor = models.open(resolved.donor)
+    _refuse_for_pipelines(resolved, opened)
     if _tied(resolved, opened, common):
         whole = Slice(*pieces(resolved.models, resolved.base), resolved.rules, resolved.base_model)
         resolved = replace(resolved, modules=(Module("default", (whole,), whole=True),))
@@ -153,11 +158,14 @@ def _prepare(
         stats=None if resolved.stats is None else [None if s is None else models.place(s) for s in resolved.stats],
         params=resolved.parameters_for,
         donor=donor,
+        components=resolved.components and {n: None if m is None else opened[m] for n, m in of_parts.items()},
         **common,
     )
     _finish(resolved, plan, opened, None)
-    resolved = replace(resolved, notes=(*resolved.notes, *notes))
+    resolved = replace(resolved, notes=(*resolved.notes, *notes, *plan.notes))
     if resolved.align is not None:
+        if common.get("nonfinite") == POLICY:
+            raise UsageError(f"align looks at whole models, and nonfinite = {POLICY!r} leaves out parts of some")
         plan.before = _alignment(resolved.align, resolved.models, resolved.base, plan)
     return resolved, plan
 
@@ -170,6 +178,7 @@ def _prepare_assembled(
     named = dict.fromkeys(p.model for m in resolved.modules for s in m.slices for p in s.everything)
     checkpoints = models.open_all(named, resolved.donor)
     donor = models.open(resolved.donor)
+    _refuse_for_pipelines(resolved, checkpoints)
     sources = {model: DiskSource(c, backend, read_dtype) for model, c in checkpoints.items()}
     native = resolved.semantics == "refmerge"
     alignment = None
@@ -210,6 +219,18 @@ def _prepare_assembled(
     more += _finish(resolved, plan, checkpoints, alignment)
     rows = None if alignment is None else alignment.told()
     return replace(resolved, notes=(*resolved.notes, *notes, *more), rows_from=rows), plan
+
+
+def _refuse_for_pipelines(resolved: Resolved, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """UsageError for what a recipe says of one network and its vocabulary, where the models are pipelines of several."""
+    pipeline = next((m for m, c in checkpoints.items() if c.components), None)
+    said = [key for key in ("align", "chat_template", "tokenizer") if getattr(resolved, key) is not None]
+    said += ["slices, modules or layers"] if resolved.modules and resolved.tokenizer is None else []
+    if pipeline is not None and said:
+        raise UsageError(
+            f"{pipeline} is a diffusers pipeline of several networks, and {' and '.join(said)} can be said of one alone: "
+            f"merge it by the path of its folder, such as {pipeline}/text_encoder"
+        )
 
 
 def _tied(

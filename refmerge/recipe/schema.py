@@ -211,12 +211,14 @@ class MergekitRecipe(_Recipe):
 
 
 class NativeRecipe(_Recipe):
-    """A native recipe: the papers' semantics, or another tool's for a method named `tool:method`."""
+    """A native recipe: the papers' semantics, or another tool's for a method named `tool:method`. components: of pipelines,
+    component -> the model from which it is taken as it is, or null to leave it out."""
 
     refmerge: Annotated[Literal[1], BeforeValidator(_version)]
     models: Annotated[list[NativeModelEntry], Field(min_length=1)] | None = None  # type: ignore[assignment]
     base_stats: Annotated[str, Field(min_length=1)] | None = None
     align: Align | None = None
+    components: Annotated[dict[str, ModelPath | None], Field(min_length=1)] | None = None
     work_dtype: Literal["float32", "float64"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     over: Literal["tensor", "model"] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,10 +35,14 @@ class ComingCheckpoint(Checkpoint):
         self._folder = TemporaryDirectory(prefix="refmerge-")
         self.directory: Path = Path(self._folder.name)
         sidecars, files = plan.side_files()
-        for path in sidecars:
-            shutil.copyfile(path, self.directory / path.name)
-        for file, content in files.items():
-            (self.directory / file).write_bytes(content)
+        for name, path in sidecars.items():
+            shutil.copyfile(path, self._place(name))
+        for name, content in files.items():
+            self._place(name).write_bytes(content)
+        if plan.arranged is not None:
+            self.index = plan.arranged.index
+            donors = plan.arranged.donors.items()
+            self.components = {n: replace(c.components[n], folder=self.directory / n) for n, c in donors}
         self.config = config(self.directory)
         self.metadata = {}
         self.weights = WEIGHTS if plan.donor is None else plan.donor.weights
@@ -46,6 +51,11 @@ class ComingCheckpoint(Checkpoint):
             for n, (dtype, shape) in sorted(plan.specs.items())
         }
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def _place(self, name: str) -> Path:
+        path = self.directory / name
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     @property
     def files(self) -> list[Path]:

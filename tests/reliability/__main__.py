@@ -54,9 +54,11 @@ def crashed(arguments: argparse.Namespace) -> Any:
         ("killed", crashes.kill, {}),
         ("killed, over an older output", crashes.kill, {"overwrite": True, "method": "ties"}),
         ("killed, one file", crashes.kill, {"single": True}),
+        ("killed, a pipeline", crashes.kill, {"pipelines": True}),
         ("a call fails", crashes.fail, {}),
         ("a call fails, over an older output", crashes.fail, {"overwrite": True}),
         ("a call fails, not to be resumed", crashes.fail, {"resume": False}),
+        ("a call fails, a pipeline over an older output", crashes.fail, {"pipelines": True, "overwrite": True}),
     ):
         with crashes.fast_folder() as folder:
             found[what] = Counter(outcome for _, outcome in crashes.points(folder, stop, **options))

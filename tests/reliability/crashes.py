@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -40,13 +41,19 @@ def fast_folder(otherwise: Path | None = None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def models(folder: Path, count: int = 3) -> list[Path]:
-    """Small checkpoints with a config, in the Hub's layout."""
+def models(folder: Path, count: int = 3, *, pipelines: bool = False) -> list[Path]:
+    """Small checkpoints with a config, in the Hub's layout; or pipelines of two of them and a scheduler."""
     draw = np.random.default_rng(0)
     paths = [folder / f"in{k}" for k in range(count)]
     for path in paths:
-        arrays = {name: np.asarray(draw.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
-        save(arrays | {"ids": np.arange(3)}, path, extra_files={"config.json": b"{}"})
+        for part in (path / "unet", path / "vae") if pipelines else (path,):
+            arrays = {name: np.asarray(draw.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
+            save(arrays | {"ids": np.arange(3)}, part, extra_files={"config.json": b"{}"})
+        if pipelines:
+            (path / "scheduler").mkdir()
+            (path / "scheduler" / "scheduler_config.json").write_text("{}")
+            classes = {"unet": ["x", "UNet"], "vae": ["x", "VAE"], "scheduler": ["x", "Euler"]}
+            (path / "model_index.json").write_text(json.dumps(classes))
     return paths
 
 
@@ -58,8 +65,8 @@ def merge(paths: list[Path], out: Path, method: str = "task_arithmetic", **optio
 def digest(out: Path) -> str:
     """Of a file, or of all files of a folder and their names."""
     total = hashlib.sha256()
-    for path in sorted(out.iterdir()) if out.is_dir() else [out]:
-        total.update((path.name if out.is_dir() else "").encode() + b"\0" + path.read_bytes())
+    for path in sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out]:
+        total.update((path.relative_to(out).as_posix() if out.is_dir() else "").encode() + b"\0" + path.read_bytes())
     return total.hexdigest()
 
 
@@ -118,14 +125,14 @@ class Broken(AssertionError):
 
 def points(
     folder: Path, stop: Callable[[], None], *, calls: tuple[str, ...] = CALLS, every: int = 1, resume: bool = True,
-    overwrite: bool = False, method: str = "task_arithmetic", single: bool = False,
+    overwrite: bool = False, method: str = "task_arithmetic", single: bool = False, pipelines: bool = False,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
     """(n, what was found) for each point at which a merge was stopped; Broken where a promise was.
 
     overwrite: over an older output. every: only each so many calls. What is found is "old", "absent" or "new".
     """
     writer.NOTE_SECONDS = 0.0  # a line of the journal after each tensor
-    paths, out = models(folder), folder / ("out.safetensors" if single else "out")
+    paths, out = models(folder, pipelines=pipelines), folder / ("out.safetensors" if single else "out")
     merge(paths, folder / f"whole{out.suffix}", method)
     expected = digest(folder / f"whole{out.suffix}")
     number = 1
