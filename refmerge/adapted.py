@@ -62,6 +62,10 @@ class Adapted(Checkpoint):
     def label(self) -> str:
         return MARK.join([self._of.label, *(label for label, _, _ in self.adapters)])
 
+    def fingerprint(self) -> list[list[Any]]:
+        """The base's, and of each adapter, which is in memory, its contents."""
+        return [*self._of.fingerprint(), *([adapter.digest(), weight] for _, adapter, weight in self.adapters)]
+
     def exact(self, name: str, start: int, stop: int) -> np.ndarray | None:
         if name not in self._changes:
             return self._of.exact(name, start, stop)

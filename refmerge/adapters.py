@@ -21,6 +21,7 @@ may lie
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -148,6 +149,23 @@ class Adapter:
             module, _, kind = name.rpartition(".")
             named[PREFIX + (f"{module}.base_layer.{kind}" if module in self.modules else name)] = x
         return dict(sorted(named.items()))
+
+    def digest(self) -> str:
+        """Of all that decides how it changes a model."""
+        total = hashlib.sha256(json.dumps([self.layout, bool(self.config.get("fan_in_fan_out"))]).encode())
+
+        def add(said: list[Any], *arrays: np.ndarray | None) -> None:
+            kinds = [None if x is None else [str(x.dtype), x.shape] for x in arrays]
+            total.update(json.dumps([*said, kinds]).encode())
+            for x in arrays:
+                if x is not None:
+                    total.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+
+        for module, f in sorted(self.modules.items()):
+            add([module, f.alpha, f.rslora, f.embedding], f.A, f.B, f.magnitude, f.bias)
+        for name, x in sorted(self.saved.items()):
+            add([name], x)
+        return total.hexdigest()
 
     def with_modules(self, modules: Mapping[str, Factors]) -> Adapter:
         """The adapter with these in place of its own; which modules are its targets follows from them."""

@@ -149,12 +149,10 @@ def merge(
     start = time.perf_counter()
     plan: Any = prepare_moe(recipe, **options)
     resolved, bar = plan, cast(Any, contextlib.nullcontext)
-    given: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
-    if plan is not None and (hashes or resume):
-        raise click.UsageError("--hash and --resume are for merges, not for mixtures of experts")
+    if plan is not None and hashes:
+        raise click.UsageError("--hash is for merges, not for mixtures of experts")
     if plan is None:
         resolved, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, hashes=hashes, **options)
-        given |= {"resume": resume}
         bar = partial(MergeProgress, plan, silent=quiet or json)
     if not quiet:
         for stage in getattr(plan, "stages", ()):
@@ -163,7 +161,7 @@ def merge(
         for note in resolved.notes:
             say(f"note: {note}", err=True)
     with bar():
-        plan.run(out, **given)
+        plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
     wall = time.perf_counter() - start
     figures = plan.figures()
     if json:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from array_api_compat import is_numpy_array
@@ -46,22 +45,39 @@ WORTH_COMPILING = 1 << 25  # entries; fewer are merged before a compiler has sta
 INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
 _NOT_RESUMED = (
-    "resume is for models on disk that are merged into one model, as they are: "
-    "not for arrays, several outputs, align, adapters, slices or several recipes in one file"
+    "resume is for models on disk that are merged into one model: not for arrays, several outputs, or what is aligned first"
 )
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 _CONFIG_WORDS = {name: word for word, name in OUTPUTS.items()}
 
 
+class Coming(Protocol):
+    """A checkpoint that a stage makes, as the merges after it have it."""
+
+    def take(self, folder: Path) -> Checkpoint:
+        """It is there now, in this folder. ResourceError where that is another one."""
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class Stage:
-    """A merge whose result is an input of another: `take` is called with the folder that it was written to. recipe: what
-    it was planned from."""
+    """A merge whose result is an input of another. recipe: what it was planned from."""
 
     name: str
     plan: Plan
-    take: Callable[[Path], None]
+    result: Coming
     recipe: Any = None
+
+    def make(self, folder: Path, made: Mapping[str, Any], **options: Any) -> Checkpoint:
+        """Write the result to this folder, unless it is there already: `made` says as what. options: of Plan.run."""
+        if self.name in made:
+            with suppress(RefmergeError):
+                there = open_checkpoint(folder)
+                if there.fingerprint() == made[self.name]:
+                    return self.result.take(folder)
+        self.plan.run(folder, **options)
+        return self.result.take(folder)
 
 
 @dataclass
@@ -131,34 +147,12 @@ class Plan:
     ) -> Any:
         """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
         outputs = self.work.method.outputs or ("",)
-        if self.stages and out is not None:  # what would be refused in the end is refused now
-            refuse_input(out, [path for p in self.all_plans for c in p.checkpoints if not c.coming for path in c.paths])
-            if resume:
-                raise UsageError(_NOT_RESUMED)
-            CheckpointWriter(out, {}, overwrite=overwrite).abort()
-        with self.staged(out, max_shard_size=max_shard_size):
-            return self._run(outputs, out, max_shard_size, overwrite, resume, {**self.metadata, **(metadata or {})})
-
-    @contextmanager
-    def staged(self, out: str | Path | None = None, **options: Any) -> Iterator[None]:
-        """Within it the stages have been run, to a folder beside `out` or in the system's temporary one."""
-        with ExitStack() as stack:
-            if self.stages:
-                folder = stack.enter_context(_beside(None if out is None else Path(out)))
-                for stage in self.stages:
-                    stage.plan.run(folder / stage.name, **options)
-                    stage.take(folder / stage.name)
-            yield
-
-    def _run(
-        self, outputs: Sequence[str], out: str | Path | None, max_shard_size: int | str, overwrite: bool, resume: bool,
-        metadata: Mapping[str, str],
-    ) -> Any:  # fmt: skip
         if out is None:
             if resume:
                 raise UsageError("resume goes on with what an earlier run left on the disk: give out")
             arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
-            self.fill(arrays)
+            with self.staged():
+                self.fill(arrays)
             results = {o: sink.result() for o, sink in arrays.items()}
             return results if self.work.method.outputs else results[""]
         target = Path(out)
@@ -166,9 +160,9 @@ class Plan:
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
         if self.arranged is not None and target.suffix == ".safetensors":
             raise UsageError(f"a pipeline of several components is a folder, and {str(target)!r} is a file")
-        refuse_input(target, [p for c in self.checkpoints if not c.coming for p in c.paths])
-        limit = parse_size(max_shard_size)
-        merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": dict(metadata or {})})
+        refuse_input(target, [path for p in self.all_plans for c in p.checkpoints if not c.coming for path in c.paths])
+        limit, metadata = parse_size(max_shard_size), {**self.metadata, **(metadata or {})}
+        merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": metadata})
         if resume and merge is None:
             raise UsageError(_NOT_RESUMED)
         with ExitStack() as writers:
@@ -191,19 +185,35 @@ class Plan:
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)
                 writer.reuse(done)
-            self.fill(sinks, done)
-            for c in self.checkpoints:
-                c.check_unchanged()
-            if self.report is not None and not single:
-                files |= self.report(folder, written)
+            with self.staged(writer, max_shard_size=limit, resume=resume and merge is not None):
+                self.fill(sinks, done)
+                for c in self.checkpoints:
+                    c.check_unchanged()
+                if self.report is not None and not single:
+                    files |= self.report(folder, written)
         return target if self.work.method.outputs else open_checkpoint(target)
+
+    @contextmanager
+    def staged(self, writer: CheckpointWriter | None = None, **options: Any) -> Iterator[None]:
+        """Within it the stages have been run: to where the writer of the result has what is needed on the way, or to the
+        system's temporary folder. options: of `run`."""
+        made = {} if writer is None else writer.made
+        with ExitStack() as stack:
+            folder = stack.enter_context(_temporary()) if self.stages and writer is None else None
+            for stage in self.stages:
+                place = folder / stage.name if folder is not None else cast(CheckpointWriter, writer).on_the_way(stage.name)
+                found = stage.make(place, made, overwrite=True, **options)
+                stack.callback(stage.result.close)
+                if writer is not None and made.get(stage.name) != (files := found.fingerprint()):
+                    writer.note_made(stage.name, files)
+            yield
 
     def _done(self, finished: frozenset[str]) -> frozenset[str]:
         """Which of the finished tensors need not be computed again: those of whose group every tensor is finished."""
-        work = self.work
-        groups: dict[str, set[str]] = {}
-        for t in work.tensors:
-            groups.setdefault(work.group_of(t), set()).update({t.name} if t.size else ())
+        groups: dict[Any, set[str]] = {}
+        for work in self.works:
+            for t in work.tensors:
+                groups.setdefault((id(work), work.group_of(t)), set()).update({t.name} if t.size else ())
         done = frozenset().union(*(group for group in groups.values() if group <= finished))
         return done | (finished & self.copied.keys())
 
@@ -360,17 +370,12 @@ def _json(data: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def _beside(target: Path | None) -> Iterator[Path]:
-    """A folder for results that are inputs of another merge: beside its output, where there is room for models. It is
-    removed in any case; a killed process leaves it behind, under a hidden name."""
-    parent = None
-    if target is not None:
-        parent = next(folder for folder in Path(os.path.abspath(target)).parents if folder.is_dir())
-    prefix = "refmerge-" if target is None else f".{target.name}.stages-"
+def _temporary() -> Iterator[Path]:
+    """A folder for results that are inputs of another merge whose output is not on the disk. It is removed in any case."""
     try:
-        folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        folder = tempfile.mkdtemp(prefix="refmerge-")
     except OSError as e:
-        raise ResourceError(f"{str(parent)!r}: cannot be written: {e.strerror}") from e
+        raise ResourceError(f"{tempfile.gettempdir()!r}: cannot be written: {e.strerror}") from e
     try:
         yield Path(folder)
     finally:

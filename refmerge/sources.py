@@ -276,6 +276,14 @@ class ByteSource:
                 return False
         return True
 
+    def origins(self, name: str) -> list[tuple[Checkpoint, str]]:
+        """The tensors of checkpoints, by their names there, of which the values of this one are made."""
+        raise NotImplementedError
+
+    def rule(self, name: str) -> Any:
+        """How they are made of those, in terms that JSON has."""
+        return self.cast
+
     def shape(self, name: str) -> tuple[int, ...]:
         raise NotImplementedError
 
@@ -303,6 +311,9 @@ class DiskSource(ByteSource):
     def names(self) -> set[str]:
         names = self.checkpoint.tensors
         return set(names) if self.parts is None else {n for n in names if part_of(n) in self.parts}
+
+    def origins(self, name: str) -> list[tuple[Checkpoint, str]]:
+        return [(self.checkpoint, name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.checkpoint.tensors[name].shape
@@ -353,6 +364,14 @@ class StitchedSource(ByteSource):
 
     def names(self) -> set[str]:
         return set(self.places)
+
+    def origins(self, name: str) -> list[tuple[Checkpoint, str]]:
+        source, theirs = self.places[name]
+        return source.origins(theirs)
+
+    def rule(self, name: str) -> Any:
+        source, theirs = self.places[name]
+        return source.rule(theirs)
 
     def dtype(self, name: str) -> str:
         source, theirs = self.places[name]

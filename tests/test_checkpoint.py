@@ -417,6 +417,27 @@ def test_our_own_checks_do_not_lean_on_the_package(tmp_path, monkeypatch, conten
     test_malformed_file_is_refused(tmp_path, content)
 
 
+@pytest.mark.parametrize("content", [*MALFORMED.values(), *VALID.values()], ids=[*MALFORMED, *VALID])
+def test_large_headers_are_read_as_small_ones(tmp_path, monkeypatch, content):
+    """They are parsed into less memory, without and with the package's own check, to the same tensors and errors."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+
+    def outcome():
+        try:
+            with open_checkpoint(path) as checkpoint:
+                return checkpoint.tensors, checkpoint.metadata
+        except InputError as error:
+            return str(error)
+
+    for _ in range(2):
+        small = outcome()
+        monkeypatch.setattr("refmerge.checkpoint.header.LARGE", 0)
+        assert outcome() == small
+        monkeypatch.undo()
+        monkeypatch.setattr("refmerge.checkpoint.header._check_with_safetensors", lambda path: None)
+
+
 @pytest.mark.parametrize("content", VALID.values(), ids=VALID.keys())
 def test_unusual_but_valid_file_is_read(tmp_path, content):
     path = tmp_path / "x.safetensors"

@@ -15,6 +15,7 @@ import refmerge
 from refmerge.checkpoint import journal, open_checkpoint, save, writer
 from refmerge.checkpoint.files import PositionedFile
 from refmerge.errors import InputError, ResourceError, UsageError
+from refmerge.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[1]))  # `pytest` alone does not look for the folder `tests` there
 
@@ -227,6 +228,114 @@ def test_killed_or_failing_at_any_call(stop, options, tmp_path):
     with crashes.fast_folder(tmp_path) as folder:
         found = [what for _, what in crashes.points(folder, stop, **options)]
     assert len(found) > 3 and found[0] != "new"
+
+
+# ------------------------------------------------------------------------------------------------- recipes of every kind
+
+
+KINDS = {"slices": 173, "adapters": 149, "vocabularies": 157, "several merges": 487, "experts": 139}
+
+
+@needs_fork
+@pytest.mark.parametrize("stop", [crashes.kill, crashes.fail])
+@pytest.mark.parametrize("kind", KINDS)
+def test_recipes_of_every_kind_are_gone_on_with(kind, stop, tmp_path):
+    assert KINDS.keys() == crashes.RECIPES.keys()
+    with crashes.fast_folder(tmp_path) as folder:
+        found = [what for _, what in crashes.points(folder, stop, every=KINDS[kind], kind=kind)]
+    assert len(found) > 3 and "absent" in found
+
+
+def stopped_recipe(monkeypatch, folder: Path, kind: str, after: int) -> None:
+    """Stop a recipe when so many lines are in journals."""
+    lines, append = [], journal.Journal._append
+
+    def appending(self, line):
+        append(self, line)
+        lines.append(line)
+        if len(lines) == after:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "_append", appending)
+        with pytest.raises(Stop) as caught:
+            crashes.run(folder, folder / "out", kind, resume=True)
+    assert len(caught.value.__notes__) == 1 and "--resume goes on from" in caught.value.__notes__[0]
+
+
+CHANGES = {
+    "slices": ("layer_range: [1, 2]", "layer_range: [0, 1]"),
+    "adapters": ("linear", "passthrough"),
+    "vocabularies": ("union", "m1"),
+    "several merges": ("density: 0.5", "density: 0.25"),
+    "experts": ("noise_scale: 0.5", "noise_scale: 0.25"),
+}
+
+
+@pytest.mark.parametrize("change", ["recipe", "input"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_recipe_is_not_gone_on_with(kind, change, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "NOTE_SECONDS", 0.0)
+    crashes.recipe(tmp_path, kind)
+    crashes.run(tmp_path, tmp_path / "whole", kind)
+    stopped_recipe(monkeypatch, tmp_path, kind, after=3)
+    before, path = left(tmp_path), tmp_path / "recipe.yml"
+    changed = {
+        "recipe": path,
+        "input": tmp_path / ("lora/adapter_model.safetensors" if kind == "adapters" else "m1/model.safetensors"),
+    }[change]
+    content, status = changed.read_bytes(), changed.stat()
+    if change == "recipe":
+        old, new = CHANGES[kind]
+        assert old in path.read_text()
+        text = path.read_text().replace(old, new)
+        path.write_text(text.replace(", {model: m1}]", "]") if kind == "adapters" else text)
+    else:
+        changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(changed, ns=(1, 1))
+    with pytest.raises(UsageError, match=rf"of another merge \(different: .*{change}"):
+        crashes.run(tmp_path, tmp_path / "out", kind, resume=True)
+    assert left(tmp_path) == before and not (tmp_path / "out").exists()
+    changed.write_bytes(content)
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    crashes.run(tmp_path, tmp_path / "anew", kind)  # another output: nothing of the first one is taken
+    crashes.run(tmp_path, tmp_path / "out", kind, resume=True)
+    expected = crashes.digest(tmp_path / "whole")
+    assert crashes.digest(tmp_path / "out") == crashes.digest(tmp_path / "anew") == expected and left(tmp_path) == []
+
+
+def test_results_that_come_first_are_taken_as_they_were_noted(tmp_path, monkeypatch):
+    """What was finished is not merged again; what is another file by now is."""
+    monkeypatch.setattr(writer, "NOTE_SECONDS", 0.0)
+    crashes.recipe(tmp_path, "several merges")
+    crashes.run(tmp_path, tmp_path / "whole", "several merges")
+    noting = journal.Journal.note_made
+
+    def stopping(self, name, fingerprint):
+        noting(self, name, fingerprint)
+        raise Stop
+
+    monkeypatch.setattr(journal.Journal, "note_made", stopping)
+    with pytest.raises(Stop) as caught:
+        crashes.run(tmp_path, tmp_path / "out", "several merges", resume=True)
+    assert caught.value.__notes__ == ["what was merged first is kept, and --resume goes on from there"]
+    (made,) = tmp_path.glob(".out.partial-*.stages/trimmed/model-00001-*.safetensors")
+    inode = made.stat().st_ino
+    with pytest.raises(Stop):  # the next one is noted
+        crashes.run(tmp_path, tmp_path / "out", "several merges", resume=True)
+    assert made.stat().st_ino == inode
+    monkeypatch.setattr(journal.Journal, "note_made", noting)
+    os.utime(made, ns=(1, 1))
+    runs, run = [], Plan.run
+
+    def running(self, out, **options):
+        runs.append(Path(out).name)
+        return run(self, out, **options)
+
+    monkeypatch.setattr(Plan, "run", running)
+    crashes.run(tmp_path, tmp_path / "out", "several merges", resume=True)
+    assert runs == ["out", "trimmed"]
+    assert crashes.digest(tmp_path / "out") == crashes.digest(tmp_path / "whole") and left(tmp_path) == []
 
 
 def test_the_command_line_resumes(tmp_path):

@@ -6,11 +6,13 @@ twice, fields it does not know, limits that NumPy has), so that two programs can
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import struct
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +20,7 @@ from typing import Any, NoReturn
 from safetensors import safe_open
 
 from refmerge.checkpoint.dtypes import DTYPES, itemsize
-from refmerge.checkpoint.files import open_regular, shown
+from refmerge.checkpoint.files import PositionedFile, open_regular, shown
 from refmerge.errors import InputError
 
 MAX_HEADER = 25_000_000  # bytes; the Hub's own limit
@@ -26,8 +28,10 @@ MAX_TENSORS = 100_000
 MAX_RANK = 32
 MAX_DIM = 1 << 48
 MAX_NAME = 1024  # bytes of a tensor's name
+LARGE = 1 << 20  # bytes of a header whose parsing takes memory to speak of
 
 _RANKS = {name: rank for rank, name in enumerate(DTYPES)}
+_SIZES = {name: itemsize(name) for name in DTYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +60,19 @@ class Header:
     identity: tuple[int, ...]
 
 
-def strict_json(data: bytes, *, floats: bool) -> Any:
+def strict_json(data: bytes | bytearray, *, floats: bool, made_of: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Parse JSON; ValueError for bad UTF-8, a repeated key, and too deep nesting.
 
     Without `floats` also for numbers that are not integers; NaN and Infinity are taken for floats, as Python does.
+    made_of: what is to stand in place of an object, called with each when it is parsed, the inner ones first.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
         found = dict(pairs)
         if len(found) != len(pairs):
             repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise ValueError(f"key {shown(repeated)} appears twice")
-        return found
+        return found if made_of is None else made_of(found)
 
     def refuse(text: str) -> NoReturn:
         raise ValueError(f"number {shown(text)} is not an integer")
@@ -94,16 +99,20 @@ def read_header(path: Path) -> Header:
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER:
             raise ValueError(f"header of {length} bytes; at most {MAX_HEADER} are accepted")
-        text = bytearray(length)
-        if file.read_at(memoryview(text), 8) < length:
-            raise ValueError(f"ends within its header of {length} bytes")
+        text = _text(file, length)
         if not text.startswith(b"{"):
             raise ValueError("header does not begin with '{'")
         # Before any parser builds objects from it; a name in JSON cannot hold these bytes with both quotes unescaped.
         if text.count(b'"data_offsets"') > MAX_TENSORS:
             raise ValueError(f"more than {MAX_TENSORS} tensors")
-        _check_with_safetensors(path)
-        tensors, metadata = _parse(bytes(text), path, status.st_size)
+        if length < LARGE:
+            _check_with_safetensors(path)
+        else:  # that takes ten times the header's size: nothing of ours beside it, and none of it beside ours
+            del text
+            _check_with_safetensors(path)
+            _give_back()
+            text = _text(file, length)
+        tensors, metadata = _parse(text, path, status.st_size)
     except OSError as error:
         raise InputError(f"{shown(path)}: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -113,9 +122,24 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata, identity(status))
 
 
+def _text(file: PositionedFile, length: int) -> bytearray:
+    text = bytearray(length)
+    if file.read_at(memoryview(text), 8) < length:
+        raise ValueError(f"ends within its header of {length} bytes")
+    return text
+
+
 def identity(status: Any) -> tuple[int, ...]:
     """What stays the same of a file as long as nobody replaces or rewrites it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _give_back() -> None:
+    """Let glibc give back to the system what was freed: it keeps the many small pieces that a parser has used."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
 
 
 def _check_with_safetensors(path: Path) -> None:
@@ -129,15 +153,31 @@ def _check_with_safetensors(path: Path) -> None:
         raise ValueError(shown(reason)[1:-1] or type(error).__name__) from None
 
 
-def _parse(text: bytes, path: Path, file_size: int) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
-    header = strict_json(text, floats=False)
+def _parse(text: bytearray, path: Path, file_size: int) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most tensors of a model share theirs
+
+    def compact(found: dict[str, Any]) -> Any:
+        """An object's span, where that is what it says; the errors of others are for those who know its name."""
+        try:
+            dtype, shape, begin, nbytes = _span(found)
+        except ValueError:
+            return found
+        return dtype, shapes.setdefault(shape, shape), begin, nbytes
+
+    header = strict_json(text, floats=False, made_of=compact if len(text) >= LARGE else None)
+    if isinstance(header, tuple):
+        raise ValueError("the header is that of one tensor, without a name")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ does not map strings to strings")
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{len(header)} tensors; at most {MAX_TENSORS} are accepted")
     start = 8 + len(text)
-    tensors = [_tensor(name, fields, path, start) for name, fields in header.items()]
+    del text
+    tensors = []
+    while header:  # each goes as the other comes
+        name, fields = header.popitem()
+        tensors.append(_tensor(name, fields, path, start))
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     end = start
     for tensor in tensors:
@@ -150,32 +190,39 @@ def _parse(text: bytes, path: Path, file_size: int) -> tuple[tuple[TensorInfo, .
 
 
 def _tensor(name: str, fields: Any, path: Path, start: int) -> TensorInfo:
-    def fail(reason: str) -> NoReturn:
-        raise ValueError(f"tensor {shown(name)}: {reason}")
+    try:
+        if "\0" in name:
+            raise ValueError("a name may not hold NUL")
+        # A ValueError, too, for a lone surrogate, which JSON can spell and UTF-8 cannot.
+        if len(name.encode("utf-8")) > MAX_NAME:
+            raise ValueError(f"a name of more than {MAX_NAME} bytes")
+        dtype, shape, begin, nbytes = fields if isinstance(fields, tuple) else _span(fields)
+    except ValueError as error:
+        raise ValueError(f"tensor {shown(name)}: {error}") from None
+    return TensorInfo(name, dtype, shape, path, start + begin, nbytes)
 
-    if "\0" in name:
-        fail("a name may not hold NUL")
-    # A ValueError, too, for a lone surrogate, which JSON can spell and UTF-8 cannot.
-    if len(name.encode("utf-8")) > MAX_NAME:
-        fail(f"a name of more than {MAX_NAME} bytes")
+
+def _span(fields: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, first byte and size of a tensor. ValueError for fields that do not say these, or not consistently."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        fail("needs exactly the fields dtype, shape and data_offsets")
+        raise ValueError("needs exactly the fields dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        fail(f"dtype {shown(dtype)} is not supported")
+        raise ValueError(f"dtype {shown(dtype)} is not supported")
     # True is an int to Python, hence the exact type.
     if not isinstance(shape, list) or not all(type(dim) is int and 0 <= dim <= MAX_DIM for dim in shape):
-        fail(f"shape must be a list of integers from 0 to {MAX_DIM}")
+        raise ValueError(f"shape must be a list of integers from 0 to {MAX_DIM}")
     if len(shape) > MAX_RANK:
-        fail(f"{len(shape)} dimensions; at most {MAX_RANK} are accepted")
+        raise ValueError(f"{len(shape)} dimensions; at most {MAX_RANK} are accepted")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(x) is int and x >= 0 for x in offsets):
-        fail("data_offsets must be two integers")
-    if math.prod(dim for dim in shape if dim) * itemsize(dtype) >= 1 << 63:
-        fail("dimensions whose product no array has, be it that another one is 0")
-    nbytes = math.prod(shape) * itemsize(dtype)
+        raise ValueError("data_offsets must be two integers")
+    size = _SIZES[dtype]
+    nbytes = math.prod(shape) * size
+    if (nbytes or math.prod(filter(None, shape)) * size) >= 1 << 63:
+        raise ValueError("dimensions whose product no array has, be it that another one is 0")
     if offsets[1] - offsets[0] != nbytes:
-        fail(f"data_offsets {offsets} do not span the {nbytes} bytes of its shape and dtype")
-    return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
+        raise ValueError(f"data_offsets {offsets} do not span the {nbytes} bytes of its shape and dtype")
+    return sys.intern(dtype), tuple(shape), offsets[0], nbytes
 
 
 def build_header(

@@ -62,7 +62,7 @@ def _open(path: str | os.PathLike[str]) -> Checkpoint:
             tensors[tensor.name] = tensor
     if found.weight_map is not None:
         _match(found.path, found.weight_map, tensors)
-    return Checkpoint(found, headers, dict(sorted(tensors.items())), layout.config(found.directory))
+    return Checkpoint(found, headers, {name: tensors[name] for name in sorted(tensors)}, layout.config(found.directory))
 
 
 def _match(path: Path, weight_map: dict[str, Path], tensors: dict[str, TensorInfo]) -> None:

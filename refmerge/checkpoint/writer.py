@@ -35,7 +35,7 @@ from refmerge.checkpoint.files import (
     sync_directory,
 )
 from refmerge.checkpoint.header import MAX_DIM, MAX_NAME, MAX_RANK, build_header
-from refmerge.checkpoint.journal import Journal, beside, take_up
+from refmerge.checkpoint.journal import Journal, beside, discard, stages, take_up
 from refmerge.checkpoint.layout import INDEXES, PIPELINE, WEIGHTS, read_json
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
@@ -45,6 +45,7 @@ __all__ = ["CheckpointWriter", "check_target", "parse_size", "refuse_input", "sa
 _COPY_CHUNK = 1 << 22
 _WRITEBACK = 1 << 23  # bytes of a file that are sent to the disk together
 NOTE_SECONDS = 20.0  # between two lines of the journal: each waits for the disk
+_GOES_ON = "--resume goes on from"
 
 
 class CheckpointWriter:
@@ -61,7 +62,8 @@ class CheckpointWriter:
     overwrite: an existing target stays until the new one is complete, is then moved away, and removed last.
     merge: what decides every byte, part -> digest; a journal is then kept. resume: go on with the output of the same merge
     that an earlier run left, if there is one, and leave this one to be gone on with if it is interrupted. finished: the
-    tensors that are there already, which reuse() takes as they are.
+    tensors that are there already, which reuse() takes as they are. made: the results that this one needs first which are
+    there already, name -> fingerprint; on_the_way() says where others are to be written.
 
     Raises UsageError for a target that exists or cannot be one, and for impossible tensors; ResourceError where the
     disk has no room or fails; InputError for a sidecar that cannot be read. The same arguments and bytes give the same
@@ -104,6 +106,7 @@ class CheckpointWriter:
         new = self.target.with_name(f".{self.target.name}.partial-{secrets.token_hex(4)}")
         self.partial = new if self._journal is None else self._journal.partial
         self.finished = frozenset(() if self._journal is None else self._journal.finished)
+        self.made: dict[str, Any] = {} if self._journal is None else dict(self._journal.made)
         limit = parse_size(max_shard_size)
         sizes = _checked(tensors)
         self._shards: list[_Shard] = []
@@ -124,7 +127,7 @@ class CheckpointWriter:
             with _disk(self.target):
                 self._prepare() if self._journal is None else self._continue()
         except BaseException:
-            self.abort(keep=bool(self.finished))
+            self.abort(keep=True)
             raise
 
     @property
@@ -136,6 +139,20 @@ class CheckpointWriter:
         """Take these tensors, which are among `finished`, as written."""
         for name in names:
             self._home[name].reuse(name)
+
+    def on_the_way(self, name: str) -> Path:
+        """Where a result of this name belongs that this output needs first: it is removed with the partial output."""
+        folder = stages(self.partial)
+        with _disk(self.target):
+            folder.mkdir(exist_ok=True)
+        return folder / name
+
+    def note_made(self, name: str, fingerprint: Any) -> None:
+        """A result that this output needs first is in its place, wherever that is."""
+        self.made[name] = fingerprint
+        if self._journal is not None:
+            with _disk(self.target):
+                self._journal.note_made(name, fingerprint)
 
     def write(self, name: str, start: int, raw: np.ndarray | memoryview | bytes) -> None:
         """Write stored bytes (uint8, contiguous, whole elements) of a tensor from element `start` on.
@@ -209,14 +226,15 @@ class CheckpointWriter:
                 self._note()
         for shard in self._shards:
             shard.close()
-        if keep and self._journal is not None and self._journal.finished:
+        if keep and self._journal is not None and self._journal.holds_something:
             self._journal.close()
             return
-        _remove(self.partial)
+        discard(self.partial)
         if self._journal is not None:
             self._journal.close()
         if self._merge is not None:
-            _remove(beside(self.partial))  # which may be there without being known: an interrupt comes between any two lines
+            with contextlib.suppress(OSError):  # it may be there unknown: an interrupt comes between any two lines
+                beside(self.partial).unlink()
         for folder in self._made:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 folder.rmdir()
@@ -237,7 +255,12 @@ class CheckpointWriter:
         passing = not isinstance(error, Exception) or isinstance(error, ResourceError | MemoryError | OSError)
         self.abort(keep=self._resume and passing)
         if self._resume and self._journal is not None and os.path.lexists(self.partial) and error is not None:
-            error.add_note(f"{len(self._journal.finished)} tensors are kept, and --resume goes on from them")
+            count = len(self._journal.finished)
+            kept = f"{count} tensors are kept, and --resume goes on from them"
+            if not count:
+                kept = "what was merged first is kept, and --resume goes on from there"
+            if not any(_GOES_ON in note for note in getattr(error, "__notes__", ())):  # a merge before this one said so
+                error.add_note(kept)
 
     def _check_names(self) -> None:
         names = [name for name, _ in self._sidecars]
@@ -302,6 +325,7 @@ class CheckpointWriter:
             self._sync_directories()
         check_target(self.target, self._overwrite)
         self._swap()
+        discard(self.partial)  # what was needed first
         if self._journal is not None:
             self._journal.remove()
         sync_directory(self.target.parent)
@@ -330,7 +354,7 @@ class CheckpointWriter:
         except BaseException:
             os.rename(old, self.target)
             raise
-        _remove(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class _Shard:
@@ -623,12 +647,3 @@ def _write_file(path: Path, content: bytes) -> None:
         file.sync()
     finally:
         file.close()
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder of ours, as far as possible; failing at it must not hide why it is being removed."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()

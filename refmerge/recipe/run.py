@@ -81,7 +81,7 @@ def prepare_recipe(
         if not last:
             assert resolved.name is not None
             coming[resolved.name] = ComingCheckpoint(resolved.name, plan)
-            stages.append(Stage(resolved.name, plan, coming[resolved.name].take, resolved))
+            stages.append(Stage(resolved.name, plan, coming[resolved.name], resolved))
     plan.stages = stages
     return resolved, plan
 
@@ -321,6 +321,6 @@ def run_recipe(
     """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
     mixture = prepare_moe(recipe, **options)
     if mixture is not None:
-        return mixture.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite)
+        return mixture.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
     _, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
     return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)

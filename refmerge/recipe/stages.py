@@ -7,13 +7,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from refmerge.checkpoint import Checkpoint, itemsize, open_checkpoint
 from refmerge.checkpoint.header import TensorInfo
 from refmerge.checkpoint.layout import WEIGHTS, config
-from refmerge.errors import UsageError
+from refmerge.errors import ResourceError, UsageError
 from refmerge.plan import Plan
 from refmerge.sources import ByteSource
 
@@ -61,9 +62,16 @@ class ComingCheckpoint(Checkpoint):
     def files(self) -> list[Path]:
         return [] if self._made is None else self._made.files
 
-    def take(self, folder: Path) -> None:
-        """The checkpoint is there."""
+    def take(self, folder: Path) -> Checkpoint:
+        """It is there now, in this folder. ResourceError where that is another one."""
         self._made = open_checkpoint(folder)
+        if {n: (t.dtype, t.shape) for n, t in self._made.tensors.items()} != self._plan.specs:
+            raise ResourceError(f"{folder}: is not what {self.path} makes: remove it, or leave --resume out to start anew")
+        return self._made
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Its plan is known by itself."""
+        return [["made by", str(self.path)]]
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         if self._made is not None:

@@ -8,6 +8,8 @@ are merged like those of any tensor. A tensor is read row by row from where the 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import os
 import re
@@ -45,6 +47,12 @@ class Rows:
     row: np.ndarray
     means: Mapping[int, tuple[tuple[int, int], ...]]
     count: int
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all but the sources."""
+        said = json.dumps([sorted(self.means.items()), self.count]).encode()
+        return hashlib.sha256(self.whose.tobytes() + self.row.tobytes() + said).hexdigest()
 
 
 @dataclass
@@ -229,6 +237,12 @@ class AlignedSource(ByteSource):
 
     def names(self) -> set[str]:
         return {self._name}
+
+    def origins(self, name: str) -> list[tuple[Checkpoint, str]]:
+        return [(source.checkpoint, name) for source in (self._own, *self._rows.sources)]
+
+    def rule(self, name: str) -> Any:
+        return [[source.cast for source in (self._own, *self._rows.sources)], self._kind, self._rows.digest]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return (len(self._rows.whose), *self._inner)

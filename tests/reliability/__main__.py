@@ -105,6 +105,7 @@ def page(found: dict[str, Any]) -> str:
         "looser": ", ".join(looser),
         "stricter": ", ".join(stricter) or "none",
     }
+    parts = ("memory", "own", "package")
     tables = {
         "agreement": _table(
             ["release", "both accept", "both refuse", "only it accepts", "only refmerge accepts", "its files read by us",
@@ -113,9 +114,9 @@ def page(found: dict[str, Any]) -> str:
               "{} of {}".format(*n["its files read"]), "{} of {}".format(*n["ours read"])] for r, n in a.items()],
         ),
         "limits": _table(
-            ["file", "header MB", "outcome", "seconds", "memory MB", "memory / header"],
+            ["file", "header MB", "outcome", "seconds", "memory MB", "memory / header", "our parser alone", "the package's"],
             [[name, f"{n['header'] / 1e6:.3g}", n["outcome"], f"{n['seconds']:.2f}", f"{n['memory'] / 1e6:.0f}",
-              f"{n['memory'] / n['header']:.1f}" if n["header"] > 1e6 else ""]
+              *(f"{n[key] / n['header']:.1f}" if key in n and n["header"] > 1e6 else "" for key in parts)]
              for name, n in found["limits"]["found"].items()],
         ),
         "crashes": _table(

@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 
 import refmerge
+from refmerge.adapters import Adapter, Factors, write_adapter
 from refmerge.checkpoint import open_checkpoint, save, writer
 from refmerge.errors import RefmergeError
+from refmerge.nets import llama
+from refmerge.recipe.run import run_recipe
 
 WRITES = ("open", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "replace", "unlink", "rmdir")
 READS = ("preadv", "fstat", "stat", "lstat", "listdir", "scandir")
@@ -60,6 +63,96 @@ def models(folder: Path, count: int = 3, *, pipelines: bool = False) -> list[Pat
 def merge(paths: list[Path], out: Path, method: str = "task_arithmetic", **options: Any) -> None:
     options = {"threads": 1, "max_shard_size": 600} | options
     refmerge.merge(paths[1:], method, base=paths[0], out=out, **options)
+
+
+# ------------------------------------------------------------------------------------------------- recipes of every kind
+
+
+def _dense(folder: Path, seed: int) -> None:
+    """A language model of two layers, as transformers has them."""
+    params = llama.init(np.random.default_rng(seed), 2, 1, 2, head_width=2, width=4, hidden=6, tokens=4)
+    config: dict[str, Any] = {"model_type": "llama", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 4, "head_dim": 2}
+    files = {"config.json": json.dumps(config).encode()}
+    save({n: np.asarray(x, np.float32) for n, x in params.items()}, folder, extra_files=files)
+
+
+def _adapter(folder: Path) -> None:
+    draw = np.random.default_rng(9)
+    factors = Factors(draw.standard_normal((2, 4)).astype(np.float32), draw.standard_normal((6, 2)).astype(np.float32), 4.0)
+    write_adapter(Adapter({f"model.layers.{i}.mlp.up_proj": factors for i in range(2)}), folder)
+
+
+def _tokenizers(folder: Path) -> None:
+    for name, words in (("m0", "abcd"), ("m1", "dcbe"), ("m2", "abcd")):
+        vocabulary = {"model": {"vocab": {word: i for i, word in enumerate(words)}}, "added_tokens": []}
+        (folder / name / "tokenizer.json").write_text(json.dumps(vocabulary))
+
+
+RECIPES = {
+    "slices": """\
+refmerge: 1
+merge_method: linear
+slices:
+  - sources: [{model: m0, layer_range: [0, 2]}, {model: m1, layer_range: [0, 2]}]
+  - sources: [{model: m2, layer_range: [1, 2]}, {model: m1, layer_range: [0, 1]}]
+""",
+    "adapters": """\
+refmerge: 1
+merge_method: linear
+models: [{model: m0+lora}, {model: m1}]
+""",
+    "vocabularies": """\
+refmerge: 1
+merge_method: linear
+tokenizer_source: union
+models: [{model: m0}, {model: m1}]
+""",
+    "several merges": """\
+refmerge: 1
+merge_method: linear
+models: [{model: trimmed}, {model: mean}, {model: m2+lora}]
+---
+refmerge: 1
+name: trimmed
+merge_method: ties
+base_model: m0
+parameters: {density: 0.5}
+models: [{model: m1}, {model: m2}]
+---
+refmerge: 1
+name: mean
+merge_method: linear
+models: [{model: m0}, {model: trimmed}]
+out_dtype: bfloat16
+""",
+    "experts": """\
+refmerge: 1
+base_model: m0
+gate_mode: random
+experts: [{source_model: m1}, {source_model: m2, noise_scale: 0.5}]
+""",
+}
+
+
+def recipe(folder: Path, kind: str) -> list[Path]:
+    """Write the inputs of a recipe of this kind and the recipe, `recipe.yml`; all paths that are there."""
+    for i in range(3):
+        _dense(folder / f"m{i}", i)
+    if kind == "vocabularies":
+        _tokenizers(folder)
+    _adapter(folder / "lora")
+    (folder / "recipe.yml").write_text(RECIPES[kind])
+    return [*(folder / f"m{i}" for i in range(3)), folder / "lora", folder / "recipe.yml"]
+
+
+def run(folder: Path, out: Path, kind: str, **options: Any) -> None:
+    """Merge what `recipe` wrote."""
+    options = {"max_shard_size": 300} | ({} if kind == "experts" else {"threads": 1}) | options
+    run_recipe(folder / "recipe.yml", out, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ the points
 
 
 def digest(out: Path) -> str:
@@ -126,14 +219,21 @@ class Broken(AssertionError):
 def points(
     folder: Path, stop: Callable[[], None], *, calls: tuple[str, ...] = CALLS, every: int = 1, resume: bool = True,
     overwrite: bool = False, method: str = "task_arithmetic", single: bool = False, pipelines: bool = False,
+    kind: str | None = None,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
     """(n, what was found) for each point at which a merge was stopped; Broken where a promise was.
 
-    overwrite: over an older output. every: only each so many calls. What is found is "old", "absent" or "new".
+    overwrite: over an older output. every: only each so many calls. kind: of recipe, in place of models that are merged by
+    `method`. What is found is "old", "absent" or "new".
     """
     writer.NOTE_SECONDS = 0.0  # a line of the journal after each tensor
-    paths, out = models(folder, pipelines=pipelines), folder / ("out.safetensors" if single else "out")
-    merge(paths, folder / f"whole{out.suffix}", method)
+    paths = models(folder, pipelines=pipelines) if kind is None else recipe(folder, kind)
+    out = folder / ("out.safetensors" if single else "out")
+
+    def make(out: Path, **options: Any) -> None:
+        merge(paths, out, method, **options) if kind is None else run(folder, out, kind, **options)
+
+    make(folder / f"whole{out.suffix}")
     expected = digest(folder / f"whole{out.suffix}")
     number = 1
     while True:
@@ -143,7 +243,7 @@ def points(
 
         def stopped(number: int = number) -> None:
             reached = stop_at(number, stop, calls)
-            merge(paths, out, method, resume=resume, overwrite=overwrite)
+            make(out, resume=resume, overwrite=overwrite)
             if not reached():
                 os._exit(UNFINISHED)
 
@@ -160,12 +260,12 @@ def points(
         if status == UNFINISHED and found == "new":
             break
         if found != "new":
-            if fork(lambda: merge(paths, out, method, resume=resume, overwrite=overwrite)):
+            if fork(lambda: make(out, resume=resume, overwrite=overwrite)):
                 raise Broken(f"call {number}: the merge could not be made again")
             if digest(out) != expected:
                 raise Broken(f"call {number}: made again, the output has other bytes")
-        if resume and any(p.name.endswith(".journal") for p in folder.iterdir() if found != "new"):
-            raise Broken(f"call {number}: a journal is left")
+        if resume and any(p.name.endswith((".journal", ".stages")) for p in folder.iterdir() if found != "new"):
+            raise Broken(f"call {number}: a journal or the result of a merge before is left")
         open_checkpoint(out).close()
         _clean(folder, keep=[*paths, folder / f"whole{out.suffix}"])
         yield number, found

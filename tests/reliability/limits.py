@@ -1,6 +1,8 @@
 """What opening a file costs at the most: files at the limits and beyond them.
 
-python -m tests.reliability.limits FILE     one file, in a process of its own; prints seconds, peak and outcome as JSON
+python -m tests.reliability.limits FILE WHOSE     one file, in a process of its own; prints seconds, peak and outcome as JSON
+
+WHOSE is "", as it is opened; "own", without the safetensors package's check; or "package", that check alone.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from refmerge.checkpoint import open_checkpoint
+from refmerge.checkpoint import header, open_checkpoint
 from refmerge.checkpoint.header import MAX_HEADER, MAX_NAME, MAX_TENSORS
 from refmerge.errors import InputError
 from tests.reliability.fuzz import peak
@@ -43,15 +45,20 @@ def files() -> dict[str, bytes]:
 
 
 def measure() -> dict[str, dict[str, float | str]]:
-    """Each file: bytes of its header, seconds of the processor, bytes of memory above what the program takes, outcome."""
+    """Each file: bytes of its header, seconds of the processor, bytes of memory above what the program takes, outcome; and
+    the memory of the two parsers that look at it one after the other, each by itself."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        for name, header in files().items():
-            path.write_bytes(struct.pack("<Q", len(header)) + header)
+        for name, text in files().items():
+            path.write_bytes(struct.pack("<Q", len(text)) + text)
             command = [sys.executable, "-m", "tests.reliability.limits", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[name] = {"header": len(header), **json.loads(done.stdout)}
+            told = {}
+            for whose in ("", "own", "package"):
+                done = subprocess.run([*command, whose], capture_output=True, text=True, check=True)
+                told[whose] = json.loads(done.stdout)
+            parts = {whose: told[whose]["memory"] for whose in ("own", "package")}
+            found[name] = {"header": len(text), **told[""], **(parts if told[""]["outcome"] == "read" else {})}
     return found
 
 
@@ -59,11 +66,13 @@ if __name__ == "__main__":
     small = Path(sys.argv[1]).with_name("small.safetensors")
     small.write_bytes(struct.pack("<Q", 2) + b"{}")
     open_checkpoint(small)
+    if sys.argv[2] == "own":
+        header._check_with_safetensors = lambda path: None
     before, start = peak(), time.process_time()
     try:
-        open_checkpoint(sys.argv[1])
+        header._check_with_safetensors(Path(sys.argv[1])) if sys.argv[2] == "package" else open_checkpoint(sys.argv[1])
         outcome = "read"
-    except InputError:
+    except (InputError, ValueError):
         outcome = "refused"
     seconds = time.process_time() - start
     print(json.dumps({"seconds": seconds, "memory": peak() - before, "outcome": outcome}))

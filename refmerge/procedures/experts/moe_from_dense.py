@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from refmerge.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, itemsize, open_checkpoint, refuse_input
+from refmerge.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    TensorInfo,
+    itemsize,
+    open_checkpoint,
+    parse_size,
+    refuse_input,
+)
 from refmerge.checkpoint.dtypes import OUTPUTS
+from refmerge.checkpoint.header import identity
 from refmerge.errors import InputError, UsageError
+from refmerge.identity import known, of_output
 from refmerge.nets import llama
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
@@ -38,6 +49,7 @@ LEFT_OUT = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }  # fmt: skip
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")  # what prompts are read with
 NOT_KEPT = ("auto_map", "pretraining_tp", "attention_bias", "mlp_bias", "transformers_version")
 
 
@@ -109,18 +121,20 @@ def moe_from_dense(
     seed: int = 0,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Checkpoint:
     """Write a mixture of experts made of dense models, which transformers loads. Returns it, open.
 
     base: the folder of the model whose other tensors, config and tokenizer the mixture has. experts, shared_experts:
     folders, or `Expert`s with prompts. hidden_states: a file or mapping with the states that the router's rows are made of,
-    where they are not to be computed here.
+    where they are not to be computed here. resume: go on where an earlier run of the same call stopped, if one did; and if
+    this one is interrupted, leave what is done beside `out` to be gone on with.
     """
     plan = prepare(
         base, experts, gate_mode=gate_mode, hidden_states=hidden_states, experts_per_token=experts_per_token,
         shared_experts=shared_experts, architecture=architecture, dtype=dtype, seed=seed,
     )  # fmt: skip
-    return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite)
+    return plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
 
 @dataclass
@@ -145,29 +159,62 @@ class Mixture:
     def everything(self) -> tuple[Expert, ...]:
         return self.experts + self.shared
 
-    def run(self, out: str | Path, *, max_shard_size: int | str = "5GB", overwrite: bool = False) -> Checkpoint:
+    def run(
+        self, out: str | Path, *, max_shard_size: int | str = "5GB", overwrite: bool = False, resume: bool = False
+    ) -> Checkpoint:
         """Write it to a folder, tensor by tensor, and return it, open."""
         if str(out).endswith(".safetensors"):
             raise UsageError(f"a mixture of experts needs a folder, with its config beside it, not {str(out)!r}")
         inputs = [self.base, *(e.model for e in self.everything)]
         refuse_input(out, [c.path for c in inputs])
+        merge = self._identity(inputs, parse_size(max_shard_size))
+        if resume and merge is None:
+            raise UsageError("resume is for mixtures of models and states on disk: hidden_states is a mapping in memory")
         config = (json.dumps(self.config, indent=2) + "\n").encode()
         with CheckpointWriter(
             out, self.specs, max_shard_size=max_shard_size, overwrite=overwrite, sidecars=self.base.sidecars(),
-            extra_files={"config.json": config},
+            extra_files={"config.json": config}, merge=merge, resume=resume,
         ) as writer:  # fmt: skip
+            writer.reuse(writer.finished)
+            left = self.specs.keys() - writer.finished
             # 1. rows of the routers
-            prompts = [(e.positive_prompts, e.negative_prompts) for e in self.everything]
-            found = rows(self.base, self.gate_mode, prompts, self.routers, self.seed, self.hidden_states)
+            routers: Iterable[tuple[str, np.ndarray]] = ()
+            if left - self.sources.keys():
+                prompts = [(e.positive_prompts, e.negative_prompts) for e in self.everything]
+                found = rows(self.base, self.gate_mode, prompts, self.routers, self.seed, self.hidden_states)
+                routers = self.router_bytes(found)
             # 2. write: the base's tensors, the experts', the routers
             for name in self.sources:
-                writer.write(name, 0, self.bytes_of(name))
-            for name, raw in self.router_bytes(found):
-                writer.write(name, 0, raw)
+                if name in left:
+                    writer.write(name, 0, self.bytes_of(name))
+            for name, raw in routers:
+                if name in left:
+                    writer.write(name, 0, raw)
             for c in inputs:
                 c.check_unchanged()
                 c.close()
         return open_checkpoint(out)
+
+    def _identity(self, inputs: Sequence[Checkpoint], shards: int) -> dict[str, str] | None:
+        """What decides every byte of it; None where that is not in files alone."""
+        states = self.hidden_states
+        if states is not None and not isinstance(states, Mapping):
+            states = open_checkpoint(states)
+        read = [*inputs, *([] if states is None else [states])]
+        if not all(isinstance(c, Checkpoint) and known(c) for c in read):
+            return None
+        tokens = [path for path in self.base.sidecars() if path.name in TOKENIZER]
+        experts = [
+            [_plain(e.positive_prompts), _plain(e.negative_prompts), float(e.noise_scale), float(e.residual_scale)]
+            for e in self.everything
+        ]
+        numbers = {id(e): i for i, e in enumerate(self.everything)}
+        sources = [[name, numbers.get(id(e)), there] for name, (e, there) in self.sources.items()]
+        return of_output(
+            inputs=[*(c.fingerprint() for c in read), *([p.name, *identity(os.stat(p))[2:]] for p in tokens)],
+            recipe=[self.form.name, self.gate_mode, int(self.seed), experts, self.routers, sources, self.config],
+            layout=[shards, sorted(self.specs.items())],
+        )
 
     def bytes_of(self, name: str) -> np.ndarray:
         """A tensor as it is stored: its source's bytes where nothing is changed, else rounded once. Biases that no source
@@ -403,6 +450,10 @@ def config_for(base: Checkpoint, form: Form, experts: int, experts_per_token: in
     if dtype is not None:
         config |= {k: WORDS[dtype] for k in ("dtype", "torch_dtype") if k in given} or {"torch_dtype": WORDS[dtype]}
     return config
+
+
+def _plain(prompts: Sequence[Any]) -> list[Any]:
+    return [p if isinstance(p, str) else [int(token) for token in p] for p in prompts]
 
 
 def shared_gate(router: str) -> str:
