@@ -130,6 +130,9 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
 @click.option("--resume", is_flag=True, help="go on where this merge was interrupted, and keep what is done if it is again")
 @click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
+@click.option(
+    "--figures", is_flag=True, help="norms of each tensor in the report, and angles to the models and to what they changed"
+)
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(

@@ -71,7 +71,8 @@ class Plan:
     stages: merges that come first, and whose results are inputs of this one.
     config: of the result, where it is not the donor's. sidecars: files that are copied, the donor's where None. files: name
     -> content of what else lies in a folder beside the weights. report: called with the files of weights when all is
-    written, for more such files. metadata: of the files of weights.
+    written, for more such files. metadata: of the files of weights. wants_figures: whether each tensor's are made, for the
+    report.
     """
 
     work: Work
@@ -95,6 +96,7 @@ class Plan:
     files: Mapping[str, bytes] = field(default_factory=dict)
     report: Callable[[Sequence[Path]], Mapping[str, bytes]] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    wants_figures: bool = False
     ran: Ran | None = None
 
     @property
@@ -117,6 +119,8 @@ class Plan:
     ) -> Any:
         """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
         outputs = self.work.method.outputs or ("",)
+        if self.wants_figures:
+            self._check_figures(out, resume)
         if self.stages and out is not None:  # what would be refused in the end is refused now
             refuse_input(out, [path for p in self.all_plans for c in p.checkpoints if not c.coming for path in c.paths])
             if resume:
@@ -124,6 +128,15 @@ class Plan:
             CheckpointWriter(out, {}, overwrite=overwrite).abort()
         with self.staged(out, max_shard_size=max_shard_size):
             return self._run(outputs, out, max_shard_size, overwrite, resume, {**self.metadata, **(metadata or {})})
+
+    def _check_figures(self, out: str | Path | None, resume: bool) -> None:
+        """UsageError where there would be no report, or not all figures in it."""
+        if out is None or Path(out).suffix == ".safetensors" or self.work.method.outputs:
+            raise UsageError("figures are in the report, which lies beside the weights of one model: give a folder for it")
+        if any(w.view(t) == "model" for w in self.works for t in w.tensors):
+            raise UsageError(f"{self.work.method.name} sees whole models, and figures are made of blocks: leave figures out")
+        if resume:
+            raise UsageError("figures and resume exclude each other: of tensors that are finished nothing is read again")
 
     @contextmanager
     def staged(self, out: str | Path | None = None, **options: Any) -> Iterator[None]:
@@ -266,8 +279,8 @@ class Plan:
                 work = replace(work, tensors=[t for t in work.tensors if t.name not in done])
                 work.recorded = recorded
             ran = run(
-                replace(work, fused=fused), sinks, elements=self._block_elements(work, processes), threads=self.threads,
-                processes=processes,
+                replace(work, fused=fused, figures=self.wants_figures), sinks, threads=self.threads, processes=processes,
+                elements=self._block_elements(work, processes),
             )  # fmt: skip
             self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
@@ -324,7 +337,8 @@ def _beside(target: Path | None) -> Iterator[Path]:
 
 
 def _both(a: Ran, b: Ran) -> Ran:
-    return Ran(max(a.passes, b.passes), a.bytes_read + b.bytes_read, a.bytes_sampled + b.bytes_sampled)
+    figures = a.figures | b.figures
+    return Ran(max(a.passes, b.passes), a.bytes_read + b.bytes_read, a.bytes_sampled + b.bytes_sampled, figures)
 
 
 def _expected(work: Work, elements: int) -> Ran:

@@ -133,7 +133,7 @@ def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], ke
 
 
 def _tensors(plan: Plan, names: Mapping[str, str]) -> dict[str, Any]:
-    """Of every tensor of the result its dtype, shape, parameters and origin.
+    """Of every tensor of the result its dtype, shape, parameters and origin, and its figures where they were made.
 
     names: label of a source -> the model as the recipe names it. Sets of parameters are listed once each."""
     sets: dict[str, int] = {}
@@ -145,6 +145,8 @@ def _tensors(plan: Plan, names: Mapping[str, str]) -> dict[str, Any]:
             dtype, shape = plan.specs[t.name]
             came = [_origin(s, t.name, names) for s in work.read]
             tensors[t.name] = {"dtype": dtype, "shape": list(shape), "parameters": number, "from": came}
+            if plan.ran is not None and t.name in plan.ran.figures:
+                tensors[t.name]["figures"] = plan.ran.figures[t.name].told()
     for name, source in plan.copied.items():
         dtype, shape = plan.specs[name]
         tensors[name] = {"dtype": dtype, "shape": list(shape), "copied": True, "from": [_origin(source, name, names)]}
