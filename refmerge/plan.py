@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -322,6 +321,8 @@ class Plan:
 def _beside(target: Path | None) -> Iterator[Path]:
     """A folder for results that are inputs of another merge: beside its output, where there is room for models. It is
     removed in any case; a killed process leaves it behind, under a hidden name."""
+    import tempfile  # which few merges want
+
     parent = None
     if target is not None:
         parent = next(folder for folder in Path(os.path.abspath(target)).parents if folder.is_dir())

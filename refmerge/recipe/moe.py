@@ -32,7 +32,7 @@ def _number(value: Any) -> Any:
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 Prompt = Annotated[str, Field(min_length=1)]

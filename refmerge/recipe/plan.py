@@ -388,16 +388,16 @@ def _named(name: str, semantics: Semantics, problems: Problems) -> Method | None
         message = f"{quote(name)}: only a recipe with refmerge: 1 at its top names the tool of a method"
         problems.add(("merge_method",), message)
         return None
-    theirs = [n.removeprefix("mergekit:") for n in registry.names() if n.startswith("mergekit:")]
-    if semantics == "mergekit" and name not in theirs:
-        ours = f"; a recipe with refmerge: 1 at its top has {name}" if name in registry.names() else ""
-        problems.add(("merge_method",), f"mergekit has no method {quote(name)}{did_you_mean(name, theirs)}{ours}")
-        return None
     try:
         return registry.get(f"mergekit:{name}" if semantics == "mergekit" else name)
     except UsageError as e:
-        problems.add(("merge_method",), str(e))
-        return None
+        message = str(e)
+    theirs = [n.removeprefix("mergekit:") for n in registry.names() if n.startswith("mergekit:")]
+    if semantics == "mergekit" and name not in theirs:
+        ours = f"; a recipe with refmerge: 1 at its top has {name}" if name in registry.names() else ""
+        message = f"mergekit has no method {quote(name)}{did_you_mean(name, theirs)}{ours}"
+    problems.add(("merge_method",), message)
+    return None
 
 
 def _also_wrong(data: Mapping[str, Any], problems: Problems) -> None:

@@ -11,13 +11,15 @@ import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+import refmerge
 from refmerge.checkpoint import Checkpoint, itemsize
 from refmerge.checkpoint.files import read_small
 from refmerge.errors import InputError
@@ -68,7 +70,7 @@ def keep_record(
     def report(written: Sequence[Path]) -> dict[str, bytes]:
         found = {
             "versions": {
-                "refmerge": _version("refmerge"), "numpy": _version("numpy"), "ml_dtypes": _version("ml-dtypes"),
+                "refmerge": refmerge.__version__, "numpy": np.__version__, "ml_dtypes": ml_dtypes.__version__,
                 "python": platform.python_version(),
             },
             "method": resolved.method,
@@ -176,13 +178,6 @@ def _file(path: Path, hashed: bool) -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def _yaml(data: Any) -> str:
     yaml, out = YAML(typ="safe", pure=True), io.StringIO()
     yaml.default_flow_style = None
@@ -209,7 +204,7 @@ def _card(resolved: Resolved, plan: Plan, models: Mapping[str, Checkpoint], text
 {_yaml(front)}---
 # Merged model
 
-Merged by `{resolved.method}` ({plan.work.method.paper}) with refmerge {_version("refmerge")}.
+Merged by `{resolved.method}` ({plan.work.method.paper}) with refmerge {refmerge.__version__}.
 
 ## Models
 

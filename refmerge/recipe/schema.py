@@ -41,7 +41,7 @@ def _version(value: Any) -> Any:
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 Scalar = bool | int | float | str
