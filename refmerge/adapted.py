@@ -10,16 +10,16 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refmerge.adapters import Adapter, read_adapter
-from refmerge.changes import Changes
 from refmerge.checkpoint import Checkpoint, decode, encode, hub, itemsize, open_checkpoint
 from refmerge.checkpoint.scaled import as_values
 from refmerge.errors import UsageError
-from refmerge.foreign import matched
+
+if TYPE_CHECKING:
+    from refmerge.adapters import Adapter
 
 __all__ = ["Adapted", "adapted", "open_model", "reference"]
 
@@ -36,6 +36,8 @@ class Adapted(Checkpoint):
     multiplies = True
 
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]) -> None:
+        from refmerge.changes import Changes  # few models have adapters in them
+
         self.__dict__.update(base.__dict__)
         self._of, self.adapters = base, tuple(adapters)
         self.rewritten, self.note = base.rewritten, base.note
@@ -85,7 +87,8 @@ class Adapted(Checkpoint):
             return 0.0
         name = max(sizes, key=lambda n: sizes[n])
         count = min(sizes[name], TRIAL)
-        changes = Changes(self._shapes, self.adapters)  # others, which may keep what they make of a base that is none
+        # Others, which may keep what they make of a base that is none.
+        changes = type(self._changes)(self._shapes, self.adapters)
         best = math.inf
         for _ in range(3):
             start = time.perf_counter()
@@ -123,6 +126,9 @@ def adapted(
     part: of an image model's adapters, the part that the base is, as unet. Every module of an adapter must be in the base;
     InputError lists those that are not, and those of another shape.
     """
+    from refmerge.adapters import Adapter, read_adapter
+    from refmerge.foreign import matched
+
     if not adapters:
         raise UsageError("adapted: at least one adapter")
     weights = [1.0] * len(adapters) if weights is None else list(weights)

@@ -13,11 +13,13 @@ import numpy as np
 
 from refmerge.checkpoint.dtypes import DTYPES
 from refmerge.errors import InputError
+from refmerge.figures import part_of
+from refmerge.fused import Lazy
 from refmerge.group import Group, Pause, Place, State
 from refmerge.method import Method
 from refmerge.numeric import array_namespace, host
 from refmerge.rng import Memo, Rng
-from refmerge.sources import NotFinite, Scratch, Sink, Source, all_finite
+from refmerge.sources import DiskSink, NotFinite, Scratch, Sink, Source, all_finite
 from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["Nonfinite", "count_nonfinite", "report_nonfinite", "run_block", "run_model"]
@@ -34,11 +36,13 @@ def run_block(
     masks: Memo | None,
     *,
     first: bool,
+    figures: list[Any] | None = None,
 ) -> Pause | None:
     """Run the method on one block and write its result; the Pause where it stopped at a question.
 
     state, of_tensor: what is known of the group, and of the block's tensor where the group is larger. masks: those drawn in
-    an earlier pass. first: no pass came before, so that the inputs are still to be checked.
+    an earlier pass. first: no pass came before, so that the inputs are still to be checked. figures: gets the block's part
+    of its tensor's figures, once it is written.
     """
     method, t = work.method, tensor
     view = work.view(t)
@@ -74,6 +78,14 @@ def run_block(
     if state.sampling:
         return Pause(False, None)
     _write(method, result, t, place.start, models[0].shape, sinks, scratch, strict)
+    if figures is not None:
+        inputs = [*models, *([] if args.get("base") is None else [args["base"]])]
+        sink = sinks[""]
+        assert isinstance(sink, DiskSink)
+        written = sink.written(t.name, place.stop - place.start, t.work, scratch, type(models[0]) is Lazy)
+        row = t.rows[1] if view == "rows" else None
+        with np.errstate(all="ignore"):
+            figures.append(part_of(place, written, inputs, args.get("base") is not None, row))
     return None
 
 

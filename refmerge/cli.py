@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json as jsonlib
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from refmerge.cli_adapters import COMMANDS
 from refmerge.terminal import say
 
 if TYPE_CHECKING:
@@ -30,7 +30,21 @@ class Terminated(BaseException):
 
 
 class Lines(click.Group):
-    """A group whose errors are one line on standard error and an exit status, without a traceback."""
+    """A group whose errors are one line on standard error and an exit status, without a traceback. Commands of other modules
+    are imported when they are asked for."""
+
+    elsewhere: Mapping[str, str] = {
+        "extract": "refmerge.cli_adapters", "apply": "refmerge.cli_adapters", "adapter": "refmerge.cli_adapters",
+        "experts": "refmerge.cli_experts",
+    }  # fmt: skip
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self.elsewhere})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.elsewhere:
+            return getattr(importlib.import_module(self.elsewhere[cmd_name]), cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         import signal
@@ -131,6 +145,9 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
 @click.option("--resume", is_flag=True, help="go on where this merge was interrupted, and keep what is done if it is again")
 @click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
+@click.option(
+    "--figures", is_flag=True, help="norms of each tensor in the report, and angles to the models and to what they changed"
+)
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
@@ -861,10 +878,6 @@ def demo(out: str | None, json: bool) -> None:
     run(out, json=json)
 
 
-for command in COMMANDS:
-    main.add_command(command)
-
-
 def size(n: float) -> str:
     """Bytes for people, in decimal units as disks and shards are measured."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -965,8 +978,3 @@ def _bar() -> Any:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), auto_refresh=False,
     )  # fmt: skip
-
-
-from refmerge.cli_experts import experts  # noqa: E402 (it imports this module inside its commands)
-
-main.add_command(experts)

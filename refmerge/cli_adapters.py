@@ -285,6 +285,3 @@ def _tell(out: str, adapter: Adapter, fits: Mapping[str, Fit], json: bool) -> No
 
 def _error(fit: Fit | None) -> dict[str, float]:
     return {} if fit is None else {"error": fit.error, "relative": fit.relative}
-
-
-COMMANDS: tuple[click.Command, ...] = (extract, apply, adapter)

@@ -16,13 +16,14 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
 
 from refmerge.blas import one_thread
 from refmerge.block import run_block, run_model
 from refmerge.errors import ResourceError
+from refmerge.figures import Figures
 from refmerge.fused import compiler
 from refmerge.group import Log, Pause, Place, State, condense
 from refmerge.method import Method
@@ -81,7 +82,13 @@ class Task:
         return self.states[0].sampling
 
 
-Outcome = list[Pause | None]  # for each block of a task where it stopped, or None where its result is written
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a task. stopped: for each block where it stopped, or None where its result is written. figures: of each
+    that is written its part of the tensor's figures, where these are wanted."""
+
+    stopped: list[Pause | None]
+    figures: list[Any]
 
 
 class Context:
@@ -106,7 +113,9 @@ class Context:
 
     def compute(self, task: Task) -> Outcome:
         """Run the method on the blocks of a task."""
-        work, masks, outcome = self._work, None, []
+        work, masks = self._work, None
+        stopped: list[Pause | None] = []
+        figures: list[Any] = []
         if self._remembers and task.states[0].blocks > 1:
             if task.group not in self._masks:
                 self._masks = dict(list(self._masks.items())[-1:])  # the next group is begun before this one is done
@@ -118,12 +127,15 @@ class Context:
                 source.ahead(name, task.places[0].start, stop)
         for place, state, of_tensor in zip(task.places, task.states, task.of_tensor):
             tensor = self._tensors[place.tensor]
-            outcome.append(
-                run_block(work, tensor, place, state, of_tensor, self._sinks, self._scratch, masks, first=task.first)
-            )
+            stopped.append(
+                run_block(
+                    work, tensor, place, state, of_tensor, self._sinks, self._scratch, masks, first=task.first,
+                    figures=figures if work.figures else None,
+                )
+            )  # fmt: skip
         if not task.sampling:
-            condense(task.places, outcome, task.states[0].size)
-        return outcome
+            condense(task.places, stopped, task.states[0].size)
+        return Outcome(stopped, figures)
 
 
 class _Group:
@@ -267,12 +279,13 @@ def _groups(work: Work, elements: int) -> list[_Group]:
 @dataclass
 class Ran:
     """What a run took: the passes of the group that took most, the bytes of weights read in all passes, and of samples; and
-    the kinds of questions that groups of several blocks were asked."""
+    the kinds of questions that groups of several blocks were asked. figures: of each tensor, where they were wanted."""
 
     passes: int = 0
     bytes_read: int = 0
     bytes_sampled: int = 0
     asked: frozenset[str] = frozenset()
+    figures: dict[str, Figures] = field(default_factory=dict)
 
 
 @dataclass
@@ -316,8 +329,8 @@ class Scheduler:
 
     def give(self, task: Task, outcome: Outcome) -> None:
         """Take back a task: account for what was read and written, and begin the next pass where one has ended."""
-        group = self._groups[task.group]
-        for place, pause in zip(task.places, outcome):
+        group, figures = self._groups[task.group], iter(outcome.figures)
+        for place, pause in zip(task.places, outcome.stopped):
             count = place.stop - place.start
             moved = self.work.bytes_of(self._tensors[place.tensor], count)
             if task.sampling:
@@ -329,6 +342,8 @@ class Scheduler:
             if pause is None:
                 for sink in self.sinks.values():
                     sink.record(place.tensor, place.start, count)
+                if self.work.figures:
+                    self._figures_of(place).add(place, next(figures))
             group.give(place, pause)
         if group.wave_is_over:
             group.end_of_wave()
@@ -339,6 +354,13 @@ class Scheduler:
                 for begun in self._begun.values():
                     if group in begun:
                         begun.remove(group)
+
+
+    def _figures_of(self, place: Place) -> Figures:
+        if place.tensor not in self.ran.figures:
+            read = self.work.read
+            self.ran.figures[place.tensor] = Figures(place.size, len(read), len(read) > len(self.work.models))
+        return self.ran.figures[place.tensor]
 
 
 def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, processes: bool = False) -> Ran:

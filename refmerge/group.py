@@ -29,7 +29,7 @@ from refmerge.fused import Lazy
 from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, host, hosts, in_float64, keys_of, leaf_sums
 from refmerge.selection import Selection, count_equal, first_want, flat, kth_largest, top_mask
 
-__all__ = ["Group", "Log", "Pause", "Place", "State"]
+__all__ = ["Asked", "Group", "Log", "Pause", "Place", "State", "Sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +293,9 @@ class _Question:
         raise NotImplementedError
 
 
-class _Sum(_Question):
+class Sum(_Question):
+    """The correctly rounded sum of leaves."""
+
     def reset(self) -> None:
         self._parts: list[list[float]] = [[] for _ in range(self.asked.n)]
         # A stretch that borders of blocks cut: (tensor, stretch) -> its pieces of all arrays by offset, until it is whole.
@@ -353,14 +355,14 @@ class _Sum(_Question):
         return self._answer
 
 
-class _Gram(_Sum):
+class _Gram(Sum):
     """Sums of the products of each two arrays, which are made in float64, one after another."""
 
     @staticmethod
     def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
         flats = [flat(x) for x in xs]
         wide = [in_float64(x) for x in (hosts(flats) if type(flats[0]) is Lazy else flats)]
-        made = [_Sum.part(want, place, [x * y]) for x, y in combinations_with_replacement(wide, 2)]
+        made = [Sum.part(want, place, [x * y]) for x, y in combinations_with_replacement(wide, 2)]
         cut = [(c[0][0], c[0][1], [array for _, _, (array,) in c]) for c in zip(*(cut for _, cut in made))]
         return [sums for parts, _ in made for sums in parts], cut
 
@@ -477,5 +479,5 @@ class _Top(_KthLargest):
 
 
 _KINDS: dict[str, type[_Question]] = {
-    "sum": _Sum, "gram": _Gram, "max": _Max, "count": _Count, "kth_largest": _KthLargest, "top": _Top,
+    "sum": Sum, "gram": _Gram, "max": _Max, "count": _Count, "kth_largest": _KthLargest, "top": _Top,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -86,10 +87,12 @@ def _program() -> list[str]:
     """The text of this package, and NumPy's version."""
     here = Path(__file__).parent
     texts = hashlib.sha256()
-    for path in sorted(
-        path for folder in (here, Path(str(refmerge.backends.__file__)).parent) for path in folder.rglob("*.py")
-    ):
-        texts.update(path.read_bytes())
+    for root in (here, Path(str(refmerge.backends.__file__)).parent):
+        for folder, folders, files in os.walk(root):
+            folders.sort()
+            for name in sorted(name for name in files if name.endswith(".py")):
+                with open(os.path.join(folder, name), "rb") as file:
+                    texts.update(file.read())
     return [texts.hexdigest(), np.__version__]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -253,6 +252,8 @@ def exact_sum(values: Sequence[float]) -> float:
         return math.fsum(values)
     except (OverflowError, ValueError):
         if all(map(math.isfinite, values)):  # only a partial sum overflowed
+            from fractions import Fraction
+
             exact = sum(map(Fraction, values))
             try:
                 return float(exact)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -95,9 +94,10 @@ class Plan:
     stages: merges that come first, and whose results are inputs of this one.
     config: of the result, where it is not the donor's. sidecars: files that are copied, the donor's where None. files: name
     -> content of what else lies in a folder beside the weights. report: called with the folder and its files of weights when
-    all is written, for more such files. metadata: of the files of weights. arranged: what becomes of each component, where
-    the inputs are pipelines. notes: what the user should know. parts: what was run of work and rest, where the inputs were
-    looked at for values that are not finite, and skipped: the models that were left out.
+    all is written, for more such files. metadata: of the files of weights. wants_figures: whether each tensor's are made,
+    for the report. arranged: what becomes of each component, where the inputs are pipelines. notes: what the user should
+    know. parts: what was run of work and rest, where the inputs were looked at for values that are not finite, and skipped:
+    the models that were left out.
     """
 
     work: Work
@@ -123,6 +123,7 @@ class Plan:
     metadata: Mapping[str, str] = field(default_factory=dict)
     arranged: Arrangement | None = None
     notes: Sequence[str] = ()
+    wants_figures: bool = False
     ran: Ran | None = None
     parts: Sequence[Work] = ()
     skipped: Sequence[Skipped] = ()
@@ -147,6 +148,8 @@ class Plan:
     ) -> Any:
         """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
         outputs = self.work.method.outputs or ("",)
+        if self.wants_figures:
+            self._check_figures(out, resume)
         if out is None:
             if resume:
                 raise UsageError("resume goes on with what an earlier run left on the disk: give out")
@@ -192,6 +195,15 @@ class Plan:
                 if self.report is not None and not single:
                     files |= self.report(folder, written)
         return target if self.work.method.outputs else open_checkpoint(target)
+
+    def _check_figures(self, out: str | Path | None, resume: bool) -> None:
+        """UsageError where there would be no report, or not all figures in it."""
+        if out is None or Path(out).suffix == ".safetensors" or self.work.method.outputs:
+            raise UsageError("figures are in the report, which lies beside the weights of one model: give a folder for it")
+        if any(w.view(t) == "model" for w in self.works for t in w.tensors):
+            raise UsageError(f"{self.work.method.name} sees whole models, and figures are made of blocks: leave figures out")
+        if resume:
+            raise UsageError("figures and resume exclude each other: of tensors that are finished nothing is read again")
 
     @contextmanager
     def staged(self, writer: CheckpointWriter | None = None, **options: Any) -> Iterator[None]:
@@ -316,8 +328,8 @@ class Plan:
                 work = replace(work, tensors=[t for t in work.tensors if t.name not in done])
                 work.recorded = recorded
             ran = run(
-                replace(work, fused=fused), sinks, elements=self._block_elements(work, processes), threads=self.threads,
-                processes=processes,
+                replace(work, fused=fused, figures=self.wants_figures), sinks, threads=self.threads, processes=processes,
+                elements=self._block_elements(work, processes),
             )  # fmt: skip
             self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
@@ -372,6 +384,8 @@ def _json(data: Mapping[str, Any]) -> bytes:
 @contextmanager
 def _temporary() -> Iterator[Path]:
     """A folder for results that are inputs of another merge whose output is not on the disk. It is removed in any case."""
+    import tempfile  # which few merges want
+
     try:
         folder = tempfile.mkdtemp(prefix="refmerge-")
     except OSError as e:
@@ -383,7 +397,10 @@ def _temporary() -> Iterator[Path]:
 
 
 def _both(a: Ran, b: Ran) -> Ran:
-    return Ran(max(a.passes, b.passes), a.bytes_read + b.bytes_read, a.bytes_sampled + b.bytes_sampled)
+    return Ran(
+        max(a.passes, b.passes), a.bytes_read + b.bytes_read, a.bytes_sampled + b.bytes_sampled, a.asked | b.asked,
+        a.figures | b.figures,
+    )  # fmt: skip
 
 
 def _expected(work: Work, elements: int) -> Ran:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import pkgutil
 import warnings
 from functools import cache
@@ -25,13 +26,13 @@ def _modules(root: str) -> dict[tuple[str, str], str]:
     """(folder, name) -> module, of the files two levels below a package, but for steps, whose names begin with an
     underscore, and for a tool's adapter."""
     found = {}
-    for folder in pkgutil.iter_modules(importlib.import_module(root).__path__):
+    path = list(importlib.import_module(root).__path__)
+    for folder in pkgutil.iter_modules(path):
         if not folder.ispkg:
             continue
-        package = importlib.import_module(f"{root}.{folder.name}")
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules([os.path.join(place, folder.name) for place in path]):
             if not module.name.startswith("_") and module.name != "adapter":
-                found[folder.name, module.name] = f"{package.__name__}.{module.name}"
+                found[folder.name, module.name] = f"{root}.{folder.name}.{module.name}"
     return found
 
 
@@ -127,6 +128,8 @@ def backend_names() -> list[str]:
 
 def open_backend(spec: str) -> Any:
     """The backend for "numpy", "torch", "torch:cuda:0", "cupy", ... UsageError if it is missing or cannot run here."""
+    if spec == "numpy":  # the usual one, without a look at what else is installed
+        return importlib.import_module("refmerge.backends.numpy").open(None)
     name, _, device = spec.partition(":")
     if name not in _entry_points("refmerge.backends"):
         raise UsageError(f"no backend {name!r} (available: {', '.join(backend_names())})")

@@ -536,6 +536,16 @@ class DiskSink:
             raise NotFinite
         self._writer.put(name, start, raw)
 
+    def written(self, name: str, count: int, work: str, scratch: Scratch, lazy: bool) -> Any:
+        """The block of so many elements that was written last with this scratch, as it is in the file, in the work dtype."""
+        dtype = self._specs[name][0]
+        raw = scratch.raw("out", count * itemsize(dtype))
+        if lazy and work == "float32" and dtype in LAZY:
+            return leaf(raw.view(LAZY[dtype]), dtype, (count,))
+        if self._backend.name != "numpy":
+            return self._backend.put(raw, dtype, (count,), work)
+        return self._backend.put(raw, dtype, (count,), work, scratch.work("written", count, work))
+
     def record(self, name: str, start: int, count: int) -> None:
         self._writer.record(name, start, count)
 

@@ -43,7 +43,8 @@ class Tensor:
 class Work:
     """A merge, ready to run. stats: per model the statistics file or mapping as a Source, or None. backend: where blocks of
     files are computed; None for arrays, which stay where they are. kernels: fast twins of methods for arrays on a device.
-    fused: whether the operations on a block of a file are noted down first and computed in one pass (see refmerge.fused)."""
+    fused: whether the operations on a block of a file are noted down first and computed in one pass (see refmerge.fused).
+    figures: whether each tensor's figures are made on the way (see refmerge.figures)."""
 
     method: Method
     models: Sequence[Source]
@@ -57,6 +58,7 @@ class Work:
     backend: Any = None
     kernels: Mapping[str, Any] = field(default_factory=dict)
     fused: bool = False
+    figures: bool = False
     recorded: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

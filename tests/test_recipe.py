@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refmerge import registry
-from refmerge.errors import RecipeError, UsageError
+from refmerge.errors import RecipeError
 from refmerge.method import Method, Param
 from refmerge.recipe import describe, load_recipe, parse_recipe, resolve, schema_json
 from refmerge.recipe.parameters import interpolate, layer_count, layer_index, position
@@ -279,13 +279,14 @@ def test_whose_method(monkeypatch, top, written, asked):
     assert asked_for == [asked]
 
 
-def test_unknown_method_is_a_recipe_error_with_its_place(monkeypatch):
-    def get(name):
-        raise UsageError(f"no method {name!r}: mergekit has ties")
-
-    monkeypatch.setattr(registry, "get", get)
-    with pytest.raises(RecipeError, match=r"r\.yml: line 2, column 1: no method 'mergekit:tise': mergekit has ties"):
+def test_unknown_method_is_a_recipe_error_with_its_place():
+    told = r"r\.yml: line 2, column 1: mergekit has no method 'tise'; did you mean 'ties'\? \(known here: .*ties\)$"
+    with pytest.raises(RecipeError, match=told):
         resolve(parse_recipe("models: [{model: a}]\nmerge_method: tise\n", "r.yml"))
+    with pytest.raises(RecipeError, match=r"'fisher'.*; a recipe with refmerge: 1 at its top has fisher"):
+        resolve(parse_recipe("models: [{model: a}]\nmerge_method: fisher\n"))
+    with pytest.raises(RecipeError, match=r"line 3, column 1: no method 'tise'; did you mean ties\?"):
+        resolve(parse_recipe("refmerge: 1\nmodels: [{model: a}]\nmerge_method: tise\n"))
     with pytest.raises(RecipeError, match="refmerge: 1"):
         resolve(parse_recipe("models: [{model: a}]\nmerge_method: mergekit:ties\n"))
 
@@ -652,10 +653,10 @@ SLICES = "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 
     [
         ("models: [{model: a}]", "line 1, column 1: 'merge_method' is missing"),
         ("merge_method: linear", "'models' is missing (or slices, or modules)"),
-        ("merge_method: a\nslices: []", "line 2, column 1: 'slices' is empty"),
-        ("merge_method: a\nmodules: {}", "line 2, column 1: 'modules' is empty"),
+        ("merge_method: linear\nslices: []", "line 2, column 1: 'slices' is empty"),
+        ("merge_method: linear\nmodules: {}", "line 2, column 1: 'modules' is empty"),
         (SLICES + "models: [{model: a}]", "line 2, column 1: a recipe has one of models, slices and modules: models is"),
-        ("merge_method: a\nslices: [{}]", "line 2, column 10: 'sources' is missing"),
+        ("merge_method: linear\nslices: [{}]", "line 2, column 10: 'sources' is missing"),
         (SLICES.replace("layer_range: [0, 2]", ""), "'layer_range' is missing"),
         (SLICES.replace("[0, 2]", "[2, 2]"), "line 2, column 32: layer_range [2, 2] has no layers: its end is one after"),
         (SLICES.replace("[0, 2]", "[0, 2, 4]"), "layer_range is [first, one after the last], not [0, 2, 4]"),
@@ -663,8 +664,8 @@ SLICES = "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 
         (SLICES.replace("[0, 2]", "[0, -1]"), "layer_range is [first, one after the last], not [0, -1]"),
         (SLICES.replace("model: a", "model: a, paramters: {}"), "unknown key 'paramters'; did you mean 'parameters'?"),
         (SLICES.replace("[{sources", "[{t: 1, sources"), "unknown key 't' (known here: sources, base_model"),
-        ("merge_method: a\nmodules: {m: {}}", "line 2, column 11: module 'm' needs models or slices, and not both"),
-        ("merge_method: a\nmodules: {m: {models: [{model: a}], z: 1}}", "unknown key 'z' (known here: models, slices"),
+        ("merge_method: linear\nmodules: {m: {}}", "line 2, column 11: module 'm' needs models or slices, and not both"),
+        ("merge_method: linear\nmodules: {m: {models: [{model: a}], z: 1}}", "unknown key 'z' (known here: models, slices"),
         (RECIPE + "layers: 'model.layers.'", "layers: 'model.layers.' needs {} once, where the number of the layer stands"),
         (RECIPE + "tokenizer: {sorce: a}", "line 3, column 13: unknown key 'sorce'; did you mean 'source'?"),
         (RECIPE + "tokenizer: {tokens: {x: {sorce: a}}}", "unknown key 'sorce'; did you mean 'source'?"),
@@ -702,7 +703,7 @@ SLICES = "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 
         (RECIPE + "out_dtype: 3", "'out_dtype' is one of bfloat16, float16, float32, float64, not 3"),
         (RECIPE + "base_model: [a]", "'base_model' must be text, not ['a']"),
         (RECIPE + "seed: 3", "'seed' belongs to native recipes, which have refmerge: 1 at the top"),
-        ("merge_method: a\nmodels: [{model: a, stats: b}]", "'stats' belongs to native recipes"),
+        ("merge_method: linear\nmodels: [{model: a, stats: b}]", "'stats' belongs to native recipes"),
         (RECIPE + "refmerge: 2", "refmerge: 2 is not a version of the recipe format: only 1 is"),
         (RECIPE + "refmerge: true", "refmerge: True is not a version"),
         (RECIPE + "refmerge: 1.0", "refmerge: 1.0 is not a version"),
@@ -718,17 +719,56 @@ def test_schema(text, message):
     assert "\n" not in told, "one problem, one line"
 
 
+MAPPINGS = {
+    "{model: a}": "a",
+    "{model: {path: a}}": "a",
+    "{model: {path: a, revision: v1}}": "a@v1",
+    "{model: a, lora: b}": "a+b",
+    "{model: a, lora: null}": "a",
+    "{model: {path: a, revision: null}, lora: {path: b, revision: main}}": "a+b@main",
+    "{model: a@v1, lora: b@v2}": "a@v1+b@v2",
+}
+
+
+@pytest.mark.parametrize("written", MAPPINGS)
+def test_models_as_mappings(written):
+    """As mergekit's ModelReference reads them, wherever a recipe names a model."""
+    text = f"merge_method: linear\nmodels:\n  - {{model: {written}, parameters: {{weight: 1}}}}\n"
+    more = f"base_model: {written}\ntokenizer: {{source: {written}, tokens: {{model: {{source: {written}}}, "
+    more += f"z: {{source: {{kind: model_token, model: {written}, token: b}}}}}}}}\n"
+    recipe = parse_recipe(text + more)
+    name = MAPPINGS[written]
+    assert resolve(recipe).models == (name,)
+    plain = recipe.document.data
+    assert plain["models"][0]["model"] == plain["base_model"] == plain["tokenizer"]["source"] == name
+    assert plain["tokenizer"]["tokens"]["model"]["source"] == name
+    assert plain["tokenizer"]["tokens"]["z"]["source"] == {"kind": "model_token", "model": name, "token": "b"}
+    sliced = f"merge_method: passthrough\nslices: [{{sources: [{{model: {written}, layer_range: [0, 2]}}]}}]"
+    assert resolve(parse_recipe(sliced)).models == (name,)
+    assert json.loads(json.dumps(describe(resolve(parse_recipe(sliced)))))["slices"][0]["sources"][0]["model"] == name
+
+
 @pytest.mark.parametrize(
-    "text, what",
+    "written, message",
     [
-        ("merge_method: linear\nmodels: [{model: {model: {path: a}}}]", "a model given as a mapping"),
+        ("{}", "a model given as a mapping needs the key model: a path, or {path, revision}"),
+        ("{lora: b}", "a model given as a mapping needs the key model"),
+        ("{path: a}", "path belongs one level deeper: {model: {path: ..., revision: ...}, lora: ...}"),
+        ("{model: a, revision: v1}", "revision belongs one level deeper"),
+        ("{model: a, lroa: b}", "a model given as a mapping has the keys model and lora, and not 'lroa'"),
+        ("{model: a, override_architecture: X}", "override_architecture has no place here"),
+        ("{model: {path: a, rev: b}}", "model of a model given as a mapping has path and revision, and not 'rev'"),
+        ("{model: {revision: b}}", "model of a model given as a mapping needs a path"),
+        ("{model: {path: ''}}", "model of a model given as a mapping needs a path"),
+        ("{model: a, lora: {path: 3}}", "path of lora must be text, not 3"),
+        ("{model: {path: a, revision: 1.5}}", "revision of model must be text, not 1.5"),
+        ("{model: a, lora: [b]}", "lora of a model given as a mapping is a path, or {path, revision}, not ['b']"),
+        ("{model: 3}", "model of a model given as a mapping is a path, or {path, revision}, not 3"),
     ],
 )
-def test_not_supported_yet(text, what):
-    told = refusal(text)
-    assert what in told
-    assert "is not supported yet" in told
-    assert "\n" not in told
+def test_mappings_that_are_no_models(written, message):
+    told = refusal(f"merge_method: linear\nmodels: [{{model: {written}, parameters: {{weight: 1}}}}]")
+    assert f"line 2, column 11: {message}" in told and "\n" not in told
 
 
 def test_all_problems_at_once():
@@ -738,6 +778,7 @@ models:
   - model: a
     paramters: {}
   - model: {path: b}
+    parameters: {wieght: 1}
 dtype: int7
 tokenizer_source: [union]
 """
@@ -745,10 +786,14 @@ tokenizer_source: [union]
         "<recipe>: 5 problems",
         "  line 1, column 1: 'merge_method' must be text, not 3",
         "  line 4, column 5: unknown key 'paramters'; did you mean 'parameters'? (known here: model, parameters)",
-        "  line 5, column 5: a model given as a mapping is not supported yet: give its path",
-        "  line 6, column 1: 'dtype' is one of bfloat16, float16, float32, float64, not 'int7'",
-        "  line 7, column 1: 'tokenizer_source' must be text, not ['union']",
+        "  line 5, column 5: path belongs one level deeper: {model: {path: ..., revision: ...}, lora: ...}",
+        "  line 7, column 1: 'dtype' is one of bfloat16, float16, float32, float64, not 'int7'",
+        "  line 8, column 1: 'tokenizer_source' must be text, not ['union']",
     ]
+    told = refusal(text.replace("merge_method: 3", "merge_method: liner"))
+    assert "line 1, column 1: mergekit has no method 'liner'; did you mean 'linear'? (known here: " in told
+    told = refusal(text.replace("merge_method: 3", "merge_method: linear"))
+    assert "line 6, column 18: mergekit:linear has no parameter 'wieght'; did you mean 'weight'?" in told
 
 
 def test_very_many_problems_are_counted():

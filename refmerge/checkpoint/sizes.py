@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from refmerge.errors import UsageError
 
@@ -20,14 +19,15 @@ def parse_size(size: int | str) -> int:
     UsageError for anything else, and for sizes that are not a positive whole number of bytes.
     """
     if isinstance(size, int) and not isinstance(size, bool):
-        count = Fraction(size)
+        count, rest = size, 0
     else:
         match = (
             re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?([A-Za-z]{0,3})", size) if isinstance(size, str) else None
         )
         if match is None or match[2].upper() not in _UNITS:
             raise UsageError(f"not a size: {size!r}; write it like 5GB, 500MB or 2GiB")
-        count = Fraction(match[1]) * _UNITS[match[2].upper()]
-    if count < 1 or count.denominator != 1:
+        whole, _, part = match[1].partition(".")
+        count, rest = divmod(int(whole + part) * _UNITS[match[2].upper()], 10 ** len(part))
+    if count < 1 or rest:
         raise UsageError(f"not a positive whole number of bytes: {size!r}")
-    return int(count)
+    return count

@@ -13,7 +13,6 @@ import json
 import math
 import operator
 import os
-import secrets
 import shutil
 import stat
 import threading
@@ -103,7 +102,7 @@ class CheckpointWriter:
         if self._resume and merge is not None:
             with _disk(self.target):
                 self._journal = take_up(self.target, merge)
-        new = self.target.with_name(f".{self.target.name}.partial-{secrets.token_hex(4)}")
+        new = self.target.with_name(f".{self.target.name}.partial-{os.urandom(4).hex()}")
         self.partial = new if self._journal is None else self._journal.partial
         self.finished = frozenset(() if self._journal is None else self._journal.finished)
         self.made: dict[str, Any] = {} if self._journal is None else dict(self._journal.made)
@@ -347,7 +346,7 @@ class CheckpointWriter:
             os.replace(self.partial, self.target)
             return
         # There is no portable call that exchanges two folders: between these two lines the target is absent, not mixed.
-        old = self.target.with_name(f".{self.target.name}.old-{secrets.token_hex(4)}")
+        old = self.target.with_name(f".{self.target.name}.old-{os.urandom(4).hex()}")
         os.rename(self.target, old)
         try:
             os.rename(self.partial, self.target)

@@ -13,7 +13,6 @@ import platform
 import shutil
 import stat
 import subprocess
-import tempfile
 import threading
 from functools import cache
 from pathlib import Path
@@ -50,6 +49,8 @@ def _identity() -> str:
 @cache
 def folder() -> Path | None:
     """Where compiled programs are kept: a directory that is ours alone, or None."""
+    import tempfile  # only merges that are large enough come here
+
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     for candidate in (root / "refmerge", Path(tempfile.gettempdir()) / f"refmerge-{os.getuid()}"):
         try:
@@ -114,6 +115,8 @@ class _Job:
         except OSError:
             self.failed = True
             return
+        import tempfile
+
         try:
             self._scratch = Path(tempfile.mkdtemp(dir=self.target.parent))
             (self._scratch / "program.c").write_text(self.source, encoding="utf-8")

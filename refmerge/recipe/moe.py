@@ -32,7 +32,7 @@ def _number(value: Any) -> Any:
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 Prompt = Annotated[str, Field(min_length=1)]
@@ -84,7 +84,7 @@ def prepare_moe(
     from refmerge.procedures.experts.moe_from_dense import Expert, prepare
 
     content = validate(document)
-    unset = {"nonfinite": "error", "integers": "equal", "missing": "error", "allow_pickle": False}
+    unset = {"nonfinite": "error", "integers": "equal", "missing": "error", "allow_pickle": False, "figures": False}
     for key, value in options.items():
         if value != unset.get(key):
             raise UsageError(f"{key} = {value!r}: a mixture of experts copies weights, and computes none; leave it out")

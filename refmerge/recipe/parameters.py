@@ -189,14 +189,19 @@ class Checker:
         for key, setting in (written or {}).items():
             param = self.params.get(key)
             if param is None:
-                hint = did_you_mean(key, self.params)
-                self.problems.add((*path, key), f"{self.method.name} has no parameter {quote(key)}{hint}")
+                self.check_names({key: setting}, path)
             elif own and not param.per_model:
                 message = f"{key} is one value for all models: move it to the recipe's parameters"
                 self.problems.add((*path, key), message)
             else:
                 found[key] = tuple(self._choices(setting, (*path, key), param))
         return found
+
+    def check_names(self, written: Mapping[str, Any], path: Path) -> None:
+        """Problems for what is no parameter of the method."""
+        for key in written.keys() - self.params.keys():
+            hint = did_you_mean(str(key), self.params)
+            self.problems.add((*path, key), f"{self.method.name} has no parameter {quote(key)}{hint}")
 
     def _choices(self, written: Any, path: Path, param: Param) -> Iterator[Choice]:
         if isinstance(written, list) and any(isinstance(v, dict) for v in written):

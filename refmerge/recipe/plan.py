@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method
 from refmerge.recipe.document import MAX_BYTES, Document, Path, Problems, quote, read_document, read_documents
 from refmerge.recipe.parameters import Checker, Rules
+from refmerge.recipe.references import plain
 from refmerge.recipe.schema import MergekitRecipe, ModuleEntry, NativeRecipe, SliceEntry, Tokenizer, did_you_mean, validate
 
 Semantics = Literal["mergekit", "refmerge"]
@@ -163,12 +164,12 @@ def read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def parse_recipe(text: str, source: str = "<recipe>") -> Recipe:
     """The recipe in a text. RecipeError lists all its problems with line and column."""
-    document = read_document(text, source)
-    return Recipe(document, validate(document), text)
+    return _valid(read_document(text, source), text)
 
 
 def _valid(document: Document, text: str) -> Recipe:
-    return Recipe(document, validate(document), text)
+    content = validate(document, _also_wrong)
+    return Recipe(replace(document, data=plain(document.data)), content, text)
 
 
 def parse_recipes(text: str, source: str = "<recipe>") -> list[Recipe]:
@@ -378,20 +379,49 @@ def method_of(recipe: Recipe) -> Method:
 
 
 def _method(recipe: Recipe, problems: Problems) -> Method:
+    found = _named(recipe.content.merge_method, recipe.semantics, problems)
+    if found is None:
+        raise problems.error()
+    return found
+
+
+def _named(name: str, semantics: Semantics, problems: Problems) -> Method | None:
+    """The method of that name. A problem, and None, where there is none."""
     from refmerge import registry
 
-    name = recipe.content.merge_method
-    where = ("merge_method",)
-    if recipe.semantics == "mergekit":
-        if ":" in name:
-            problems.add(where, f"{quote(name)}: only a recipe with refmerge: 1 at its top names the tool of a method")
-            raise problems.error()
-        name = f"mergekit:{name}"
+    if semantics == "mergekit" and ":" in name:
+        message = f"{quote(name)}: only a recipe with refmerge: 1 at its top names the tool of a method"
+        problems.add(("merge_method",), message)
+        return None
     try:
-        return registry.get(name)
+        return registry.get(f"mergekit:{name}" if semantics == "mergekit" else name)
     except UsageError as e:
-        problems.add(where, str(e))
-        raise problems.error() from None
+        message = str(e)
+    theirs = [n.removeprefix("mergekit:") for n in registry.names() if n.startswith("mergekit:")]
+    if semantics == "mergekit" and name not in theirs:
+        ours = f"; a recipe with refmerge: 1 at its top has {name}" if name in registry.names() else ""
+        message = f"mergekit has no method {quote(name)}{did_you_mean(name, theirs)}{ours}"
+    problems.add(("merge_method",), message)
+    return None
+
+
+def _also_wrong(data: Mapping[str, Any], problems: Problems) -> None:
+    """What can be said of a recipe that its schema refuses: no such method, or no such parameter of it."""
+    name = data.get("merge_method")
+    method = _named(name, "refmerge" if "refmerge" in data else "mergekit", problems) if isinstance(name, str) else None
+    if method is not None:
+        checker = Checker(method, data, problems, lenient=True)
+        for place, written in _parameters(data, ()):
+            checker.check_names(written, place)
+
+
+def _parameters(data: Any, place: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """All mappings of a method's parameters in a recipe, and where they stand."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        if key == "parameters" and isinstance(value, dict):
+            yield (*place, key), value
+        elif place or key in ("models", "slices", "modules"):
+            yield from _parameters(value, (*place, key))
 
 
 def _align(content: NativeRecipe, models: Sequence[str], base: str | None, problems: Problems) -> Alignment | None:

@@ -11,13 +11,15 @@ import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+import refmerge
 from refmerge.checkpoint import Checkpoint, itemsize
 from refmerge.checkpoint.files import read_small
 from refmerge.errors import InputError
@@ -70,7 +72,7 @@ def keep_record(
     def report(folder: Path, written: Sequence[Path]) -> dict[str, bytes]:
         found = {
             "versions": {
-                "refmerge": _version("refmerge"), "numpy": _version("numpy"), "ml_dtypes": _version("ml-dtypes"),
+                "refmerge": refmerge.__version__, "numpy": np.__version__, "ml_dtypes": ml_dtypes.__version__,
                 "python": platform.python_version(),
             },
             "method": resolved.method,
@@ -138,7 +140,7 @@ def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], ke
 
 
 def _tensors(plan: Plan, names: Mapping[str, str]) -> dict[str, Any]:
-    """Of every tensor of the result its dtype, shape, parameters and origin.
+    """Of every tensor of the result its dtype, shape, parameters and origin, and its figures where they were made.
 
     names: label of a source -> the model as the recipe names it. Sets of parameters are listed once each."""
     sets: dict[str, int] = {}
@@ -150,6 +152,8 @@ def _tensors(plan: Plan, names: Mapping[str, str]) -> dict[str, Any]:
             dtype, shape = plan.specs[t.name]
             came = [_origin(s, t.name, names) for s in work.read]
             tensors[t.name] = {"dtype": dtype, "shape": list(shape), "parameters": number, "from": came}
+            if plan.ran is not None and t.name in plan.ran.figures:
+                tensors[t.name]["figures"] = plan.ran.figures[t.name].told()
     for name, source in plan.copied.items():
         dtype, shape = plan.specs[name]
         tensors[name] = {"dtype": dtype, "shape": list(shape), "copied": True, "from": [_origin(source, name, names)]}
@@ -198,13 +202,6 @@ def _file(path: Path, folder: Path | None, hashed: bool) -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def _yaml(data: Any) -> str:
     yaml, out = YAML(typ="safe", pure=True), io.StringIO()
     yaml.default_flow_style = None
@@ -232,7 +229,7 @@ def _card(resolved: Resolved, plan: Plan, models: Mapping[str, Checkpoint], text
 {_yaml(front)}---
 # Merged model
 
-Merged by `{resolved.method}` ({plan.work.method.paper}) with refmerge {_version("refmerge")}.
+Merged by `{resolved.method}` ({plan.work.method.paper}) with refmerge {refmerge.__version__}.
 
 ## Models
 

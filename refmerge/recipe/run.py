@@ -48,6 +48,7 @@ def prepare_recipe(
     download: bool = False,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    figures: bool = False,
     **options: Any,
 ) -> tuple[Resolved, Plan]:
     """Check a recipe and the checkpoints it names, without reading a weight.
@@ -55,8 +56,9 @@ def prepare_recipe(
     method: stands in for the one that the recipe names. options: as those of `refmerge.api.prepare`; dtype and seed go
     before the recipe's own. hashes: whether the report has the hashes of what is read and written; None is for small models
     only. out: where the result is to be, if that is to be checked already. download: fetch models of the Hub that are not in
-    its cache. A native recipe's paths are relative to its folder, another tool's to the working directory, as that tool has
-    it. Where the file holds several recipes, those that come before the last one are the plan's stages.
+    its cache. figures: whether the report has each tensor's figures (see refmerge.figures). A native recipe's paths are
+    relative to its folder, another tool's to the working directory, as that tool has it. Where the file holds several
+    recipes, those that come before the last one are the plan's stages.
     """
     recipes = load_recipes(recipe)
     coming: dict[str, ComingCheckpoint] = {}
@@ -82,7 +84,7 @@ def prepare_recipe(
             assert resolved.name is not None
             coming[resolved.name] = ComingCheckpoint(resolved.name, plan)
             stages.append(Stage(resolved.name, plan, coming[resolved.name], resolved))
-    plan.stages = stages
+    plan.stages, plan.wants_figures = stages, figures
     return resolved, plan
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.recipe.document import Document, Path, Problems, quote
+from refmerge.recipe.references import text_of
 
 _SETTING = "a number, true or false, text, a list of these, or entries with value and filter"
 _CONTENTS = ("models", "slices", "modules")
@@ -23,12 +34,6 @@ def _form(value: Any) -> str:
     return "scalar"
 
 
-def _model_path(value: Any) -> Any:
-    if isinstance(value, dict):
-        raise ValueError("a model given as a mapping is not supported yet: give its path")
-    return value
-
-
 def _version(value: Any) -> Any:
     if type(value) is not int:
         raise ValueError(f"refmerge: {quote(value)} is not a version of the recipe format: only 1 is")
@@ -36,7 +41,7 @@ def _version(value: Any) -> Any:
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 Scalar = bool | int | float | str
@@ -59,7 +64,17 @@ Setting = Annotated[
     Discriminator(_form),
 ]
 Parameters = dict[str, Setting]
-ModelPath = Annotated[str, BeforeValidator(_model_path), Field(min_length=1)]
+_PART = {"anyOf": [
+    {"type": "string", "minLength": 1},
+    {"type": "object", "properties": {"path": {"type": "string"}, "revision": {"type": ["string", "null"]}},
+     "required": ["path"], "additionalProperties": False},
+]}  # fmt: skip
+_MODEL = {"anyOf": [
+    {"type": "string", "minLength": 1, "description": "path@revision+adapter"},
+    {"type": "object", "properties": {"model": _PART, "lora": {"anyOf": [*_PART["anyOf"], {"type": "null"}]}},
+     "required": ["model"], "additionalProperties": False},
+]}  # fmt: skip
+ModelPath = Annotated[str, BeforeValidator(text_of), Field(min_length=1), WithJsonSchema(_MODEL)]
 DType = Literal[
     "bfloat16", "float16", "float32", "float64", "torch.bfloat16", "torch.float16", "torch.float32", "torch.float64"
 ]
@@ -84,7 +99,8 @@ def _range(value: Any) -> Any:
 
 
 def _row(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("kind") not in ("zero", "model_token"):
+    a_model = isinstance(value, dict) and "model" in value and not {"kind", "token", "token_id"} & value.keys()
+    if isinstance(value, dict) and not a_model and value.get("kind") not in ("zero", "model_token"):
         raise ValueError("the source of a token is a model, {kind: zero}, or {kind: model_token, model: ..., token: ...}")
     return value
 
@@ -224,8 +240,10 @@ class NativeRecipe(_Recipe):
     over: Literal["tensor", "model"] | None = None
 
 
-def validate(document: Document) -> MergekitRecipe | NativeRecipe:
-    """The recipe in a document. RecipeError lists everything that the schema refuses."""
+def validate(
+    document: Document, more: Callable[[Mapping[str, Any], Problems], None] | None = None
+) -> MergekitRecipe | NativeRecipe:
+    """The recipe in a document. RecipeError lists everything that the schema refuses, and what `more` finds in one."""
     problems = Problems(document.source, document.marks)
     data = document.data
     if not isinstance(data, dict):
@@ -237,13 +255,16 @@ def validate(document: Document) -> MergekitRecipe | NativeRecipe:
     kind = NativeRecipe if "refmerge" in data else MergekitRecipe
     _check_contents(data, problems)
     try:
-        recipe = kind.model_validate(data)
+        recipe: Any = kind.model_validate(data)
     except ValidationError as e:
         for error in e.errors(include_url=False):
             path = place_of(error["loc"], data)
             problems.add(path, _message(error, path, kind))
-        raise problems.error() from None
-    problems.check()
+        recipe = None
+    if recipe is None or problems.found:
+        if more is not None:
+            more(data, problems)
+        raise problems.error()
     return recipe
 
 
