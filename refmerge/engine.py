@@ -121,6 +121,8 @@ class Context:
             outcome.append(
                 run_block(work, tensor, place, state, of_tensor, self._sinks, self._scratch, masks, first=task.first)
             )
+            if work.view(tensor) == "tensor":
+                self._scratch.release()
         if not task.sampling:
             condense(task.places, outcome, task.states[0].size)
         return outcome
