@@ -40,6 +40,7 @@ REPEATS = 3  # others on the machine only ever make a trial slower
 PATIENCE = 2.0  # seconds after which no trial is repeated
 COMMON = 3  # shapes of whole tensors that are tried
 LEAST, ENOUGH = 32, 0.2  # the shorter side of the first that is tried, and seconds of the last
+LONG = 32  # times as long as wide: a matrix that is longer takes so much longer
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,24 @@ def _of_whole(plan: Plan, tensors: Sequence[Tensor], sources: list[Source], fold
 
 def _grown(plan: Plan, tensor: Tensor, sources: list[Source], folder: Path) -> float:
     """Seconds of one tensor: of a small one of its proportions, twice as long and wide, and so on until that takes long
-    enough; each further doubling takes so many times longer as the last one did, from four to eight."""
-    halvings = max(0, int(math.log2(min(tensor.rows) / LEAST)) if min(tensor.rows) > LEAST else 0)
+    enough; each further doubling takes so many times longer as the last one did, from four to eight. Of a longer one a part
+    is tried that is LONG times as long as wide."""
+    short = min(tensor.rows)
+    tried = min(tensor.rows[0], LONG * short), min(tensor.rows[1], LONG * short)
+    longer = tensor.size / math.prod(tried)
+    halvings = max(0, int(math.log2(short / LEAST)) if short > LEAST else 0)
     times: list[float] = []
     for h in range(halvings, -1, -1):
-        rows, width = (max(1, n >> h) for n in tensor.rows)
-        times.append(_Trial(plan, tensor, sources, folder, (rows, width)).seconds(1, threads=1))
-        if times[-1] > ENOUGH:
+        trial = _Trial(plan, tensor, sources, folder, (max(1, tried[0] >> h), max(1, tried[1] >> h)))
+        if not times:
+            trial.seconds(1, threads=1)  # what is imported on the way does not count
+        times.append(trial.seconds(1, threads=1))
+        if times[-1] > (ENOUGH if len(times) > 2 else 5 * ENOUGH):
             break
     if len(times) < 3:
-        return times[-1] * 8**h
+        return longer * times[-1] * 8**h
     before, last = times[-2] - times[0], times[-1] - times[0]  # the first is all start
-    return last * (min(max(last / before, 4.0), 8.0) if before > 0 else 8.0) ** h
+    return longer * last * (min(max(last / before, 4.0), 8.0) if before > 0 else 8.0) ** h
 
 
 class _Trial:
@@ -163,7 +170,8 @@ class _Trial:
         return paths
 
     def seconds(self, tensors: int, threads: int | None = None) -> float:
-        """The time to merge so many tensors, on the plan's threads unless others are asked for."""
+        """The time to merge so many tensors, on the plan's threads. On one thread that is asked for, the processor's time,
+        which other work on the machine does not change."""
         work, paths = self._plan.work, self._files(tensors)
         models = paths[: len(work.models)]
         plan = prepare(
@@ -174,8 +182,9 @@ class _Trial:
             nonfinite=work.nonfinite, params=self._tensor.params,
         )  # fmt: skip
         plan.fused = self._plan.is_fused
-        start = time.perf_counter()
+        clock = time.process_time if threads == 1 else time.perf_counter
+        start = clock()
         plan.run(self._folder / "merged.safetensors", overwrite=True)
-        return time.perf_counter() - start
+        return clock() - start
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -26,6 +26,7 @@ from refmerge.errors import ResourceError
 from refmerge.figures import Figures
 from refmerge.fused import compiler
 from refmerge.group import Log, Pause, Place, State, condense
+from refmerge.memory import of_whole
 from refmerge.method import Method
 from refmerge.numeric import LEAF, STRETCH, host
 from refmerge.rng import Memo
@@ -133,6 +134,8 @@ class Context:
                     figures=figures if work.figures else None,
                 )
             )  # fmt: skip
+            if work.view(tensor) == "tensor":
+                self._scratch.release()
         if not task.sampling:
             condense(task.places, stopped, task.states[0].size)
         return Outcome(stopped, figures)
@@ -166,13 +169,14 @@ class _Group:
         if self.places:
             self._start_pass(self.places)
 
-    def take(self, worker: int) -> Task | None:
-        """A run of blocks for this worker: such as it had before, or nobody had, or at last another's."""
+    def take(self, worker: int, fits: Callable[[str], bool]) -> Task | None:
+        """A run of blocks for this worker: such as it had before, or nobody had, or at last another's; of a tensor for which
+        there is memory."""
         queue = self.waiting.get(worker) or self.waiting.get(None)
         steal = queue is None or not queue
         if steal:
             queue = max(self.waiting.values(), key=len, default=None)
-        if not queue:
+        if not queue or not fits((queue[-1] if steal else queue[0]).tensor):
             return None
         places = [queue.pop() if steal else queue.popleft()]
         while queue and len(places) * self.elements < RUN:
@@ -293,13 +297,15 @@ class Scheduler:
     """Hands out tasks and takes back what came of them. Not safe for use by two threads at a time.
 
     A worker stays with the group that it began, so that a group's later passes find what is still in its caches; one with
-    nothing left to do takes from the others.
+    nothing left to do takes from the others. max_memory: what all tensors may take, in bytes, that are in hand at a time
+    and that the method needs as a whole.
     """
 
     work: Work
     sinks: Mapping[str, Sink]
     elements: int
     ran: Ran
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         self._tensors = {t.name: t for t in self.work.tensors}
@@ -307,29 +313,49 @@ class Scheduler:
         self._groups = {g.order: g for g in groups}
         self._new = deque(groups)
         self._begun: dict[int, list[_Group]] = {}  # worker -> groups that it began and that are not done
+        limited = self.max_memory is not None
+        self._needs = {t.name: of_whole(self.work, t) for t in self.work.tensors if limited and self._is_whole(t)}
+        self._in_hand = 0  # bytes of what has been handed out
 
     @property
     def done(self) -> bool:
         return not self._groups
 
+    def _is_whole(self, t: Tensor) -> bool:
+        return self.work.view(t) == "tensor" and t.size > 0
+
+    def _fits(self, tensor: str) -> bool:
+        """Whether there is memory for it now; for one tensor alone there is."""
+        assert self.max_memory is not None or not self._needs
+        return not self._in_hand or self._in_hand + self._needs.get(tensor, 0) <= (self.max_memory or 0)
+
     def take(self, worker: int) -> Task | None:
         """The next task for this worker; None if there is none at the moment."""
+        task = self._take(worker)
+        if task is not None:
+            self._in_hand += self._needs.get(task.places[0].tensor, 0)
+        return task
+
+    def _take(self, worker: int) -> Task | None:
         mine = self._begun.setdefault(worker, [])
         for group in mine:
-            if task := group.take(worker):
+            if task := group.take(worker, self._fits):
                 return task
-        if self._new:
-            mine.append(self._new.popleft())
-            return mine[-1].take(worker)
+        for group in self._new:
+            if task := group.take(worker, self._fits):
+                self._new.remove(group)
+                mine.append(group)
+                return task
         for groups in list(self._begun.values()):
             for group in groups:
-                if task := group.take(worker):
+                if task := group.take(worker, self._fits):
                     return task
         return None
 
     def give(self, task: Task, outcome: Outcome) -> None:
         """Take back a task: account for what was read and written, and begin the next pass where one has ended."""
         group, figures = self._groups[task.group], iter(outcome.figures)
+        self._in_hand -= self._needs.get(task.places[0].tensor, 0)
         for place, pause in zip(task.places, outcome.stopped):
             count = place.stop - place.start
             moved = self.work.bytes_of(self._tensors[place.tensor], count)
@@ -363,19 +389,25 @@ class Scheduler:
         return self.ran.figures[place.tensor]
 
 
-def run(work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, processes: bool = False) -> Ran:
+def run(
+    work: Work, sinks: Mapping[str, Sink], *, elements: int, threads: int, processes: bool = False,
+    max_memory: int | None = None,
+) -> Ran:  # fmt: skip
     """Merge all tensors into the sinks (output name -> sink; "" where the method has one output).
 
-    processes: compute in processes where the system can fork; sources and sinks must then be files.
+    processes: compute in processes where the system can fork; sources and sinks must then be files. max_memory: so many
+    tensors that must be whole are computed at a time as fit in these bytes.
     InputError for a non-finite input where the policy is "error".
     """
     whole = any(work.view(t) in ("tensor", "model") for t in work.tensors)
     products = any(getattr(source, "multiplies", False) for source in work.read)
     with one_thread() if whole or products else nullcontext():
-        return _run(work, sinks, elements, threads, processes)
+        return _run(work, sinks, elements, threads, processes, max_memory)
 
 
-def _run(work: Work, sinks: Mapping[str, Sink], elements: int, threads: int, processes: bool) -> Ran:
+def _run(
+    work: Work, sinks: Mapping[str, Sink], elements: int, threads: int, processes: bool, max_memory: int | None
+) -> Ran:
     from refmerge import executors  # it computes with this module's Context
 
     if work.tensors and work.view(work.tensors[0]) == "model":
@@ -387,7 +419,7 @@ def _run(work: Work, sinks: Mapping[str, Sink], elements: int, threads: int, pro
     size = sum(t.size for t in work.tensors)
     if size > 1 << 20:
         _keep_freed_pages()
-    scheduler = Scheduler(work, sinks, elements, Ran(1 if moved else 0, moved))
+    scheduler = Scheduler(work, sinks, elements, Ran(1 if moved else 0, moved), max_memory)
     if threads == 1 or size < 1 << 18:
         executors.serial(scheduler)
     elif processes:
@@ -438,8 +470,7 @@ def default_threads() -> int:
 
 
 def check_memory(work: Work, max_memory: int | None, threads: int) -> None:
-    """ResourceError if the smallest blocks, or a tensor that must stay whole, do not fit. Sizes are estimates: inputs and
-    as many temporaries."""
+    """ResourceError if the smallest blocks, or a tensor that must stay whole, do not fit. Sizes are estimates."""
     if max_memory is None:
         return
     for t in work.tensors:
@@ -447,6 +478,8 @@ def check_memory(work: Work, max_memory: int | None, threads: int) -> None:
         flat = view == "flat"
         whole = min(t.size, 4 * LEAF * threads) if flat else t.rows[1] if view == "rows" else t.size
         need = whole * (8 if t.work == "float64" else 4) * (2 * len(work.read) + 2)
+        if view == "tensor" and t.size:
+            need = of_whole(work, t)
         if need > max_memory:
             how = f"in blocks on {threads} threads" if flat else "in whole rows" if view == "rows" else "whole"
             raise ResourceError(

@@ -23,6 +23,7 @@ from refmerge.errors import RefmergeError, ResourceError, UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
 from refmerge.identity import of_merge
+from refmerge.memory import of_block, of_whole
 from refmerge.pipelines import Arrangement
 from refmerge.registry import is_ours
 from refmerge.skipping import POLICY, Skipped, sound, told
@@ -329,7 +330,7 @@ class Plan:
                 work.recorded = recorded
             ran = run(
                 replace(work, fused=fused, figures=self.wants_figures), sinks, threads=self.threads, processes=processes,
-                elements=self._block_elements(work, processes),
+                elements=self._block_elements(work, processes), max_memory=self.max_memory,
             )  # fmt: skip
             self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
@@ -358,7 +359,7 @@ class Plan:
         copied = sum(_nbytes(spec) for n, spec in self.specs.items() if n in self.copied)
         strict = self.work.nonfinite == POLICY  # then all is read once more, before anything is merged
         looked_at = sum(w.bytes_of(t, t.size) for w in (self.work, *self.rest) for t in w.tensors) if strict else 0
-        memory = max(_peak_memory(w, self._block_elements(w, processes), self.threads) for w in self.works)
+        memory = max(_peak_memory(w, self._block_elements(w, processes), self.threads, self.max_memory) for w in self.works)
         return {
             "method": method.name,
             "models": max(len(w.models) for w in self.works),
@@ -446,16 +447,21 @@ def _whole_stats(work: Work, t: Tensor) -> int:
     return sum(math.prod(s.shape(n)) for s in work.stats or () for n in names & s.names())
 
 
-def _peak_memory(work: Work, elements: int, threads: int) -> int:
-    """Estimate of the blocks' memory: inputs as they are read and as they are computed with, temporaries, kept masks."""
-    arrays = len(work.read)
-    peak = 0
+def _peak_memory(work: Work, elements: int, threads: int, max_memory: int | None) -> int:
+    """Estimate of the memory of all blocks that are computed at a time, and of kept masks."""
+    threads = min(threads, 8)
+    peak, wholes = 0, []
     for t in work.tensors:
         view = work.view(t)
-        whole = {"tensor": t.size, "model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
+        if view == "tensor" and t.size:
+            wholes.append(of_whole(work, t) + 4 * 8 * _whole_stats(work, t))
+            continue
+        whole = {"model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
         count = max(whole, min(t.size, elements * 3 // 2))
-        peak = max(peak, count * (8 if t.work == "float64" else 4) * (3 * arrays + 4) + 4 * 8 * _whole_stats(work, t))
+        peak = max(peak, of_block(work, t, count) + 4 * 8 * _whole_stats(work, t))
     masks = 0
     if {"group", "rng"} <= set(work.method.asks):  # a bit for each element that is drawn, from one pass to the next
         masks = min(MASKS, max((t.size for t in work.tensors), default=0) * len(work.models) // 8)
-    return (peak + masks) * (1 if not work.tensors or peak == 0 else min(threads, 8))
+    largest = sorted(wholes)[-threads:]
+    at_once = sum(largest) if max_memory is None else min(sum(largest), max([max_memory, *largest[-1:]]))
+    return max((peak + masks) * threads if peak else 0, at_once)

@@ -99,6 +99,11 @@ class Scratch:
     def work(self, slot: Any, count: int, dtype: str) -> np.ndarray:
         return self._get(("work", slot, dtype), count, dtype)
 
+    def release(self) -> None:
+        """Let go of ordinary buffers where they are large: fresh pages cost nothing beside what takes whole tensors."""
+        if self._host is None and sum(buffer.nbytes for buffer in self._buffers.values()) > KEPT:
+            self._buffers.clear()
+
     def _get(self, key: Any, count: int, dtype: Any) -> np.ndarray:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.size < count:
@@ -107,6 +112,8 @@ class Scratch:
 
 
 WORK = ("float32", "float64")
+PIECE = 1 << 22  # elements of a whole tensor that are read and widened at a time
+KEPT = 64 << 20  # bytes of buffers that are kept from one block to the next
 LAZY = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32}  # what a lazy block may be stored as
 
 
@@ -217,6 +224,20 @@ class ByteSource:
         self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, *,
         finite: bool = False, lazy: bool = False,
     ) -> Any:
+        count = stop - start
+        if count <= PIECE or self._backend.name != "numpy":
+            return self._piece(name, start, stop, work, slot, scratch, finite, lazy, None)
+        out = scratch.work(slot, count, work if work in WORK else "float32")
+        for at in range(start, stop, PIECE):
+            end = min(at + PIECE, stop)
+            self._piece(name, at, end, work, slot, scratch, finite, False, out[at - start : end - start])
+        return _numpy_block(out, work)
+
+    def _piece(
+        self, name: str, start: int, stop: int, work: str, slot: Any, scratch: Scratch, finite: bool, lazy: bool,
+        out: np.ndarray | None,
+    ) -> Any:  # fmt: skip
+        """The elements, in `out` where NumPy computes and it is given."""
         raw, stored = self.stretch(name, start, stop, work, slot, scratch)
         count = stop - start
         to = self.cast if self.cast and stored in FLOATS else stored
@@ -243,7 +264,7 @@ class ByteSource:
         if lazy and work == "float32" and stored in LAZY:
             return leaf(raw.view(LAZY[stored]), stored, (count,))
         at_least = work if work in WORK else "float32"
-        out = scratch.work(slot, count, at_least)
+        out = scratch.work(slot, count, at_least) if out is None else out
         return _numpy_block(self._backend.put(raw, stored, (count,), at_least, out), work)
 
     def stretch(

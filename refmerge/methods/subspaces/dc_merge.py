@@ -6,7 +6,7 @@ import numpy as np
 from refmerge.method import method
 from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
 from refmerge.methods.task_vectors.ties import disjoint_mean, elect
-from refmerge.numeric import like, mean, scores
+from refmerge.numeric import mean, product, scores
 
 
 @method(
@@ -33,30 +33,28 @@ def dc_merge(
     Singular values up to `tolerance` times the largest count as zero. What is no matrix is averaged, as are the matrices
     whose names match the globs `averaged`.
     """
-    # 1. task vectors
-    Delta = [theta_t - base for theta_t in models]
-    # 2. average what is no matrix
+    # 1. average what is no matrix
     if not is_matrix(base, name, averaged):
-        return base + lambda_ * mean(Delta)
-    # 3. task singular vectors
+        return base + lambda_ * mean([theta_t - base for theta_t in models])
+    # 2. task singular vectors
     k = max(1, min(base.shape) // len(models))
-    tasks = [leading(scores(Delta_t), k, tolerance, name) for Delta_t in Delta]
-    # 4. smooth
+    tasks = [leading(scores(theta_t - base), k, tolerance, name) for theta_t in models]
+    # 3. smooth
     tasks = [(U_t, smoothed(S_t, smoothing, rho), V_t) for U_t, S_t, V_t in tasks]
-    # 5. cover space
+    # 4. cover space
     U, S, V = side_by_side(tasks)
     P, Q = polar(U, tolerance), polar(V, tolerance)
-    # 6. project
+    # 5. project
     M = [((P.T @ U_t) * S_t) @ (V_t.T @ Q) for U_t, S_t, V_t in tasks]
-    # 7. keep the largest
+    # 6. keep the largest
     r = min(base.shape) if len(S) == k * len(tasks) else len(S)
     M = [largest(M_t, max(1, int(density * r**2)), tolerance) for M_t in M]
-    # 8. average what agrees in sign
+    # 7. average what agrees in sign
     M = disjoint_mean(M, elect(M))
-    # 9. cut out the blocks
+    # 8. cut out the blocks
     M = M * blocks([len(S_t) for _, S_t, _ in tasks])
-    # 10. back from the cover space
-    return base + lambda_ * like(P @ M @ Q.T, base)
+    # 9. back from the cover space
+    return base + lambda_ * product(P, M @ Q.T, base)
 
 
 def smoothed(S, smoothing, rho):

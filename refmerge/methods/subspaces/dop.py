@@ -6,7 +6,7 @@ import numpy as np
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
 from refmerge.methods.subspaces.wudi import adam, inverse, is_layer, significant
-from refmerge.numeric import like, scores
+from refmerge.numeric import change, like
 
 
 @method(
@@ -35,7 +35,7 @@ def dop(
     none of the globs `layers` names, are averaged two by two.
     """
     # 1. task vectors
-    tau = [finite(as_matrix(scores(theta_t) - scores(base)), name) for theta_t in models]
+    tau = [finite(as_matrix(change(theta_t, base)), name) for theta_t in models]
     D, *rest = tau
     for tau_t in rest:
         # 2. begin between the two

@@ -3,7 +3,7 @@ import numpy as np
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
 from refmerge.methods.subspaces.tsvm import is_matrix, rank, whole_matrices
-from refmerge.numeric import like, mean, scores, total
+from refmerge.numeric import mean, product, total_scores
 
 
 @method("iso_c", paper="arXiv:2502.04959", view=whole_matrices, domain={"tolerance": (1e-12, 0.1)})
@@ -21,17 +21,15 @@ def iso_c(
     Singular values up to `tolerance` times the largest count as zero: they stay zero and out of the mean. What is no matrix
     is averaged, as are the matrices whose names match the globs `averaged`.
     """
-    # 1. task vectors
-    Delta = [theta_t - base for theta_t in models]
-    # 2. average what is no matrix
+    # 1. average what is no matrix
     if not is_matrix(base, name, averaged):
-        return base + lambda_ * mean(Delta)
-    # 3. sum
-    M = total(scores(Delta_t) for Delta_t in Delta)
-    # 4. singular value decomposition
-    U, S, V = spanned(decomposed(finite(M, name)), tolerance)
-    # 5. make isotropic
-    return base + lambda_ * like((isotropic(S) * U) @ V.T, base)
+        return base + lambda_ * mean([theta_t - base for theta_t in models])
+    # 2. sum of the task vectors
+    M = total_scores(theta_t - base for theta_t in models)
+    # 3. singular value decomposition
+    U, S, V = spanned(decomposed(finite(M, name), spend=True), tolerance)
+    # 4. make isotropic
+    return base + lambda_ * product(U, isotropic(S) * V.T, base)
 
 
 def spanned(triplets, tolerance):

@@ -2,7 +2,7 @@ from refmerge.method import method
 from refmerge.methods.subspaces.iso_c import isotropic, spanned
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
 from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
-from refmerge.numeric import like, mean, scores, total
+from refmerge.numeric import mean, product, scores, strips, total_scores
 
 
 @method(
@@ -27,23 +27,21 @@ def iso_cts(
     Singular values up to `tolerance` times the largest count as zero. What is no matrix is averaged, as are the matrices
     whose names match the globs `averaged`.
     """
-    # 1. task vectors
-    Delta = [theta_t - base for theta_t in models]
-    # 2. average what is no matrix
+    # 1. average what is no matrix
     if not is_matrix(base, name, averaged):
-        return base + lambda_ * mean(Delta)
-    # 3. common space
-    M = total(scores(Delta_t) for Delta_t in Delta)
-    U, S, V = spanned(decomposed(finite(M, name)), tolerance)
+        return base + lambda_ * mean([theta_t - base for theta_t in models])
+    # 2. common space
+    M = total_scores(theta_t - base for theta_t in models)
+    U, S, V = spanned(decomposed(finite(M, name), spend=True), tolerance)
     c, n = dimensions(len(S), len(models), common_space_fraction)
     common = U[:, :c], S[:c], V[:, :c]
-    # 4. task-specific spaces
-    tasks = [leading(outside(U[:, :c], Delta_t), n, tolerance, name, S[0]) for Delta_t in Delta if n]
-    # 5. orthogonalise
+    # 3. task-specific spaces
+    tasks = [leading(outside(U[:, :c], theta_t - base), n, tolerance, name, S[0]) for theta_t in models if n]
+    # 4. orthogonalise
     U, S, V = side_by_side([*tasks, common])
     P, Q = polar(U, tolerance), polar(V, tolerance)
-    # 6. make isotropic
-    return base + lambda_ * like((isotropic(S) * P) @ Q.T, base)
+    # 5. make isotropic
+    return base + lambda_ * product(P, isotropic(S) * Q.T, base)
 
 
 def dimensions(r, T, fraction):
@@ -55,4 +53,7 @@ def dimensions(r, T, fraction):
 def outside(U, Delta):
     """What of a task vector the columns of U do not span."""
     R = scores(Delta)
-    return R - U @ (U.T @ R)
+    inside = U.T @ R
+    for part in strips(*R.shape):
+        R[part] -= U[part] @ inside
+    return R

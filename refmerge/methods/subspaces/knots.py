@@ -5,7 +5,7 @@ from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, 
 from refmerge.methods.subspaces.wudi import significant
 from refmerge.methods.task_vectors.dare_linear import drop
 from refmerge.methods.task_vectors.ties import disjoint_mean, elect
-from refmerge.numeric import array_namespace, like, scores
+from refmerge.numeric import array_namespace, change, like, scores
 
 
 @method(
@@ -34,7 +34,7 @@ def knots(
     coordinate, trim the fraction that TIES keeps of all coordinates of the model.
     """
     # 1. task vectors
-    tau = [finite(as_matrix(scores(theta_t) - scores(base)), name) for theta_t in models]
+    tau = [finite(as_matrix(change(theta_t, base)), name) for theta_t in models]
     # 2. align
     U, S = significant(*decomposed(np.concatenate(tau, axis=1)), tolerance)[:2]
     C = [within(base, coordinates(tau_t, U, S)) for tau_t in tau]

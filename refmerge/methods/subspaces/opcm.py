@@ -5,7 +5,7 @@ import numpy as np
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
 from refmerge.methods.subspaces.wudi import inverse, is_layer, significant
-from refmerge.numeric import like, scores
+from refmerge.numeric import change, like
 
 
 @method("opcm", paper="arXiv:2501.09522", view="tensor", over="model", domain={"alpha": (0.0, 1.0)})
@@ -15,7 +15,7 @@ def opcm(models, base, group, name, *, alpha: float = 0.5, layers: tuple = ("*",
     Matrices that the globs `layers` name are projected; other matrices and vectors are added as they are.
     """
     # 1. task vectors
-    tau = [finite(as_matrix(scores(theta_t) - scores(base)), name) for theta_t in models]
+    tau = [finite(as_matrix(change(theta_t, base)), name) for theta_t in models]
     # 2. add one after another, projected
     D, *rest = tau
     for tau_t in rest:

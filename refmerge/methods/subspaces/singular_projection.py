@@ -6,7 +6,7 @@ import numpy as np
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
 from refmerge.methods.subspaces.wudi import is_layer, significant
-from refmerge.numeric import like, scores
+from refmerge.numeric import change, like, scores
 
 
 @method("singular_projection", paper="arXiv:2408.10174", view="tensor", models=(1, 1), domain={"k": (0, math.inf)})
@@ -23,7 +23,7 @@ def singular_projection(
     if not is_layer(base, name, layers):
         return theta
     # 1. task vector
-    tau = finite(as_matrix(scores(theta) - scores(base)), name)
+    tau = finite(as_matrix(change(theta, base)), name)
     # 2. singular vectors of the base
     U, S, V = significant(*decomposed(finite(as_matrix(scores(base)), name)))
     # 3. the first k

@@ -4,7 +4,7 @@ import numpy as np
 
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
-from refmerge.numeric import like, mean, scores
+from refmerge.numeric import mean, product, scores, strips
 
 
 def whole_matrices(ndim):
@@ -28,18 +28,16 @@ def tsvm(
     Singular values up to `tolerance` times the largest count as zero. What is no matrix is averaged, as are the matrices
     whose names match the globs `averaged`.
     """
-    # 1. task vectors
-    Delta = [theta_t - base for theta_t in models]
-    # 2. average what is no matrix
+    # 1. average what is no matrix
     if not is_matrix(base, name, averaged):
-        return base + lambda_ * mean(Delta)
-    # 3. task singular vectors
+        return base + lambda_ * mean([theta_t - base for theta_t in models])
+    # 2. task singular vectors
     k = max(1, min(base.shape) // len(models))
-    U, S, V = side_by_side([leading(scores(Delta_t), k, tolerance, name) for Delta_t in Delta])
-    # 4. decorrelate
+    U, S, V = side_by_side([leading(scores(theta_t - base), k, tolerance, name) for theta_t in models])
+    # 3. decorrelate
     P, Q = polar(U, tolerance), polar(V, tolerance)
-    # 5. merge
-    return base + lambda_ * like((P * S) @ Q.T, base)
+    # 4. merge
+    return base + lambda_ * product(P, (Q * S).T, base)
 
 
 def is_matrix(base, name, averaged):
@@ -48,8 +46,9 @@ def is_matrix(base, name, averaged):
 
 
 def leading(R, k, tolerance, name, least=0.0):
-    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or `least`."""
-    U, S, V = decomposed(finite(R, name))
+    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or `least`. R may be
+    overwritten."""
+    U, S, V = decomposed(finite(R, name), spend=True)
     k = min(k, rank(S, tolerance, least))
     return U[:, :k].copy(), S[:k], V[:, :k].copy()
 
@@ -68,7 +67,11 @@ def side_by_side(triplets):
 
 def polar(X, tolerance):
     """A B^T of X = A diag(sigma) B^T: the nearest matrix of orthonormal columns. Directions that the columns do not span,
-    whose sigma counts as zero, are left out, so that columns which are equal share one."""
-    A, sigma, B = decomposed(X)
+    whose sigma counts as zero, are left out, so that columns which are equal share one. X may be overwritten."""
+    A, sigma, B = decomposed(X, spend=True)
     rho = rank(sigma, tolerance)
-    return A[:, :rho] @ B[:, :rho].T
+    if A.shape != X.shape:
+        return A[:, :rho] @ B[:, :rho].T
+    for part in strips(*A.shape):
+        A[part] = A[part, :rho] @ B[:, :rho].T
+    return A

@@ -6,7 +6,7 @@ import numpy as np
 
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
-from refmerge.numeric import like, scores, total
+from refmerge.numeric import change, like, total
 
 
 @method(
@@ -34,7 +34,7 @@ def wudi(
     if not is_layer(base, name, layers):
         return base
     # 1. task vectors
-    tau = [finite(as_matrix(scores(theta_i) - scores(base)), name) for theta_i in models]
+    tau = [finite(as_matrix(change(theta_i, base)), name) for theta_i in models]
     # 2. of unit length, whose rows stand for the inputs of the layer
     a = [inverse(np.linalg.norm(tau_i)) * tau_i for tau_i in tau]
     if solver == "adam":
