@@ -68,7 +68,6 @@ UNMAPPED = {
     "twin_merging",
     "warp",
     "widen",
-    "wise_ft",
     "wudi",
 }
 
