@@ -33,7 +33,6 @@ UNMAPPED = {
     "della_linear",
     "doge",
     "dop",
-    "ema",
     "emr",
     "expo",
     "fisher",
