@@ -51,7 +51,6 @@ UNMAPPED = {
     "nuslerp",
     "opcm",
     "pareto",
-    "passthrough",
     "pcb",
     "ram",
     "ramplus_tl",
