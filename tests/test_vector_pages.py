@@ -58,7 +58,6 @@ UNMAPPED = {
     "rws",
     "sce",
     "singular_projection",
-    "slerp",
     "svc",
     "tall_masks",
     "time_vectors",
