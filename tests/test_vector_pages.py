@@ -48,7 +48,6 @@ UNMAPPED = {
     "model_stock",
     "multislerp",
     "nearswap",
-    "nuslerp",
     "opcm",
     "pareto",
     "pcb",
