@@ -46,7 +46,6 @@ UNMAPPED = {
     "mats",
     "model_ratatouille",
     "model_stock",
-    "multislerp",
     "nearswap",
     "opcm",
     "pareto",
