@@ -38,7 +38,6 @@ UNMAPPED = {
     "fisher",
     "iso_c",
     "iso_cts",
-    "karcher",
     "knots",
     "lines",
     "low_rank_residual",
