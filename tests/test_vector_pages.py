@@ -45,7 +45,6 @@ UNMAPPED = {
     "mats",
     "model_ratatouille",
     "model_stock",
-    "nearswap",
     "opcm",
     "pareto",
     "pcb",
