@@ -59,7 +59,6 @@ UNMAPPED = {
     "time_vectors",
     "tsvm",
     "twin_merging",
-    "warp",
     "widen",
     "wudi",
 }
