@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
-from vector_cases import REFUSED, Hand, i64
+from vector_cases import REFUSED, Exact, Hand, i64
+
+STAGED = ("ema-halves", "ema-order", "ema-decay", "ema-start", "ema-mu-zero", "ema-mu-one")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    mu, theta = Fraction(given.params.get("mu", 0.01)), given.base
+    for theta_n in given.models:
+        theta = (1 - mu) * theta + mu * theta_n
+    return {1: {"result": theta}}
 
 
 def hand() -> Hand:
@@ -119,4 +130,38 @@ def hand() -> Hand:
     h.case("no-checkpoint", "nothing to follow", [], [1.0], ("ema", {}, REFUSED, ""))
     h.case("no-base", "nowhere to start", [[1.0]], None, ("ema", {}, REFUSED, ""))
     h.case("mu-outside", "mu = 1.5", [[1.0]], [0.0], ("ema", {"mu": 1.5}, REFUSED, "an average does not leave its terms"))
+    h.case(
+        "one-checkpoint",
+        "float64: 1 - 0.1 is 0.9; 0.9 * 13 is 11.700000000000001, 0.1 * 13 is 1.3, and their sum lies half an ulp above 13",
+        [[13.0]],
+        [13.0],
+        ("ema", {"mu": 0.1}, [13.000000000000002], "to the bit what wise_ft gives with alpha = 0.1"),
+        flags="EmaLerpForm",
+        dtype="F64",
+    )
+    h.case(
+        "equal-models",
+        "0.99 * 3 = 2.9699999999999998 and 0.01 * 3 = 0.03 make 2.9999999999999996, an ulp less; the next step stays there",
+        [[3.0], [3.0]],
+        [3.0],
+        ("ema", {}, [2.9999999999999996], ""),
+        dtype="F64",
+    )
+    for count, expect, why in ((3, 40.99999999999998, "each step loses an ulp"), (13, 40.99999999999997, "four in all")):
+        h.case(
+            f"equal-models-{count}",
+            f"{count} times 41 in float64, of ulp 2^-47: {why}",
+            [[41.0]] * count,
+            [41.0],
+            ("ema", {}, [expect], ""),
+            dtype="F64",
+        )
+    h.case(
+        "nan",
+        "NaN in the first checkpoint; 1, then 1 and 3 make 2 beside it",
+        [[math.nan, 1.0], [5.0, 3.0]],
+        [1.0, 1.0],
+        ("ema", {"mu": 0.5}, [math.nan, 2.0], ""),
+    )
+    h.case("mu-negative", "mu = -1/2", [[1.0]], [0.0], ("ema", {"mu": -0.5}, REFUSED, "an average does not leave its terms"))
     return h

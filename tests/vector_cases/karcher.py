@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Paper
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
+from vector_cases.multislerp import at_mean_length, on_sphere
 
 CODE = {
     "mergekit:karcher": "mergekit 0.1.5 mergekit/merge_methods/karcher.py:karcher_merge_method",
@@ -20,8 +22,45 @@ PAPER = {
 }
 TOLERANCE = {"karcher-mergekit-bf16-01": 2.0**-6}  # mergekit walks in 8 bits
 
+STAGED = (
+    "karcher-half-way", "karcher-two-of-three", "karcher-no-step", "karcher-opposite", "karcher-opposite-with-weights",
+    "karcher-zero-tensor", "karcher-one-step-suffices", "karcher-near-one-model",
+)  # fmt: skip
 
-def walked(models: list[list[float]], weights: list[float], steps: int) -> list[float]:
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """Of models in the plane, where the mean's angle is the mean of the angles."""
+    w = given.each("weight", 1.0)
+    alpha = [w_n / sum(w) for w_n in w]
+    nu, C = on_sphere(given.models)
+    found: dict[int, dict[str, Any]] = {1: {"alpha": alpha}, 2: {"nu": nu, "C": C}}
+    m = math.sqrt(sum(a * b * C[i, j] for i, a in enumerate(alpha) for j, b in enumerate(alpha)))
+    c = None
+    if m > 1e-3:
+        c = [a / m for a in alpha]
+        found[3] = {"c": c}
+        if C.min() == -1:  # no arc leads to the opposite
+            c = None
+        elif given.params.get("max_iter") != 0:
+            c = walked(given.models, alpha, nu)
+        if c is not None:
+            found[4] = {"c": c}
+    merged = sum(a * x for a, x in zip(alpha, given.models)) if c is None else at_mean_length(c, alpha, nu, given.models)
+    return found | {5: {"result": merged}}
+
+
+def walked(models: list[Any], alpha: list[Fraction], nu: list[float]) -> list[float]:
+    """c of the mean direction, in which a model without a direction has no part."""
+    part = [float(a) if nu_n else 0.0 for a, nu_n in zip(alpha, nu)]
+    angle = [math.atan2(x[1], x[0]) for x in models]
+    mean = sum(a * b for a, b in zip(part, angle)) / sum(part)
+    phi = [abs(b - mean) for b in angle]
+    f = [a * (p / math.sin(p) if p else 1.0) for a, p in zip(part, phi)]
+    long = sum(f_n * math.cos(p) for f_n, p in zip(f, phi))
+    return [f_n / long for f_n in f]
+
+
+def stepped(models: list[list[float]], weights: list[float], steps: int) -> list[float]:
     """The direction after so many steps, in coordinates: along the mean of the arcs by the sphere's maps, and in the last to
     the sum of the w / sin w that the arcs are made of."""
     U = np.array(models) / np.linalg.norm(models, axis=1, keepdims=True)
@@ -232,7 +271,7 @@ def hand() -> Hand:
         "is left, and the hundredth is the last",
         wide,
         None,
-        ("karcher", {"weight": light}, [length * x for x in walked(wide, light, 100)], "by the sphere's maps, in coordinates"),
+        ("karcher", {"weight": light}, [length * x for x in stepped(wide, light, 100)], "by the sphere's maps, in coordinates"),
         dtype="F64",
         tolerance=1e-12,
     )
@@ -289,5 +328,102 @@ def hand() -> Hand:
         ("karcher", {"weight": [2.0, 1.0]}, [-1.0, -1.0, -1.0], ""),
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case("no-models", "nothing to average", [], None, ("karcher", {}, REFUSED, ""))
+    h.case(
+        "weight-count", "two models, three weights", [[1.0], [2.0]], None, ("karcher", {"weight": [1.0] * 3}, REFUSED, "")
+    )
+    h.case("max-iter-negative", "no walk has -1 steps", [[1.0], [2.0]], None, ("karcher", {"max_iter": -1}, REFUSED, ""))
+    h.case(
+        "tol-negative", "nothing moves by less than nothing", [[1.0], [2.0]], None, ("karcher", {"tol": -0.5}, REFUSED, "")
+    )
+    quarter, turn = math.sin(math.pi / 12), math.sin(math.pi / 3)
+    h.case(
+        "as-slerp",
+        "60 degrees, of length sqrt 2 both, t = 1/4: sin 45 / sin 60 and sin 15 / sin 60, as slerp has it",
+        [[1, 1, 0], [1, 0, 1]],
+        None,
+        ("karcher", {"weight": [0.75, 0.25]}, [(half + quarter) / turn, half / turn, quarter / turn], ""),
+        **exact,
+    )
+    h.case(
+        "nearly-cancelled",
+        "half the sum of the unit vectors is 1.2e-4 long: the straight mean",
+        [[4096, 0], [-4096, 1]],
+        None,
+        ("karcher", {}, [0, 0.5], ""),
+        flags="KarcherOpposite",
+        **exact,
+    )
+    r = math.hypot(256.0, 1.0)
+    x, y = 1 / (r * (r + 256.0)), 1 / r  # the sum of the unit vectors
+    long = (256.0 + r) / 2 / math.hypot(x, y)
+    h.case(
+        "not-cancelled",
+        "half the sum of the unit vectors of (256, 0) and (-256, 1) is 1/512 long, more than 1/1000: half way round, at the "
+        "mean length of 256; with 4096 instead the straight mean, of length 1/2",
+        [[256, 0], [-256, 1]],
+        None,
+        ("karcher", {}, [long * x, long * y], ""),
+        flags="KarcherOpposite",
+        dtype="F64",
+        tolerance=1e-9,
+    )
+    h.case(
+        "zero-weight",
+        "the third has a weight of 0: 45 degrees, mean length (1 + 3) / 2",
+        [[1, 0], [0, 3], [4, 1]],
+        None,
+        ("karcher", {"weight": [1.0, 1.0, 0.0]}, [2 * half, 2 * half], ""),
+        **exact,
+    )
+    h.case(
+        "zero-weight-nan",
+        "0 times NaN is NaN",
+        [[1, 0], [0, 3], [math.nan, 1]],
+        None,
+        ("karcher", {"weight": [1.0, 1.0, 0.0]}, [math.nan, math.nan], ""),
+        **exact,
+    )
+    h.case(
+        "squares-vanish",
+        "2^-538 squared is 2^-1076, less than half the least number, and rounds to 0: no directions, so the straight mean",
+        [[2.0**-538, 0.0], [0.0, 2.0**-538]],
+        None,
+        ("karcher", {}, [2.0**-539, 2.0**-539], ""),
+        dtype="F64",
+    )
+    h.case(
+        "squares-infinite",
+        "2^512 squared is infinite: an infinite mean length over an infinite length is NaN",
+        [[2.0**512, 0.0], [0.0, 2.0**512]],
+        None,
+        ("karcher", {}, [math.nan, math.nan], ""),
+        dtype="F64",
+    )
+    for id, bad in (("nan", math.nan), ("infinity", math.inf)):
+        h.case(
+            id,
+            "a length that is not finite, and a cosine that is NaN",
+            [[bad, 1.0], [1.0, 1.0]],
+            None,
+            ("karcher", {}, [math.nan, math.nan], ""),
+        )
+    counted = [{"x": [1.0], "ids": i64(3, 4)}, {"x": [3.0], "ids": i64(3, 4)}]
+    h.case(
+        "integers-agree",
+        "signs that agree, mean length (1 + 3) / 2; equal integers are copied",
+        counted,
+        None,
+        ("karcher", {}, {"x": [2.0], "ids": i64(3, 4)}, ""),
+        options={"integers": "equal"},
+    )
+    h.case(
+        "integers-differ",
+        "integers have no direction",
+        [counted[0], {"x": [3.0], "ids": i64(3, 5)}],
+        None,
+        ("karcher", {}, REFUSED, ""),
+        options={"integers": "equal"},
     )
     return h

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "mergekit:multislerp": "mergekit 0.1.5 mergekit/merge_methods/multislerp.py:multislerp",
@@ -19,6 +22,44 @@ PAPER = {
     "multislerp-mergekit-04": Paper({}, comment=SAME),
 }
 TOLERANCE = {"multislerp-mergekit-bf16-01": 2.0**-6}  # the rounding of mergekit's tangent step
+
+STAGED = (
+    "multislerp-three", "multislerp-two-at-a-right-angle", "multislerp-base", "multislerp-not-normalised",
+    "multislerp-zero-vector", "multislerp-opposite", "multislerp-negative-weight", "multislerp-zero-beside-two",
+    "multislerp-one-model-not-normalised", "multislerp-turned-round",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    x = given.models if given.base is None else [theta - given.base for theta in given.models]
+    w = given.each("weight", 1.0)
+    if given.params.get("normalize", True):
+        w = [w_n / sum(w) for w_n in w]
+    nu, C = on_sphere(x)
+    found = {1: {"x": x}, 2: {"w": w}, 3: {"nu": nu, "C": C}}
+    m = math.sqrt(max(sum(w_i * w_j * C[i, j] for i, w_i in enumerate(w) for j, w_j in enumerate(w)), 0))
+    if m <= 1e-3 * sum(map(abs, w)):
+        merged = sum(w_n * x_n for w_n, x_n in zip(w, x))
+    else:
+        c = [w_n / m for w_n in w]
+        found[4] = {"c": c}
+        merged = at_mean_length(c, w, nu, x)
+    return found | {5: {"result": merged if given.base is None else given.base + merged}}
+
+
+def on_sphere(x: list[Any]) -> tuple[list[float], Any]:
+    """Lengths and cosines, from exact inner products."""
+    G = [[sum(x_i * x_j) for x_j in x] for x_i in x]
+    C = [
+        [G_ij / math.sqrt(G[i][i] * G[j][j]) if G[i][i] * G[j][j] else 0 for j, G_ij in enumerate(of_i)]
+        for i, of_i in enumerate(G)
+    ]
+    return [math.sqrt(G[n][n]) for n in range(len(x))], np.array(C, object)
+
+
+def at_mean_length(c: list[float], w: list[Fraction], nu: list[float], x: list[Any]) -> Any:
+    s = sum(w_n * nu_n for w_n, nu_n in zip(w, nu))
+    return sum((s * c_n / nu_n if nu_n else 0) * x_n for c_n, nu_n, x_n in zip(c, nu, x))
 
 
 def hand() -> Hand:
@@ -217,5 +258,92 @@ def hand() -> Hand:
         ("multislerp", {}, [-2 / 3, 0.0, 2 / 3], ""),
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case("no-models", "nothing to average", [], None, ("multislerp", {}, REFUSED, ""))
+    h.case(
+        "weight-count", "two models, three weights", [[1.0], [2.0]], None, ("multislerp", {"weight": [1.0] * 3}, REFUSED, "")
+    )
+    h.case("all-zero", "no direction at all", [[0.0, 0.0]] * 3, None, ("multislerp", {}, [0.0, 0.0], ""))
+    r = math.hypot(256.0, 1.0)
+    x, y = 1 / (r * (r + 256.0)), 1 / r
+    long = (256.0 + r) / 2 / math.hypot(x, y)
+    h.case(
+        "not-cancelled",
+        "half the sum of the unit vectors of (256, 0) and (-256, 1) is 1/512 long, more than 1/1000: its direction, at the "
+        "mean length of 256; with 4096 instead the straight mean, of length 1/2",
+        [[256.0, 0.0], [-256.0, 1.0]],
+        None,
+        ("multislerp", {}, [long * x, long * y], ""),
+        flags="MultislerpCancel",
+        dtype="F64",
+        tolerance=1e-10,
+    )
+    root = math.sqrt(5)
+    for id, far, expect in (("length-zero", 2.0, [0.0, 0.0]), ("turned-round", 3.0, [-2 / root, 1 / root])):
+        h.case(
+            id,
+            f"weights 2 and -1 on (1, 0), (0, {far:g}): direction (2, -1) / sqrt 5, mean length 2 - {far:g} = {2 - far:g}",
+            [[1.0, 0.0], [0.0, far]],
+            None,
+            ("multislerp", {"weight": [2.0, -1.0]}, expect, ""),
+            **exact,
+        )
+    h.case(
+        "all-weights-negative",
+        "weights -1 and -1 without division: direction (-1, -1) / sqrt 2, length -1 - 3; as with 1 and 1",
+        [[1, 0], [0, 3]],
+        None,
+        ("multislerp", {"weight": -1.0, "normalize": False}, [4 * half, 4 * half], ""),
+        **exact,
+    )
+    h.case("signs-cancel", "+ and -: the straight mean, (3 - 1) / 2", [[3.0], [-1.0]], None, ("multislerp", {}, [1.0], ""))
+    h.case(
+        "signs-of-three",
+        "+, + and -: the direction +, at the mean length (3 + 1 + 1) / 3",
+        [[3.0], [1.0], [-1.0]],
+        None,
+        ("multislerp", {}, [5 / 3], ""),
+        **exact,
+    )
+    h.case(
+        "squares-vanish",
+        "2^-538 squared is 2^-1076, less than half the least number, and rounds to 0: no directions, so the straight mean",
+        [[2.0**-538, 0.0], [0.0, 2.0**-538]],
+        None,
+        ("multislerp", {}, [2.0**-539, 2.0**-539], ""),
+        dtype="F64",
+    )
+    h.case(
+        "squares-infinite",
+        "2^512 squared is infinite: an infinite mean length over an infinite length is NaN",
+        [[2.0**512, 0.0], [0.0, 2.0**512]],
+        None,
+        ("multislerp", {}, [math.nan, math.nan], ""),
+        dtype="F64",
+    )
+    for id, bad in (("nan", math.nan), ("infinity", math.inf)):
+        h.case(
+            id,
+            "a length that is not finite, and a cosine that is NaN",
+            [[bad, 1.0], [1.0, 1.0]],
+            None,
+            ("multislerp", {}, [math.nan, math.nan], ""),
+        )
+    counted = [{"x": [1.0], "ids": i64(3, 4)}, {"x": [3.0], "ids": i64(3, 4)}]
+    h.case(
+        "integers-agree",
+        "signs that agree, mean length (1 + 3) / 2; equal integers are copied",
+        counted,
+        None,
+        ("multislerp", {}, {"x": [2.0], "ids": i64(3, 4)}, ""),
+        options={"integers": "equal"},
+    )
+    h.case(
+        "integers-differ",
+        "integers have no direction",
+        [counted[0], {"x": [3.0], "ids": i64(3, 5)}],
+        None,
+        ("multislerp", {}, REFUSED, ""),
+        options={"integers": "equal"},
     )
     return h

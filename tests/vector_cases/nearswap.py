@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, i64, sign
 
 CODE = {
     "mergekit:nearswap": "mergekit 0.1.5 mergekit/merge_methods/nearswap.py:nearswap_merge",
@@ -16,6 +19,18 @@ FLAGS = {
 PAPER = {
     "nearswap-mergekit-01": Paper({"t": 0.01}, comment="t is larger than 1e-6"),
 }
+
+STAGED = (
+    "nearswap-near-and-far", "nearswap-zero-t", "nearswap-large-t", "nearswap-equal", "nearswap-floor",
+    "nearswap-floor-of-near",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    (theta_1,), t = given.models, Fraction(given.params.get("t", 1e-4))
+    tau = theta_1 - given.base
+    theta = given.base + t * sign(tau)
+    return {1: {"tau": tau}, 2: {"theta": theta}, 3: {"result": np.where(abs(tau) <= t, theta_1, theta)}}
 
 
 def hand() -> Hand:
@@ -108,4 +123,58 @@ def hand() -> Hand:
         dtype="F64",
         tolerance=1e-14,
     )
+    h.case("no-models", "nothing to swap with", [], [0.0], ("nearswap", {}, REFUSED, ""))
+    h.case(
+        "zeros",
+        "t = 0: equal zeros are the model's, -0.0 first, and -0.0 + 0 * 1 is 0.0; comparing values, as runners do, does not "
+        "tell the two apart",
+        [[-0.0, 0.0, 1.0]],
+        [0.0, -0.0, -0.0],
+        ("nearswap", {"t": 0.0}, [-0.0, 0.0, 0.0], ""),
+    )
+    u = 2.0**-23
+    h.case(
+        "rounded-up-to-the-model",
+        "float32, u = 2^-23: 1 + 3/4 u rounds to 1 + u, which is the model and not past it",
+        [[1 + u]],
+        [1.0],
+        ("nearswap", {"t": 0.75 * u}, [1 + u], ""),
+    )
+    h.case(
+        "less-than-half-an-ulp",
+        "1 + 2^-25 is 1 in float32; 2^-2 + 2^-25 is a neighbour of 2^-2",
+        [[2.0, 1.0]],
+        [1.0, 0.25],
+        ("nearswap", {"t": 2.0**-25}, [1.0, 0.25 + 2.0**-25], ""),
+    )
+    h.case(
+        "sixteen-bits",
+        "bfloat16, t = 1e-4: 1 + 1e-4 is rounded to 1, which its neighbour 2^-7 above does not draw nearer; 2^-14, beside "
+        "2^-7, is less than t and swapped; 2^-12 is more, and 1e-4 of it is rounded to 2 of 2^-14",
+        [[1 + 2.0**-7, 1.0, 2.0**-7 + 2.0**-14, 2.0**-7 + 2.0**-12]],
+        [1.0, 1.0, 2.0**-7, 2.0**-7],
+        ("nearswap", {}, [1.0, 1.0, 2.0**-7 + 2.0**-14, 2.0**-7 + 2.0**-13], ""),
+        dtype="BF16",
+    )
+    h.case(
+        "infinite-base",
+        "inf - t = inf, towards 1 and towards -inf; inf - inf is NaN",
+        [[1.0, -math.inf, math.inf]],
+        [math.inf, math.inf, math.inf],
+        ("nearswap", {"t": 0.25}, [math.inf, math.inf, math.nan], ""),
+        flags="NearswapInfinity",
+    )
+    counted = [{"x": [3.0], "ids": i64(3, 4)}]
+    for id, ids, expect in (
+        ("integers-agree", i64(3, 4), {"x": [1.5], "ids": i64(3, 4)}),
+        ("integers-differ", i64(3, 5), REFUSED),
+    ):
+        h.case(
+            id,
+            "equal integers are copied; 1 goes 1/2 towards 3",
+            counted,
+            {"x": [1.0], "ids": ids},
+            ("nearswap", {"t": 0.5}, expect, ""),
+            options={"integers": "equal"},
+        )
     return h

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
+from vector_cases.slerp import angle, arc
 
 CODE = {
     "mergekit:slerp": "mergekit 0.1.5 mergekit/merge_methods/slerp.py:slerp_merge_method",
@@ -19,6 +23,26 @@ PAPER = {
     "warp-WARP_lab-00": Paper({}, entry="warp", comment="tensors outside of layers have an angle each, there and here"),
 }
 TOLERANT: dict[str, Any] = {"dtype": "F64", "tolerance": 1e-14}
+
+STAGED = (
+    "warp-five-eighths", "warp-weights", "warp-three-policies", "warp-three-policies-weights", "warp-zero-task-vector",
+    "warp-identical", "warp-opposite", "warp-cancelled", "warp-negative-weight", "warp-last-alone",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """The arcs themselves, where the page has coefficients alone."""
+    delta = [theta - given.base for theta in given.models]
+    G = np.array([[sum(x * y) for y in delta] for x in delta], object)
+    w = given.each("weight", 1.0)
+    c, s = [Fraction(1)], delta[0]
+    for m in range(1, len(delta)):
+        share = w[m] / sum(w[: m + 1]) if w[m] else Fraction(0)
+        parts = sum(c_i * c_i * G[i, i] for i, c_i in enumerate(c))
+        omega = angle(s, delta[m]) if sum(s * s) > parts / 10**6 else 0.0
+        of_s, of_delta = arc(float(share), omega) if math.sin(omega) > 1e-3 else (1 - share, share)
+        c, s = [*(of_s * c_i for c_i in c), of_delta], of_s * s + of_delta * delta[m]
+    return {1: {"delta": delta}, 2: {"G": G}, 3: {"c": c}, 4: {"result": given.base + s}}
 
 
 def hand() -> Hand:
@@ -211,4 +235,86 @@ def hand() -> Hand:
         ("last-alone", "lambda_2 = 0 though the sum is 0, lambda_3 = 1", [0.0, 0.0, 1.0], [2.0, 4.0, 6.0], 6.0),
     ):
         h.case(id, comment, [[d] for d in deltas], [0.0], ("warp", {"weight": weight}, [expect], ""))
+    h.case("no-base", "a task vector is a difference from a base", [[1.0], [2.0]], None, ("warp", {}, REFUSED, ""))
+    h.case(
+        "weight-count", "two policies, three weights", [[1.0], [2.0]], [0.0], ("warp", {"weight": [1.0] * 3}, REFUSED, "")
+    )
+    apart = [{"h.0.a": [1.0], "h.0.b": [0.0], "h.1.a": [2.0]}, {"h.0.a": [0.0], "h.0.b": [1.0], "h.1.a": [4.0]}]
+    nothing = {"h.0.a": [0.0], "h.0.b": [0.0], "h.1.a": [0.0]}
+    h.case(
+        "over-tensor",
+        "tensors of one entry: the line",
+        apart,
+        nothing,
+        ("warp", {}, {"h.0.a": [0.5], "h.0.b": [0.5], "h.1.a": [3.0]}, ""),
+        flags="WarpAngleScope",
+        options={"over": "tensor"},
+        **TOLERANT,
+    )
+    k = 1 / math.sqrt(2 * (1 + 8 / math.sqrt(85)))
+    h.case(
+        "over-model",
+        "(1, 0, 2) and (0, 1, 4): cos w = 8 / (sqrt 5 sqrt 17), and both coefficients are 1 / (2 cos(w/2))",
+        apart,
+        nothing,
+        ("warp", {}, {"h.0.a": [k], "h.0.b": [k], "h.1.a": [6 * k]}, ""),
+        flags="WarpAngleScope",
+        options={"over": "model"},
+        **TOLERANT,
+    )
+    one, two, other = (f"stages.{i}.blocks.{j}.conv.weight" for i, j in ((2, 4), (2, 5), (3, 4)))
+    h.case(
+        "stages",
+        "blocks 4 and 5 of stage 2 are one layer, at a right angle: sin 45 of each; stage 3 is another, parallel: the line",
+        [{one: [1.0], two: [0.0], other: [2.0]}, {one: [0.0], two: [1.0], other: [4.0]}],
+        {one: [0.0], two: [0.0], other: [0.0]},
+        ("warp", {}, {one: [half], two: [half], other: [3.0]}, ""),
+        flags="WarpAngleScope",
+        **TOLERANT,
+    )
+    h.case(
+        "products-in-float64",
+        "float32 at a right angle: 2^-75 and 2^64, whose squares float32 does not hold; sin 45 for both",
+        [{"x": [2.0**-75, 0.0], "y": [2.0**64, 0.0]}, {"x": [0.0, 2.0**-75], "y": [0.0, 2.0**64]}],
+        {"x": [0.0, 0.0], "y": [0.0, 0.0]},
+        ("warp", {}, {"x": [2.0**-75 * half] * 2, "y": [2.0**64 * half] * 2}, ""),
+        tolerance=2.0**-22,
+    )
+    h.case(
+        "products-vanish",
+        "2^-538 squared is 2^-1076, less than half the least number, and rounds to 0: the line, though at a right angle",
+        [[2.0**-538, 0.0], [0.0, 2.0**-538]],
+        [0.0, 0.0],
+        ("warp", {}, [2.0**-539, 2.0**-539], ""),
+        dtype="F64",
+    )
+    h.case(
+        "products-infinite",
+        "2^512 squared is infinite, and not more than a millionth of itself: it counts as cancelled, and the line is taken",
+        [[2.0**512, 0.0], [0.0, 2.0**512]],
+        [0.0, 0.0],
+        ("warp", {}, [2.0**511, 2.0**511], ""),
+        dtype="F64",
+    )
+    h.case(
+        "nan",
+        "NaN in h.0.a makes NaN of h.0.b too, the other tensor of its layer; h.1.a is another: the line",
+        [apart[0] | {"h.0.a": [math.nan]}, apart[1]],
+        nothing,
+        ("warp", {}, {"h.0.a": [math.nan], "h.0.b": [math.nan], "h.1.a": [3.0]}, ""),
+        **TOLERANT,
+    )
+    counted = [{"x": [1.0], "ids": i64(3)}, {"x": [3.0], "ids": i64(4)}], {"x": [0.0], "ids": i64(3)}
+    why = "one entry: the line, (1 + 3) / 2"
+    merged = {"x": [2.0], "ids": i64(3)}
+    h.case("integers-base", why, *counted, ("warp", {}, merged, "the base's, asked for by the caller"))
+    h.case("integers-differ", why, *counted, ("warp", {}, REFUSED, ""), options={"integers": "equal"})
+    h.case(
+        "integers-agree",
+        why,
+        [counted[0][0], {"x": [3.0], "ids": i64(3)}],
+        counted[1],
+        ("warp", {}, merged, ""),
+        options={"integers": "equal"},
+    )
     return h

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from vector_cases import REFUSED, Hand, Paper, i64
+import math
+from fractions import Fraction
+from typing import Any
+
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "official:wise_ft": "mlfoundations/wise-ft@58b7a4b src/wise_ft.py:_merge",
@@ -14,6 +18,13 @@ PAPER = {
     "wise_ft-official-00": Paper({}),
     "wise_ft-official-03": Paper({"alpha": 1.5}),
 }
+
+STAGED = ("wise_ft-half", "wise_ft-quarter", "wise_ft-extrapolates", "wise_ft-extrapolates-back", "wise_ft-lerp-form")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    alpha = Fraction(given.params.get("alpha", 0.5))
+    return {1: {"result": (1 - alpha) * given.base + alpha * given.models[0]}}
 
 
 def hand() -> Hand:
@@ -89,4 +100,34 @@ def hand() -> Hand:
     h.case("tensor-missing", "the model lacks y", [{"x": [1.0]}], {"x": [1.0], "y": [1.0]}, ("wise_ft", {}, REFUSED, ""))
     h.case("no-base", "one end is missing", [[1.0]], None, ("wise_ft", {}, REFUSED, ""))
     h.case("two-models", "a line has two ends", [[1.0], [2.0]], [0.0], ("wise_ft", {}, REFUSED, ""))
+    h.case(
+        "agreeing-rounded",
+        "float64: 1 - 0.1 is 0.9; 0.9 * 13 is 11.700000000000001, 0.1 * 13 is 1.3, and their sum lies half an ulp above 13",
+        [[13.0]],
+        [13.0],
+        ("wise_ft", {"alpha": 0.1}, [13.000000000000002], "theta_0 + alpha (theta_1 - theta_0) would be 13"),
+        flags="WiseFtLerpForm",
+        dtype="F64",
+    )
+    h.case(
+        "negative-zero",
+        "1 * -0.0 + 0 * 1 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[1.0]],
+        [-0.0],
+        ("wise_ft", {"alpha": 0.0}, [0.0], ""),
+    )
+    h.case(
+        "infinity",
+        "alpha 0: 0 * inf is NaN, and an infinity of the base stays",
+        [[math.inf, 1.0, math.nan]],
+        [1.0, math.inf, 1.0],
+        ("wise_ft", {"alpha": 0.0}, [math.nan, math.inf, math.nan], ""),
+    )
+    h.case(
+        "infinities-of-both-signs",
+        "alpha 1/2: inf and 1 make inf, inf and -inf make NaN",
+        [[math.inf, math.inf]],
+        [1.0, -math.inf],
+        ("wise_ft", {}, [math.inf, math.nan], ""),
+    )
     return h
