@@ -41,7 +41,6 @@ UNMAPPED = {
     "iso_cts",
     "karcher",
     "knots",
-    "lines",
     "low_rank_residual",
     "magmax",
     "mats",
