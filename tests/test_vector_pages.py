@@ -42,7 +42,6 @@ UNMAPPED = {
     "karcher",
     "knots",
     "low_rank_residual",
-    "magmax",
     "mats",
     "model_ratatouille",
     "model_stock",
