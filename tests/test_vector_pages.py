@@ -44,7 +44,6 @@ UNMAPPED = {
     "low_rank_residual",
     "mats",
     "model_ratatouille",
-    "model_stock",
     "multislerp",
     "nearswap",
     "nuslerp",
