@@ -54,7 +54,6 @@ UNMAPPED = {
     "ram",
     "ramplus_tl",
     "regmean",
-    "rws",
     "sce",
     "singular_projection",
     "slerp",
