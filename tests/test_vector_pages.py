@@ -51,7 +51,6 @@ UNMAPPED = {
     "pareto",
     "passthrough",
     "pcb",
-    "ram",
     "ramplus_tl",
     "regmean",
     "sce",
