@@ -51,7 +51,6 @@ UNMAPPED = {
     "pareto",
     "passthrough",
     "pcb",
-    "ramplus_tl",
     "regmean",
     "sce",
     "singular_projection",
