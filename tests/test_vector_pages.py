@@ -52,7 +52,6 @@ UNMAPPED = {
     "passthrough",
     "pcb",
     "regmean",
-    "sce",
     "singular_projection",
     "slerp",
     "svc",
