@@ -55,7 +55,6 @@ UNMAPPED = {
     "singular_projection",
     "slerp",
     "svc",
-    "tall_masks",
     "time_vectors",
     "tsvm",
     "twin_merging",
