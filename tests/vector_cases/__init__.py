@@ -70,12 +70,14 @@ class Test:
 
 @dataclass
 class Exact:
-    """A case of one tensor in exact numbers: arrays of Fractions. stats: one mapping name -> array a model."""
+    """A case of one tensor in exact numbers: arrays of Fractions. stats: one mapping name -> array a model. name: the
+    tensor's."""
 
     base: Any
     models: list[Any]
     params: dict[str, Any]
     stats: list[dict[str, Any]]
+    name: str
 
     @classmethod
     def of(cls, test: Test) -> Exact:
@@ -83,7 +85,9 @@ class Exact:
             return {name: fraction(x.astype(np.float64)) for name, x in tensors.items()}
 
         base, *models = (sole(fractions(x)) for x in (test.base or test.models[0], *test.models))
-        return cls(base if test.base else None, models, test.params, [fractions(x) for x in test.stats or ()])
+        stats = [fractions(x) for x in test.stats or ()]
+        (name,) = test.expect
+        return cls(base if test.base else None, models, test.params, stats, name)
 
     @property
     def masks(self) -> list[Any]:

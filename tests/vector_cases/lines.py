@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper, i64
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
 
 CODE = {"official:lines": "wang-kee/LiNeS@43a7bdd src/eval/eval.py:LiNeS_scaling"}
 PAPER = {
@@ -12,6 +14,17 @@ PAPER = {
     "lines-official-03": Paper({"blocks": 4, "alpha": 0.0, "beta": 1.0}),
 }
 FLAGS = {"lines-official-00": ["LinesHead"], "lines-official-03": ["LinesHead"]}
+
+STAGED = ("lines-three-models", "lines-first-block", "lines-second-of-three", "lines-one-block-of-one", "lines-in-no-block")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    alpha = Fraction(given.params.get("alpha", 1 / len(tau)))
+    last, block = given.params["blocks"] - 1, re.search(r"\.(\d+)(?=\.)", given.name)
+    place = Fraction(0) if block is None else Fraction(int(block[1]), last) if last else Fraction(1)
+    scale = alpha + Fraction(given.params["beta"]) * place
+    return {1: {"tau": tau}, 2: {"scale": scale}, 3: {"result": given.base + scale * sum(tau)}}
 
 
 def hand() -> Hand:
@@ -159,5 +172,80 @@ def hand() -> Hand:
         [{"h.0.e.5.w": [4.0]}],
         {"h.0.e.5.w": [0.0]},
         ("lines", {"blocks": 2, "alpha": 0.5, "beta": 0.5}, {"h.0.e.5.w": [2.0]}, ""),
+    )
+    h.case(
+        "three-models",
+        "base 1; tau = (2, -2), (4, 6), (2, 0) of sum (8, 4); the last of two blocks: 1/4 + 1/2",
+        [{"a.1.w": [3.0, -1.0]}, {"a.1.w": [5.0, 7.0]}, {"a.1.w": [3.0, 1.0]}],
+        {"a.1.w": [1.0, 1.0]},
+        ("lines", plain(2, 0.25, 0.5), {"a.1.w": [7.0, 4.0]}, "1 + 6, 1 + 3"),
+    )
+    h.case(
+        "first-block",
+        "base 1; tau = (4, 8); the first of two blocks, of which beta 8 says nothing",
+        [{"a.0.w": [5.0, 9.0]}],
+        {"a.0.w": [1.0, 1.0]},
+        ("lines", plain(2, 0.25, 8.0), {"a.0.w": [2.0, 3.0]}, "a quarter of it"),
+    )
+    h.case(
+        "second-of-three",
+        "two models, tau of sum (8, -4); alpha is 1/2 if not given, and the second of three blocks is half way: 1/2 + 1/4",
+        [{"a.1.w": [6.0, -8.0]}, {"a.1.w": [2.0, 4.0]}],
+        {"a.1.w": [0.0, 0.0]},
+        ("lines", {"blocks": 3, "beta": 0.5}, {"a.1.w": [6.0, -3.0]}, ""),
+    )
+    h.case(
+        "one-block-of-one",
+        "tau = 8; one block is the last: 1/4 + 1/2",
+        [{"a.0.w": [8.0]}],
+        {"a.0.w": [0.0]},
+        ("lines", plain(1, 0.25, 0.5), {"a.0.w": [6.0]}, ""),
+    )
+    h.case(
+        "in-no-block",
+        "tau = 8; no number between dots: 1/4 of it",
+        [{"a.w": [8.0]}],
+        {"a.w": [0.0]},
+        ("lines", plain(2, 0.25, 0.5), {"a.w": [2.0]}, ""),
+    )
+    h.case(
+        "identity-of-a-sum",
+        "alpha 1, beta 0; base 1; tau = 2 and 4: 1 + 6, in every block",
+        [{"a.0.w": [3.0], "a.1.w": [3.0]}, {"a.0.w": [5.0], "a.1.w": [5.0]}],
+        {"a.0.w": [1.0], "a.1.w": [1.0]},
+        ("lines", plain(2, 1.0, 0.0), {"a.0.w": [7.0], "a.1.w": [7.0]}, ""),
+    )
+    h.case(
+        "task-arithmetic",
+        "beta 0, alpha 1/2; base 1; tau = 2 and 4: 1 + 6/2, in every block and outside",
+        [{"a.0.w": [3.0], "a.1.w": [3.0], "w": [3.0]}, {"a.0.w": [5.0], "a.1.w": [5.0], "w": [5.0]}],
+        {"a.0.w": [1.0], "a.1.w": [1.0], "w": [1.0]},
+        ("lines", plain(2, 0.5, 0.0), {"a.0.w": [4.0], "a.1.w": [4.0], "w": [4.0]}, ""),
+    )
+    towers = {"text.blocks.0.w": [4.0], "text.blocks.1.w": [4.0], "visual.blocks.0.w": [4.0], "visual.blocks.1.w": [4.0]}
+    h.case(
+        "two-towers",
+        "two blocks in each of two towers: scales 1/4 and 3/4 in both",
+        [towers],
+        zeros(towers),
+        (
+            "lines",
+            plain(2, 0.25, 0.5),
+            {"text.blocks.0.w": [1.0], "text.blocks.1.w": [3.0], "visual.blocks.0.w": [1.0], "visual.blocks.1.w": [3.0]},
+            "",
+        ),
+        (
+            "lines",
+            plain(2, 0.25, 0.5, layers=["visual.*"]),
+            {"text.blocks.0.w": [1.0], "text.blocks.1.w": [1.0], "visual.blocks.0.w": [1.0], "visual.blocks.1.w": [3.0]},
+            "a tower of which the globs name nothing has alpha throughout",
+        ),
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [{"a.0.w": [-0.0, 2.0]}],
+        {"a.0.w": [-0.0, -0.0]},
+        ("lines", plain(2, 0.5, 0.5), {"a.0.w": [0.0, 1.0]}, ""),
     )
     return h

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper, i64
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "official:magmax": "danielm1405/magmax@4f49f18 src/merging/task_vectors.py:merge_max_abs",
@@ -12,6 +15,27 @@ CODE = {
 }
 TOOLS = ("fusion_bench",)
 PAPER = {"magmax-fusion_bench-00": Paper({"lambda_": 0.5})}
+
+STAGED = (
+    "magmax-by-hand", "magmax-by-hand-reversed", "magmax-ties", "magmax-ties-of-three", "magmax-lambda-negative",
+    "magmax-lambda-default",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    tau_max = largest(tau)
+    scale = Fraction(given.params.get("lambda_", 0.5))
+    return {1: {"tau": tau}, 2: {"tau_max": tau_max}, 3: {"result": given.base + scale * tau_max}}
+
+
+def largest(tau: list[Any]) -> Any:
+    """Entry by entry the last of those of the largest magnitude."""
+    found = np.empty_like(tau[0])
+    for i, entries in enumerate(zip(*(x.flat for x in tau))):
+        _, last = max((abs(x), n) for n, x in enumerate(entries))
+        found.flat[i] = entries[last]
+    return found
 
 
 def hand() -> Hand:
@@ -93,4 +117,26 @@ def hand() -> Hand:
     )
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("magmax", {}, REFUSED, ""))
     h.case("no-models", "nothing to choose from", [], [0.0], ("magmax", {}, REFUSED, ""))
+    case(
+        "by-hand-reversed",
+        "the models of by-hand in the other order; no two magnitudes are the same, so nothing changes",
+        [[3.0, 2.0, 0.0, 1.0], [-3.0, 2.0, 1.5, 1.0], [4.0, -1.0, 1.0, 2.0]],
+        [1.0] * 4,
+        [-1.0, 0.0, 0.5, 1.5],
+        0.5,
+    )
+    case(
+        "nan-first-of-three",
+        "tau = NaN, 1, 2 and 1, NaN, 2: the first model's NaN stays, the second one's is passed over",
+        [[nan, 1.0], [1.0, nan], [2.0, 2.0]],
+        [0.0, 0.0],
+        [nan, 2.0],
+    )
+    case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0], [-0.0, 1.0]],
+        [-0.0, -0.0],
+        [0.0, 2.0],
+    )
     return h

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from itertools import combinations
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "fusion_bench:model_stock": "tanganke/fusion_bench@54c9e8c "
@@ -29,6 +33,37 @@ PAPER = {
     "model_stock-fusion_bench-taskvec-00": STOCK,
     "model_stock-fusion_bench-taskvec-03": STOCK,
 }
+
+STAGED = (
+    "model_stock-angles", "model_stock-two-models", "model_stock-negative-ratio", "model_stock-filter-wise",
+    "model_stock-whole-tensor", "model_stock-parallel", "model_stock-beyond-the-pole", "model_stock-one-moved",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    rows = given.params.get("filter_wise", False)
+    found = [ratio(row) for row in zip(*tau)] if rows else [ratio([x.ravel() for x in tau])]
+    theta, t = (np.array(x, object) for x in zip(*found))
+    across = t[:, None] if rows else t[0]
+    return {
+        1: {"tau": tau},
+        2: {"theta": theta if rows else theta[0]},
+        3: {"t": t if rows else t[0]},
+        4: {"result": given.base + across * (sum(tau) / Fraction(len(tau)))},
+    }
+
+
+def ratio(tau: Any) -> tuple[float, Fraction]:
+    """The mean angle of vectors, and t. Cosines of 60 and 120 degrees are 1/2 and -1/2, so that t is a fraction."""
+    angles = []
+    for x, y in combinations(tau, 2):
+        xx, yy, xy = x @ x, y @ y, x @ y
+        angles.append(math.acos(float(xy) / math.sqrt(xx * yy)) if xx * yy else math.pi / 2)
+    theta, N = sum(angles) / len(angles), len(tau)
+    cos = Fraction(round(60 * math.cos(theta)), 60)
+    assert abs(math.cos(theta) - cos) < 1e-15
+    return theta, N * cos / (1 + (N - 1) * cos)
 
 
 def hand() -> Hand:
@@ -267,5 +302,111 @@ def hand() -> Hand:
         [0.0, 0.0, 0.0],
         ("model_stock", {}, [0.0, 0.0, 0.0], ""),
         dtype="F64",
+    )
+    h.case(
+        "parallel",
+        "base 1; deltas (3, 4) and (6, 8), of one direction: t = 1, the average, 1 + (9/2, 6)",
+        [[4, 5], [7, 9]],
+        [1, 1],
+        *both([5.5, 7]),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "wide-angle",
+        "deltas (5, 0) and (-3, 4), of cosine -15/25: t = -6/5 / (2/5) = -3 of the mean (1, 2)",
+        [[5, 0], [-3, 4]],
+        [0, 0],
+        *both([-3, -6]),
+        flags="StockNegativeRatio",
+        dtype="F64",
+        tolerance=1e-13,
+    )
+    h.case(
+        "beyond-the-pole",
+        "base 1; deltas 1, 3, -1, -1, two pairs at 0 and four at 180 degrees, 120 in the mean: cos = -1/2, "
+        "t = -2 / (1 - 3/2) = 4 of the mean 1/2",
+        [[2], [4], [0], [0]],
+        [1],
+        ("model_stock", {}, [3], ""),
+        dtype="F64",
+        tolerance=1e-13,
+    )
+    h.case(
+        "pole-of-three",
+        "base 1; deltas 1, 3, -1 at 0, 180 and 180 degrees, 120 in the mean: 1 + 2 cos is 0 up to rounding, so t = 0",
+        [[2], [4], [0]],
+        [1],
+        ("model_stock", {}, [1], ""),
+        dtype="F64",
+    )
+    h.case(
+        "pole-of-two",
+        "base 1; deltas 2 and -1 of mean 1/2 at 180 degrees: 1 + cos is 0, so t = 0",
+        [[3, 1], [0, 1]],
+        [1, 1],
+        ("model_stock", {}, [1, 1], ""),
+        flags="StockSingular",
+        dtype="F64",
+    )
+    h.case(
+        "one-moved",
+        "deltas (3, 0), (3, 0) and 0: 0, 90 and 90 degrees, 60 in the mean: t = 3/2 / 2 = 3/4 of the mean (2, 0)",
+        [[4, 1], [4, 1], [1, 1]],
+        [1, 1],
+        ("model_stock", {}, [2.5, 1], "by cosines it would be 3/5 of it, 2.2"),
+        flags="StockZeroDelta",
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "rows-of-many-axes",
+        "x, of shape (2, 1, 2), has two rows: equal ones, t = 1, and orthogonal ones, t = 0. v is one row: cos = 1/2, t = "
+        "2/3 of the mean (1, 1/2, 1/2); so is a number, t = 1",
+        [{"x": [[[2, 0]], [[2, 0]]], "v": [1, 1, 0], "s": 2}, {"x": [[[2, 0]], [[0, 2]]], "v": [1, 0, 1], "s": 4}],
+        {"x": [[[0, 0]], [[0, 0]]], "v": [0, 0, 0], "s": 0},
+        (
+            "model_stock",
+            {"filter_wise": True},
+            {"x": [[[2, 0]], [[0, 0]]], "v": [2 / 3, 1 / 3, 1 / 3], "s": 3},
+            "",
+        ),
+        flags="StockFilterWise",
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "products-of-float32",
+        "deltas (1, 2^-80) and (0, 2^-80): 2^-160 is 0 in float32, so that the second one has no length: 90 degrees, t = 0",
+        [[2.0, 2.0**-80], [1.0, 2.0**-80]],
+        [1.0, 0.0],
+        ("model_stock", {}, [1.0, 0.0], "the base, up to rounding"),
+        tolerance=1e-15,
+    )
+    h.case(
+        "products-of-float64",
+        "deltas (0, 2^-80) twice: 2^-160 is a number in float64, the cosine 1 and t = 1",
+        [[1.0, 2.0**-80]] * 2,
+        [1.0, 0.0],
+        ("model_stock", {}, [1.0, 2.0**-80], ""),
+        dtype="F64",
+    )
+    nan = [[[math.nan, 1.0], [2.0, 0.0]], [[1.0, 1.0], [2.0, 0.0]]]
+    h.case(
+        "nan",
+        "a NaN in the first row",
+        nan,
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("model_stock", {}, [[math.nan] * 2] * 2, "the angle is that of the tensor"),
+        ("model_stock", {"filter_wise": True}, [[math.nan] * 2, [2.0, 0.0]], "that of the second row is 0"),
+    )
+    h.case(
+        "empty-and-integers",
+        "base 0; of one direction, so the mean of (3, 4) and (6, 8)",
+        [{"e": [], "x": [3, 4], "ids": i64(1, 2)}, {"e": [], "x": [6, 8], "ids": i64(1, 3)}],
+        {"e": [], "x": [0, 0], "ids": i64(1, 2)},
+        ("model_stock", {}, {"e": [], "x": [4.5, 6], "ids": i64(1, 2)}, ""),
+        dtype="F64",
+        tolerance=1e-14,
     )
     return h

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, fraction, i64
 
 CODE = {
     "official:ram": "xiangchi-yuan/mrl@e2d930d ram-main.py:agentic_reinforcement_merge_rescale_v2",
@@ -14,6 +17,21 @@ PAPER = {
     "ram-mergekit-01": Paper({"epsilon": 1e-5}),
     "ram-mergekit-04": Paper({"epsilon": 1e-5}),
 }
+
+STAGED = ("ram-by-hand", "ram-rescales", "ram-strict", "ram-epsilon-zero", "ram-three", "ram-one-model")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    changed = changes(tau, given.params.get("epsilon", 1e-5))
+    count = sum(changed)
+    merged = sum(c * x for c, x in zip(changed, tau)) / np.maximum(count, Fraction(1))
+    return {1: {"tau": tau}, 2: {"changed": changed, "count": count}, 3: {"result": given.base + merged}}
+
+
+def changes(tau: list[Any], epsilon: float) -> list[Any]:
+    """1 where a model changed an entry by more than epsilon, and 0 elsewhere."""
+    return [fraction((abs(x) > Fraction(epsilon)).astype(int)) for x in tau]
 
 
 def hand() -> Hand:
@@ -111,5 +129,41 @@ def hand() -> Hand:
         [0.0, 0.0],
         ("ram", {}, [4.0, 2.0 + 2.0**-17], ""),
         dtype="F64",
+    )
+    h.case(
+        "copies",
+        "base 1; tau = (3, 2^-20) three times: 9 / 3, and nothing that is below epsilon",
+        [[4.0, 1.0 + 2.0**-20]] * 3,
+        [1.0, 1.0],
+        paper([4.0, 1.0]),
+        mergekit([4.0, 1.0]),
+    )
+    h.case(
+        "opposite",
+        "tau = 3, 1, -4: all three changed it, and (3 + 1 - 4) / 3 = 0; the majority's sign would give 2",
+        [[3.0], [1.0], [-4.0]],
+        [0.0],
+        paper([0.0]),
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, -0.0],
+        paper([0.0, 2.0]),
+    )
+    h.case(
+        "not-finite-shared",
+        "tau = (inf, 2, inf, 0) and (2, NaN, -inf, NaN): (inf + 2) / 2, NaN, inf - inf, NaN",
+        [[inf, 2.0, inf, 0.0], [2.0, nan, -inf, nan]],
+        [0.0] * 4,
+        paper([inf, nan, nan, nan]),
+    )
+    h.case(
+        "integers",
+        "integers are the base's; (2 + 4) / 2",
+        [{"x": [3.0], "ids": i64(3, 7)}, {"x": [5.0], "ids": i64(3, 9)}],
+        {"x": [1.0], "ids": i64(3, 4)},
+        paper({"x": [4.0], "ids": i64(3, 4)}),
     )
     return h

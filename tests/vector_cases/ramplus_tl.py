@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import DTYPES, OPEN, REFUSED, Hand, Paper
+from vector_cases import DTYPES, OPEN, REFUSED, Exact, Hand, Paper, fraction, i64
+from vector_cases.ram import changes
 
 CODE = {
     "official:ram": "xiangchi-yuan/mrl@e2d930d ram-main.py:agentic_reinforcement_merge_rescale_v2",
@@ -22,6 +24,29 @@ PAPER = {
     "ramplus_tl-mergekit-01": Paper({"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
     "ramplus_tl-mergekit-04": Paper({"r": 0.3, "alpha": 0.8, "epsilon": 1e-5}, comment="up to the precision of the scale"),
 }
+
+STAGED = (
+    "ramplus_tl-by-hand", "ramplus_tl-bound", "ramplus_tl-nothing-changed", "ramplus_tl-all-shared", "ramplus_tl-r-zero",
+    "ramplus_tl-one-model", "ramplus_tl-alpha-infinite", "ramplus_tl-many-shared",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    r, alpha, epsilon = (float(given.params[name]) for name in ("r", "alpha", "epsilon"))
+    tau = [theta - given.base for theta in given.models]
+    changed = changes(tau, epsilon)
+    count = sum(changed)
+    unique, shared = (fraction(x.astype(int)) for x in (count == 1, count > 1))
+    rho = [Fraction(np.sum(c * shared), np.sum(c * unique)) if np.any(c * unique) else Fraction(0) for c in changed]
+    scale = [1 + Fraction(r) * Fraction(min(rho_n, alpha)) for rho_n in rho]
+    rescaled = [c * (s * unique + shared) * x for s, c, x in zip(scale, changed, tau)]
+    return {
+        1: {"tau": tau},
+        2: {"changed": changed, "count": count},
+        3: {"rho": rho},
+        4: {"scale": scale, "unique": unique, "shared": shared, "tau": rescaled},
+        5: {"result": given.base + sum(rescaled) / np.maximum(count, Fraction(1))},
+    }
 
 
 def hand() -> Hand:
@@ -200,5 +225,62 @@ def hand() -> Hand:
         ("ramplus_tl", {}, [51.0, 6.0, 1.02 * 2.0**-16], ""),
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case(
+        "alpha-zero",
+        "RAM: (4, 1) and (0, 3) give 4 and (1 + 3) / 2",
+        [[4.0, 1.0], [0.0, 3.0]],
+        [0.0, 0.0],
+        paper(scales(0.5, 0.0), [4.0, 2.0]),
+        mergekit(scales(0.5, 0.0), [4.0, 2.0]),
+    )
+    h.case(
+        "nothing-shared",
+        "tau = (4, 0) and (0, 2): rho is 0 over 1",
+        [[4.0, 0.0], [0.0, 2.0]],
+        [0.0, 0.0],
+        paper(scales(0.5, 1.0), [4.0, 2.0]),
+        mergekit(scales(0.5, 1.0), [4.0, 2.0]),
+    )
+    h.case(
+        "many-shared",
+        "tau = (4, 1, 1, 1, 1, 1) and (0, 3, 3, 3, 3, 3): 5 shared over 1 unique, counted as 2: 4 (1 + 1/2 2)",
+        [[4.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 3.0, 3.0, 3.0, 3.0, 3.0]],
+        [0.0] * 6,
+        paper(scales(0.5, 2.0), [8.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
+        mergekit(scales(0.5, 2.0), [8.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
+    )
+    h.case(
+        "one-tensor-changed",
+        "the first model changed x alone, (4, 1), the second (0, 1) in x and 8 in y: 1 shared over 1 unique for both over "
+        "the model, 3/2 of 4 and of 8",
+        [{"x": [4.0, 1.0], "y": [0.0]}, {"x": [0.0, 1.0], "y": [8.0]}],
+        {"x": [0.0, 0.0], "y": [0.0]},
+        paper(scales(0.5, 1.0), {"x": [6.0, 1.0], "y": [12.0]}),
+        options={"over": "model"},
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, -0.0],
+        paper(scales(0.5, 1.0), [0.0, 2.0]),
+    )
+    nan, inf = float("nan"), float("inf")
+    h.case(
+        "not-finite",
+        "tau = (NaN, 1, inf, inf, 0) and (1, 1, 1, 0, 4): NaN is not counted, so the second model has 2 shared over 2 "
+        "unique, 4 (1 + 1/2), and the first 2 over 1; (inf + 1) / 2 and inf (1 + 1/2 2)",
+        [[nan, 1.0, inf, inf, 0.0], [1.0, 1.0, 1.0, 0.0, 4.0]],
+        [0.0] * 5,
+        paper(scales(0.5, 4.0), [nan, 1.0, inf, inf, 6.0]),
+    )
+    h.case(
+        "integers",
+        "tau = (4, 1) and (0, 1), 1 shared over 1 unique; the integers that differ are no third and fourth change",
+        [{"x": [4.0, 1.0], "ids": i64(7, 8)}, {"x": [0.0, 1.0], "ids": i64(3, 4)}],
+        {"x": [0.0, 0.0], "ids": i64(3, 4)},
+        paper(scales(0.5, 1.0), {"x": [6.0, 1.0], "ids": i64(3, 4)}, "4 (1 + 1/2)"),
+        options={"over": "model"},
     )
     return h

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Test, origin
+from vector_cases import REFUSED, Exact, Hand, Test, i64, origin
 
 SOURCE = (
     "VITA-Group/Robust_Weight_Signatures@4c796da model_patching.py:decompose (tools.py:get_projection, select_layers; "
     "quantize_utils/func.py:linear_quant)"
 )
 CODE = {"official:rws": SOURCE}
+
+STAGED = (
+    "rws-right-angle", "rws-one-signature", "rws-two-signatures", "rws-weight-two", "rws-levels", "rws-zero-is-no-level",
+    "rws-two-levels-of-signs", "rws-shared-range", "rws-along-the-clean", "rws-clean-is-base",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    theta, *robust = given.models
+    a, r = theta - given.base, [theta_n - given.base for theta_n in robust]
+    v = [r_n - (np.sum(a * r_n) / np.sum(a * a) if np.any(a) else Fraction(0)) * a for r_n in r]
+    found: dict[int, dict[str, Any]] = {1: {"a": a, "r": r}, 2: {"v": v}}
+    if levels := given.params.get("levels"):
+        v = [quantised(v_n, levels) for v_n in v]
+        found[3] = {"v": v}
+    weight = given.each("weight", 1.0)[1:]
+    return found | {4: {"result": theta + sum(w_n * v_n for w_n, v_n in zip(weight, v))}}
+
+
+def quantised(v: Any, levels: int) -> Any:
+    """The nearest of `levels` values from the least to the greatest entry, of two the one with the even code."""
+    low, step = np.min(v), (np.max(v) - np.min(v)) / (levels - 1)
+    return np.array([low + step * round((x - low) / step) if step else low for x in v], object)
 
 
 def hand() -> Hand:
@@ -203,6 +227,86 @@ def hand() -> Hand:
     h.case("levels-one", "one level says nothing", [[2.0], [1.0]], [0.0], ("rws", {"levels": 1}, REFUSED, ""))
     h.case("clean-alone", "no robust model", [[2.0]], [0.0], ("rws", {}, REFUSED, ""))
     h.case("no-base", "no task vector", [[2.0], [1.0]], None, ("rws", {}, REFUSED, ""))
+    h.case(
+        "robust-is-clean",
+        "r = a = (2, 2): the signature is 0",
+        [[2.0, 2.0], [2.0, 2.0]],
+        two,
+        ("rws", {}, [2.0, 2.0], ""),
+    )
+    h.case(
+        "negative-weight",
+        "v = (0, 5)",
+        [[2.0, 0.0], [3.0, 5.0]],
+        two,
+        ("rws", plain(-1.0), [2.0, -5.0], ""),
+        ("rws", plain(-0.5, levels=2), [2.0, -2.5], ""),
+    )
+    tiny = 2.0**-75
+    h.case(
+        "tiny-clean",
+        "a = (2^-75, 0), whose product 2^-150 is a tie that goes to 0 in float32: nothing is taken out of r = (1, 3)",
+        [[tiny, 0.0], [1.0, 3.0]],
+        two,
+        ("rws", {}, [1.0, 3.0], "2^-75 + 1 = 1"),
+    )
+    h.case(
+        "tiny-clean-float64",
+        "a = (2^-75, 0), <a, r> / <a, a> = 2^75: all of the first entry of r = (1, 3) goes",
+        [[tiny, 0.0], [1.0, 3.0]],
+        two,
+        ("rws", {}, [tiny, 3.0], ""),
+        dtype="F64",
+    )
+    far = 2.0**127
+    h.case(
+        "ends-far-apart",
+        "a = (2, 0, 0, 0), v = (0, 2^127, -2^127, -2^126): the span 2^128 is infinite in float32; 0 - low = 2^127 and 2^126 "
+        "over infinity are 0, code 0; infinity over infinity is NaN",
+        [[2.0, 0.0, 0.0, 0.0], [0.0, far, -far, -far / 2]],
+        [0.0] * 4,
+        ("rws", {"levels": 3}, [-far, math.nan, -far, -far], "2 - 2^127 is -2^127"),
+    )
+    h.case(
+        "ends-far-apart-float64",
+        "v = (0, 2^127, -2^127, -2^126): levels -2^127, 0 and 2^127; -2^126 is half a step above -2^127, code 0",
+        [[2.0, 0.0, 0.0, 0.0], [0.0, far, -far, -far / 2]],
+        [0.0] * 4,
+        ("rws", {"levels": 3}, [2.0, far, -far, -far], ""),
+        dtype="F64",
+    )
+    h.case(
+        "over-model",
+        "a = (2, 0, 0), (2); r = (4, 6, 1), (0): <a, a> = 8 and <a, r> = 8 over both, v = (2, 6, 1), (-2); levels -2, 2, 6 "
+        "from the ends of both, of which y is not patched",
+        [{"x": [2.0, 0.0, 0.0], "y": [2.0]}, {"x": [4.0, 6.0, 1.0], "y": [0.0]}],
+        {"x": [0.0] * 3, "y": [0.0]},
+        ("rws", {"levels": 3, "layers": ["x"]}, {"x": [4.0, 6.0, 2.0], "y": [2.0]}, "2 + 2, 6, and 2 for 1"),
+        options={"over": "model"},
+    )
+    nan = {"x": [2.0, 0.0], "y": [2.0, 0.0]}, {"x": [math.nan, 4.0], "y": [0.0, 4.0]}
+    h.case(
+        "nan",
+        "a NaN in one tensor of the robust model",
+        list(nan),
+        {"x": two, "y": two},
+        ("rws", {}, {"x": [math.nan, math.nan], "y": [2.0, 4.0]}, "it is in the inner product"),
+        ("rws", {"layers": ["y"]}, {"x": [2.0, 0.0], "y": [2.0, 4.0]}, "x is not patched"),
+    )
+    h.case(
+        "infinity",
+        "a = (inf, 2) has no direction: inf / inf",
+        [[math.inf, 2.0], [1.0, 4.0]],
+        two,
+        ("rws", {}, [math.nan, math.nan], ""),
+    )
+    h.case(
+        "counters",
+        "v = (0, 4) of running means; a counter stays the base's",
+        [{"bn1.running_mean": [2.0, 0.0], "bn1.batches": i64(9)}, {"bn1.running_mean": [0.0, 4.0], "bn1.batches": i64(7)}],
+        {"bn1.running_mean": two, "bn1.batches": i64(5)},
+        ("rws", {}, {"bn1.running_mean": [2.0, 4.0], "bn1.batches": i64(5)}, ""),
+    )
     ran(h)
     return h
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import combinations
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, fraction, i64
 
 CODE = {
     "official:sce": "fanqiwan/FuseAI@7d9a307 FuseChat/mergekit/mergekit/merge_methods/sce_merging.py:SCETask.execute",
@@ -21,6 +25,42 @@ PAPER = {
     "sce-mergekit-01": Paper({"density": 1.0}, comment="the mean squares are large enough"),
     "sce-mergekit-04": Paper({"density": 0.5}),
 }
+
+STAGED = (
+    "sce-merges-all", "sce-weights-only", "sce-small-tensor", "sce-divisor-floor", "sce-ties", "sce-zero-sum",
+    "sce-only-what-differs-counts", "sce-base-copy", "sce-agreed-kept", "sce-one-model-density-one",
+    "sce-agrees-without-weight",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    delta = [theta - given.base for theta in given.models]
+    density = given.params.get("density", 0.1)
+    selected = [select(delta, density) * x for x in delta]
+    squares = [np.sum(x * x) for x in selected]
+    weight = [s / sum(squares) if sum(squares) else Fraction(1, len(delta)) for s in squares]
+    left = delta if given.params.get("weights_only") else selected
+    gamma = np.where(sum(left) >= 0, 1, -1)
+    agrees = [fraction((gamma * x > 0).astype(int)) for x in left]
+    divisor = sum(w * a for w, a in zip(weight, agrees))
+    merged = sum(w * a * x for w, a, x in zip(weight, agrees, left)) / np.where(divisor == 0, Fraction(1), divisor)
+    return {
+        1: {"delta": delta},
+        2: {"selected": selected},
+        3: {"weight": weight},
+        4: {"delta": left, "agrees": agrees},
+        5: {"result": given.base + merged},
+    }
+
+
+def select(delta: list[Any], density: float) -> Any:
+    """1 at the entries that are selected, and 0 elsewhere."""
+    if density == 1:
+        return fraction(np.ones(delta[0].shape, int))
+    v = sum(((x - y) ** 2 for x, y in combinations(delta, 2)), fraction(np.zeros(delta[0].shape, int)))
+    differ = sorted((i for i in range(v.size) if v[i] != 0), key=lambda i: (-v[i], i))
+    kept = differ[: int(density * len(differ))]
+    return np.array([Fraction(i in kept) for i in range(v.size)], object)
 
 
 def hand() -> Hand:
@@ -252,5 +292,79 @@ def hand() -> Hand:
         ("sce", {}, [8.0] + [0.0] * 9, "density is 0.1 by default"),
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case(
+        "agrees-without-weight",
+        "delta = (4, 0) and (0, 2); one of two entries is selected, the first: weights 1 and 0. The only model that "
+        "agrees on the second has weight 0, so nothing is added",
+        [[4.0, 0.0], [0.0, 2.0]],
+        [0.0, 0.0],
+        paper(0.5, [4.0, 0.0], weights_only=True),
+    )
+    h.case(
+        "equal-models-kept",
+        "two models moved by (3, -1), with weights of 1/2",
+        [[3.0, -1.0], [3.0, -1.0]],
+        [0.0, 0.0],
+        paper(1.0, [3.0, -1.0], "density 1 selects everything"),
+        paper(0.5, [3.0, -1.0], "everything is merged, whatever is selected", weights_only=True),
+    )
+    h.case(
+        "too-small-for-a-tenth",
+        "a tenth of one and of nine entries that differ is less than one entry",
+        [{"s": 3.0, "x": [3.0] * 9}, {"s": 5.0, "x": [5.0] * 9}],
+        {"s": 1.0, "x": [1.0] * 9},
+        ("sce", {}, {"s": 1.0, "x": [1.0] * 9}, "the base"),
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0], [-0.0, 0.0]],
+        [-0.0, -0.0],
+        paper(1.0, [0.0, 2.0]),
+    )
+    h.case(
+        "tiny-differences",
+        "differences 2^-76, 1 and 1/2; the square 2^-152 is 0 in float32, so that two entries differ and int(3/4 2) = 1 "
+        "of them is selected, where it would be int(3/4 3) = 2 of three",
+        [[2.0**-76, 1.0, 1.0], [0.0, 0.0, 0.5]],
+        [0.0] * 3,
+        paper(0.75, [0.0, 1.0, 0.0]),
+    )
+    h.case(
+        "huge-differences",
+        "the square of 2^65 is infinite in float32: weights inf / inf and 2 / inf",
+        [[2.0**65, 1.0], [1.0, 1.0]],
+        [0.0, 0.0],
+        paper(1.0, [nan, nan]),
+    )
+    inf = float("inf")
+    h.case(
+        "nan-ranks-first",
+        "one of two entries is selected, that with NaN: all weights are NaN",
+        [[1.0, nan], [9.0, 2.0]],
+        [0.0, 0.0],
+        paper(0.5, [nan, nan]),
+    )
+    h.case(
+        "infinity-not-selected",
+        "nothing is selected, and 0 times infinity is NaN, in the weights too",
+        [[inf, 1.0], [2.0, 3.0]],
+        [0.0, 0.0],
+        paper(0.0, [nan, nan]),
+    )
+    h.case(
+        "nan-of-one-model",
+        "nothing is selected; 0 times NaN at its own entry, and weight 1",
+        [[nan, 4.0]],
+        [0.0, 1.0],
+        paper(0.5, [nan, 1.0]),
+    )
+    h.case(
+        "integers",
+        "integers are the base's; 4 against 0 with weight 1",
+        [{"x": [4.0], "ids": i64(7)}, {"x": [0.0], "ids": i64(8)}],
+        {"x": [0.0], "ids": i64(5)},
+        paper(1.0, {"x": [4.0], "ids": i64(5)}),
     )
     return h

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Tensors, Test, i64, origin
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Tensors, Test, fraction, i64, origin, sign
+from vector_cases.ties import trim
 
 CODE = {
     "official:tall_masks": "nik-dim/tall_masks@d10af8b src/utils/tallmask_utils.py:generate_task_masks",
     "fusion_bench:tall_masks": "tanganke/fusion_bench@54c9e8c fusion_bench/method/tall_mask/task_arithmetic.py",
 }
+
+STAGED = (
+    "tall_masks-by-hand", "tall_masks-second-task", "tall_masks-threshold", "tall_masks-threshold-zero", "tall_masks-equal",
+    "tall_masks-ties", "tall_masks-ties-zero-sum", "tall_masks-ties-signs",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    tau_MTL, tau_t = sum(tau), tau[given.params.get("task", 0)]
+    if given.params.get("multitask") == "ties":
+        trimmed = [trim(x, int(given.params.get("density", 0.2) * x.size)) for x in tau]
+        gamma = sign(sum(trimmed))
+        tau_MTL = sum(np.where(gamma * x > 0, x, Fraction(0)) for x in trimmed)
+    threshold = Fraction(given.params.get("threshold", 0.4))
+    m_t = fraction((abs(tau_t) > threshold * abs(tau_MTL - tau_t)).astype(int))
+    return {1: {"tau": tau}, 2: {"tau_MTL": tau_MTL}, 3: {"m_t": m_t}, 4: {"result": given.base + m_t * tau_MTL}}
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -235,5 +256,34 @@ def hand() -> Hand:
         [[0.5, -3.0], [-0.25, 1.0]],
         [0.0, 0.0],
         ("tall_masks", {"multitask": "ties", "density": 1.0, "threshold": 0.0}, [0.5, -3.0], ""),
+    )
+    h.case(
+        "threshold-infinite",
+        "tau = (4, 1), (0, 1); 4 is not more than infinity times 0, which is NaN, and 1 not more than infinity",
+        [[5.0, 2.0], [1.0, 2.0]],
+        [1.0, 1.0],
+        ("tall_masks", {"threshold": "Infinity"}, [1.0, 1.0], "the base"),
+    )
+    h.case(
+        "ties-density-zero",
+        "base 1; tau = (4, 2, 1), (1, 1, 1)",
+        [[5.0, 3.0, 2.0], [2.0, 2.0, 2.0]],
+        [1.0] * 3,
+        ("tall_masks", plain(0, 0.0, multitask="ties", density=0.0), [1.0] * 3, "nothing is in the vector"),
+        ("tall_masks", plain(0, 0.0, multitask="ties", density=0.25), [1.0] * 3, "int(3/4) = 0 entries"),
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, -0.0],
+        ("tall_masks", plain(), [0.0, 2.0], ""),
+    )
+    h.case(
+        "integers-not-counted",
+        "two floating entries, int(2 * 0.5) = 1 is in the vector; the integers that differ are not among them",
+        [{"ids": i64(9, 9, 9, 9), "x": [1.0, 2.0]}],
+        {"ids": i64(3, 4, 5, 6), "x": [0.0, 0.0]},
+        ("tall_masks", plain(0, 0.0, multitask="ties", density=0.5), {"ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
     )
     return h
