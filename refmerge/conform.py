@@ -214,7 +214,8 @@ class Row:
 
     def told(self) -> dict[str, Any]:
         return {
-            "method": self.method, "entry": self.entry, "verdict": self.verdict, "equal": len(self.equal),
+            "method": self.method, "entry": self.entry, "through": self.through, "verdict": self.verdict,
+            "equal": len(self.equal),
             "within_rounding": len(self.close), "flags": self.flags, "unknown": self.unknown, "skipped": self.skipped,
             "differs": {
                 id: {"what": what, "flags": list(flags)} | ({"step": vars(self.steps[id])} if id in self.steps else {})

@@ -345,6 +345,135 @@ def della(s: Sample) -> Value:
     return averaged(s, [t / q_n for t, q_n in zip(s.tau, s.q)], N + 6, N + 1)
 
 
+def changed_enough(s: Sample) -> Sample:
+    return replace(s, kept=[np.abs(t) > np.float32(s.params["epsilon"]) for t in s.tau])
+
+
+@bound(
+    k="N + 2", size="|theta_0| + mean |tau_n|, over those that are above epsilon", lost="1", choose=changed_enough,
+    params={"epsilon": 0.0005},
+)  # fmt: skip
+def ram(s: Sample) -> Value:
+    return of_those_that_count(s, s.tau, len(s.models) + 2, 1)
+
+
+def of_those_that_count(s: Sample, change: list[Any], k: int, lost: Any) -> Value:
+    """theta_0 + the mean of what is kept of each change."""
+    count = sum(s.kept)
+    terms = [m * t / (count + (count == 0)) for m, t in zip(s.kept, change)]
+    return Value(s.base + sum(terms), k, abs(s.base) + magnitudes(terms), lost)
+
+
+def changed_and_enlarged(s: Sample) -> Sample:
+    """What a model alone changed is enlarged by a number of counts, which are exact."""
+    kept = changed_enough(s).kept
+    count = sum(m.astype(int) for m in kept)
+    scales = []
+    for m in kept:
+        shared, alone = int(np.sum(m & (count > 1))), int(np.sum(m & (count == 1)))
+        scale = 1 + s.params["r"] * min(shared / alone if alone else 0.0, s.params["alpha"])
+        scales.append(np.where(count == 1, scale, 1.0))
+    return replace(s, kept=kept, q=scales)
+
+
+@bound(
+    k="N + 4", size="|theta_0| + mean |s_n tau_n|, over those that are above epsilon", lost="N + 1",
+    choose=changed_and_enlarged, params={"epsilon": 0.0005, "r": 0.1, "alpha": 0.2},
+)  # fmt: skip
+def ramplus_tl(s: Sample) -> Value:
+    N = len(s.models)
+    return of_those_that_count(s, [s_n * t for s_n, t in zip(s.q, s.tau)], N + 4, N + 1)
+
+
+# -------------------------------------------------------------------------------------------------- one task's, and few bits
+
+
+def sign_of_change(s: Sample) -> Sample:
+    (tau,) = s.tau
+    alpha = math.fsum(np.abs(tau, dtype=np.float64).flat) / tau.size
+    return replace(s, kept=[tau >= 0], q=[np.full(tau.shape, alpha)])
+
+
+@bound(k="2", size="|theta_0| + alpha", lost="1", choose=sign_of_change, params={"layers": ["*"]})
+def bitdelta(s: Sample) -> Value:
+    (positive,), (alpha,) = s.kept, s.q
+    return Value(s.base + (2 * positive - 1) * alpha, 2, abs(s.base) + alpha, 1)
+
+
+def from_the_left(x: list[Any]) -> Any:
+    whole = x[0]
+    for more in x[1:]:
+        whole = whole + more
+    return whole
+
+
+def masked(s: Sample, thresholds: Sequence[float]) -> list[Any]:
+    """Where the multi-task vector is near enough to each task's."""
+    whole = from_the_left(s.tau)
+    return [np.abs(t) > np.float32(c) * np.abs(whole - t) for c, t in zip(thresholds, s.tau)]
+
+
+def of_first_task(s: Sample) -> Sample:
+    return replace(s, kept=[masked(s, [s.params["threshold"]])[0]])
+
+
+@bound(k="N + 1", size="|theta_0| + m sum |tau_n|", lost="0", choose=of_first_task, params={"threshold": 0.7})
+def tall_masks(s: Sample) -> Value:
+    terms = [s.kept[0] * t for t in s.tau]
+    return Value(s.base + sum(terms), len(terms) + 1, abs(s.base) + magnitudes(terms), 0)
+
+
+def of_enough_tasks(s: Sample) -> Sample:
+    count = sum(m.astype(int) for m in masked(s, s.each("threshold")))
+    return replace(s, kept=[count >= s.params["k"]] * len(s.models))
+
+
+@bound(
+    k="N + 3", size="|theta_0| + |lambda| m sum |tau_n|", lost="1", choose=of_enough_tasks,
+    params={"threshold": [0.3, 0.5, 0.4], "k": 2, "lambda_": 0.7},
+)  # fmt: skip
+def consensus(s: Sample) -> Value:
+    return summed(s, s.tau, len(s.models) + 3, 1)
+
+
+def largest_of_elected(s: Sample) -> Sample:
+    agrees = elected(s.tau)
+    size = np.stack([m * np.abs(t) for m, t in zip(agrees, s.tau)])
+    first = np.argmax(size, axis=0)
+    left = agrees[0] * np.max(size, axis=0)
+    own, rest = (math.fsum(np.abs(x, dtype=np.float64).flat) for x in (s.tau[0], left))
+    factor = np.full(s.base.shape, own / rest if rest else 0.0)
+    return replace(s, kept=[agrees[0] & (first == n) for n in range(len(s.models))], q=[factor])
+
+
+@bound(
+    k="4", size="|theta_0| + |lambda_t tau_n|, n the one elected", lost="1", choose=largest_of_elected, params={"task": 0}
+)
+def emr(s: Sample) -> Value:
+    terms = [s.q[0] * m * t for m, t in zip(s.kept, s.tau)]
+    return Value(s.base + sum(terms), 4, abs(s.base) + magnitudes(terms), 1)
+
+
+# What is merged entry by entry, too, and has no bound of this kind: why.
+UNBOUNDED = {
+    "fisher": "a quotient of sums of statistics, which may be as near to 0 as they like",
+    "iso_c": "a singular value decomposition, but for vectors, which are averaged",
+    "iso_cts": "a singular value decomposition, but for vectors, which are averaged",
+    "dc_merge": "a singular value decomposition, but for vectors, which are averaged",
+    "tsvm": "a singular value decomposition, but for vectors, which are averaged",
+    "svc": "a singular value decomposition, but for vectors, which stay",
+    "karcher": "directions are divided by angles found by iteration",
+    "model_stock": "the ratio is a function of an angle, which is ill-conditioned where models are opposite",
+    "multislerp": "directions are divided by the norm of their sum, which may cancel",
+    "nuslerp": "coefficients are quotients of sines, of angles between whole vectors",
+    "slerp": "coefficients are quotients of sines, of an angle between whole vectors",
+    "warp": "coefficients are quotients of sines, of an angle between whole vectors",
+    "pcb": "exponentials and hyperbolic tangents, whose rounding the platform's library decides",
+    "rws": "the part along the clean model is taken off, and levels are chosen, by quotients of norms",
+    "sce": "weights are shares of squares, which may underflow beside each other",
+}
+
+
 # ---------------------------------------------------------------------------------------- what is measured, and compared
 
 
@@ -550,22 +679,29 @@ FOOT = """
 next to the base's. *bfloat16* and *float16*: how many entries in a million of the result are not the correctly rounded exact
 value, counted over {many} entries of such fine-tunes in that dtype. The coefficients are short decimals, such as 0.7, means
 of three models, and 1 / 0.6; *long* are their powers with exponent 1.0937. The probabilities q_n of `della` and
-`della_linear` are of many digits everywhere. N is the number of models, three where a method takes so many; `lines` is shown
-for a tensor in no block.
+`della_linear`, the scales of `ramplus_tl`, alpha of `bitdelta` and lambda_t of `emr` are of many digits everywhere. N is the
+number of models, three where a method takes so many; `lines` is shown for a tensor in no block.
 
 ## What has no bound here
 
 Coefficients that are functions of whole tensors (an angle, a norm, a share of squares: slerp, model_stock, sce) are computed
 in float64 by the rules for sums; quotients of sums of statistics (fisher) depend on these; decompositions and solvers state
-a tolerance on their pages. Of what is made of masks and sums as the methods above are, but not in the table (consensus,
-tall_masks, emr, ram and others), nothing was measured.
+a tolerance on their pages. Given its coefficients, each of these is a sum as those above are, with the bound of one. One by
+one:
+
+{unbounded}
 """
+
+
+def unbounded() -> str:
+    """The list of what has no bound."""
+    return "\n".join(f"- [{name}]({pages.page(name).family}/{name}.md): {why}." for name, why in UNBOUNDED.items())
 
 
 def main() -> None:
     few, many = (rows * columns for rows, columns in (FINE_TUNES["float32"], FINE_TUNES["bfloat16"]))
     rows = "".join(f"{row(name)}\n" for name in BOUNDS)
-    text = HEAD + TABLE + rows + FOOT.format(few=few, many=many)
+    text = HEAD + TABLE + rows + FOOT.format(few=few, many=many, unbounded=unbounded())
     Path(str(resources.files("refmerge.spec") / "bounds.md")).write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from refmerge import registry, testing
 from refmerge.cli import main
-from refmerge.conform import NotSupported, ToolError, conform, fuzz, tools
+from refmerge.conform import Conformance, NotSupported, Row, ToolError, conform, fuzz, tools
 from refmerge.errors import UsageError
 
 # A command that averages as the paper does, with the standard library alone, and says that it cannot do anything else.
@@ -199,6 +199,18 @@ def test_fuzz_is_silent_where_there_is_nothing():
     assert fuzz(Fake(passthrough), "mergekit:passthrough", 100) is None
 
 
+def test_fuzz_puts_numbers_before_refusals():
+    """A tool that refuses what is empty, and is wrong elsewhere."""
+
+    def wrong(models, base, params):
+        if not all(x.size for x in models[0].values()):
+            raise ToolError("empty")
+        return {k: 0 * x for k, x in models[0].items()}
+
+    found = fuzz(Fake(wrong), "mergekit:passthrough", 100)
+    assert found is not None and "differ" in found.what
+
+
 def test_fuzz_tells_who_refuses():
     def never(models, base, params):
         raise ToolError("never")
@@ -207,6 +219,63 @@ def test_fuzz_tells_who_refuses():
     assert found is not None and found.what == "the tool refuses it: never"
     with pytest.raises(NotSupported):
         fuzz(Fake(never), "mergekit:dare_ties", 20)
+
+
+# --- The authors' code, in a checkout ---------------------------------------------------------------------------------
+
+# Of the form of theirs, and of ours: a sum, in a file that does more when it is run, and imports what is nowhere.
+CHECKOUT = """
+from __future__ import annotations
+import no_such_module
+from no_such_module import missing
+raise SystemExit("this file was run")
+
+class TaskVector():
+    def __init__(self, pretrained_checkpoint=None, finetuned_checkpoint=None, vector=None):
+        self.vector = vector
+        if vector is None:
+            a, b = (torch.load(x).state_dict() for x in (pretrained_checkpoint, finetuned_checkpoint))
+            self.vector = {k: b[k] - a[k] for k in a if a[k].is_floating_point()}
+
+    def __add__(self, other: TaskVector):
+        return TaskVector(vector={k: x + other.vector[k] for k, x in self.vector.items()})
+
+    def __radd__(self, other):
+        return self
+
+    def __neg__(self):
+        return TaskVector(vector={k: -x for k, x in self.vector.items()})
+
+    def apply_to(self, pretrained_checkpoint, scaling_coef=1.0):
+        model = torch.load(pretrained_checkpoint)
+        state = {k: x + scaling_coef * self.vector[k] for k, x in model.state_dict().items() if k in self.vector}
+        model.load_state_dict(state, strict=False)
+        return model
+
+import torch
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_a_checkout_is_known_by_a_file_of_it(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "task_vectors.py").write_text(CHECKOUT)
+    found = conform("official", ["task_arithmetic", "ties"], path=str(tmp_path))
+    assert (found.tool, found.version) == ("mlfoundations/task_vectors", "")
+    (row,) = found.own
+    assert row.entry == "official:task_arithmetic" and len(row.equal) + len(row.close) == 8 and found.ok, found.text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_a_checkout_of_something_else(tmp_path):
+    with pytest.raises(UsageError, match="is a checkout of no repository that is known: prateeky2806/ties-merging"):
+        conform("official", ["ties"], path=str(tmp_path))
+
+
+def test_what_was_not_asked_is_told():
+    found = Conformance("toy", "1", own=[Row("ties", "toy:ties", "toy:ties", skipped={"a": "no", "b": "no", "c": "never"})])
+    assert found.not_asked() == ["toy:ties: 2 of 3 cases not asked: no", "toy:ties: 1 of 3 cases not asked: never"]
+    assert found.text().splitlines()[-2:] == found.not_asked() and found.ok
 
 
 # --- Installed tools --------------------------------------------------------------------------------------------------

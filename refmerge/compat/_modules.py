@@ -10,23 +10,29 @@ EMBEDDINGS = ("*emb*", "*wte*", "*wpe*", "*shared*", "*relative_attention_bias*"
 
 
 def module(model, embeddings=EMBEDDINGS):
-    """A tree of modules that has these tensors in its state, under these names. One whose weight is a matrix, and whose
-    weight's name matches none of the globs, is a linear layer."""
+    """A tree of modules that has these tensors in its state, under these names. One whose weight is a matrix is an embedding
+    where the weight's name matches a glob, and else a linear layer."""
     root = torch.nn.Module()
     for name, x in model.items():
         *path, last = name.split(".")
         at = root
         for i, part in enumerate(path):
             if part not in at._modules:
-                weight = ".".join([*path[: i + 1], "weight"])
-                linear = weight in model and model[weight].ndim == 2 and not any(fnmatchcase(weight, g) for g in embeddings)
-                at.add_module(part, torch.nn.Linear(0, 0, bias=False) if linear else torch.nn.Module())
+                at.add_module(part, _made(".".join([*path[: i + 1], "weight"]), model, embeddings))
             at = at._modules[part]
         if x.is_floating_point():
             at.register_parameter(last, torch.nn.Parameter(x.clone(), requires_grad=False))
         else:
             at.register_buffer(last, x.clone())
     return root
+
+
+def _made(weight, model, embeddings):
+    if weight not in model or model[weight].ndim != 2:
+        return torch.nn.Module()
+    if any(fnmatchcase(weight, glob) for glob in embeddings):
+        return torch.nn.Embedding(1, 1)
+    return torch.nn.Linear(1, 1, bias=False)
 
 
 def restored(compress_diff, save_diff, load_diff, model, base):

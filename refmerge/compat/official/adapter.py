@@ -96,27 +96,30 @@ def ties_merging(root):
     return {"official:ties": ties}
 
 
-def merge_lm(root):
+def merging(root):
+    """MergeLM's and MergeLLM's function of a method's name, models, base and parameters."""
     folder = root / "model_merging_methods"
     shared = vars(defined(root / "utils/utils.py"))
     names = {name: shared[name] for name in ("get_param_names_to_merge", "get_modules_to_merge")}
     names["TaskVector"] = defined(folder / "task_vector.py", **names).TaskVector
     names["mask_model_weights"] = defined(folder / "mask_weights_utils.py", **names).mask_model_weights
-    merging = defined(folder / "merging_methods.py", **names).MergingMethod
+    methods = defined(folder / "merging_methods.py", **names).MergingMethod
 
     def merge(name, models, base, **params):
         merged = module(models[0] if base is None else base)
         modules = [module(m) for m in models]
-        return merging(name).merging_models(merged, modules, exclude_param_names_regex=[], **params)
+        return methods(name).merging_models(merged, modules, exclude_param_names_regex=[], **params)
 
-    def linear(models, base, stats):
-        return merge("average_merging", models, base)
+    return merge
 
-    def task_arithmetic(models, base, stats, scaling_coefficient=1.0):
-        return merge("task_arithmetic", models, base, scaling_coefficient=scaling_coefficient)
 
-    def ties(models, base, stats, **params):
-        return merge("ties_merging", models, base, **params)
+def named(merge, method):
+    """The method of that name, which has its parameters' names as they are."""
+    return lambda models, base, stats, **params: merge(method, models, base, **params)
+
+
+def merge_lm(root):
+    merge = merging(root)
 
     def dare(models, base, stats, weight_mask_rates=0.1, use_weight_rescale=False, **params):
         rates = weight_mask_rates if isinstance(weight_mask_rates, list) else [weight_mask_rates] * len(models)
@@ -128,8 +131,24 @@ def merge_lm(root):
         raise Unsupported("its statistics are gathered inside of it, by a trainer on data")
 
     return {
-        "mergelm:fisher": on_data, "mergelm:linear": linear, "mergelm:regmean": on_data, "mergelm:ties": ties,
-        "mergelm:task_arithmetic": task_arithmetic, "official:dare": dare,
+        "mergelm:fisher": on_data, "mergelm:linear": named(merge, "average_merging"), "mergelm:regmean": on_data,
+        "mergelm:ties": named(merge, "ties_merging"), "mergelm:task_arithmetic": named(merge, "task_arithmetic"),
+        "official:dare": dare,
+    }  # fmt: skip
+
+
+def merge_llm(root):
+    merge = merging(root)
+
+    def breadcrumbs(models, base, stats, param_density=0.9, param_value_mask_rate=0.09, **params):
+        shares = {"param_density": param_density, "param_value_mask_rate": param_value_mask_rate}
+        return merge("breadcrumbs_merging", models, base, **shares, **params)
+
+    return {
+        "mergellm:breadcrumbs": breadcrumbs, "mergellm:linear": named(merge, "average_merging"),
+        "mergellm:model_stock": named(merge, "stock_merging"), "mergellm:slerp": named(merge, "slerp_merging"),
+        "mergellm:task_arithmetic": named(merge, "task_arithmetic"), "mergellm:ties": named(merge, "ties_merging"),
+        "official:widen": named(merge, "widen_merging"),
     }  # fmt: skip
 
 
@@ -372,12 +391,38 @@ def wudi_merging(root):
     return {"official:wudi": wudi}
 
 
+def lines(root):
+    theirs = defined(root / "src/eval/eval.py")
+
+    def scaled(models, base, stats, alpha, beta, num_blocks=12):
+        each = [x.vector for x in vectors(models, base)]
+        whole = SimpleNamespace(vector={name: sum(tau[name] for tau in each) for name in each[0]})
+        return added(base, theirs.LiNeS_scaling(whole, alpha=alpha, beta=beta, num_blocks=num_blocks).vector)
+
+    return {"official:lines": scaled}
+
+
+def wise_ft(root):
+    theirs = defined(root / "src/wise_ft.py")
+
+    def between(models, base, stats, alpha=0.5):
+        return theirs._merge(alpha, base, *models, None, None)
+
+    def fisher(models, base, stats, alpha=0.5, fisher_floor=1e-8):
+        return theirs._merge(alpha, base, *models, stats, fisher_floor)
+
+    return {"official:wise_ft": between, "wise_ft:fisher": fisher}
+
+
 # repository, a file of it, what that says, and what answers for it: the first that fits is meant, for files are copied
 REPOSITORIES = (
     ("prateeky2806/ties-merging", "src/utils/merge_utils.py", "def merge_with_oracle_sign", ties_merging),
-    ("yule-BUAA/MergeLM", "model_merging_methods/mask_weights_utils.py", "def mask_model_weights", merge_lm),
+    ("yule-BUAA/MergeLM", "model_merging_methods/merging_methods.py", "def fisher_merging", merge_lm),
+    ("yule-BUAA/MergeLLM", "model_merging_methods/merging_methods.py", "def widen_merging", merge_llm),
     ("danielm1405/iso-merging", "src/utils/iso.py", "def iso_cts", iso_merging),
     ("AntoAndGar/task_singular_vectors", "src/utils/TSVM_utils.py", "def sum_svd_dict", task_singular_vectors),
+    ("wang-kee/LiNeS", "src/eval/eval.py", "def LiNeS_scaling", lines),
+    ("mlfoundations/wise-ft", "src/wise_ft.py", "def _merge", wise_ft),
     ("nik-dim/tall_masks", "src/utils/tallmask_utils.py", "def construct_consensus_mask", tall_masks),
     ("lyymuwu/SVC", "merge_func.py", "def layer_wise_Align", svc),
     ("duguodong7/pcb-merging", "pcb-merging.py", "def PCB_merge", pcb_merging),

@@ -1,5 +1,4 @@
-"""sd-mecha's functions on tensors: answers `refmerge conform` in its Python. Its dropout draws as nothing else does, and
-cannot be given a draw."""
+"""sd-mecha's functions on tensors: answers `refmerge conform` in its Python."""
 
 import sys
 from importlib.metadata import version
@@ -8,7 +7,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
-from _serve import serve  # noqa: E402
+from _serve import Unsupported, serve  # noqa: E402
 
 del sys.path[0]  # where folders have the names of tools
 
@@ -37,6 +36,10 @@ def slerp(models, base, stats, alpha=0.5):
     return {name: method("slerp")(a[name], b[name], torch.tensor(alpha, dtype=a[name].dtype)) for name in a}
 
 
+def dare_linear(models, base, stats, **params):
+    raise Unsupported("its dropout draws as nothing else does, and cannot be given a draw")
+
+
 if __name__ == "__main__":
-    entries = {"sd_mecha:ties": ties, "sd_mecha:model_stock": model_stock, "sd_mecha:slerp": slerp}
-    serve("sd-mecha", version("sd-mecha"), entries)
+    entries = {"dare_linear": dare_linear, "model_stock": model_stock, "slerp": slerp, "ties": ties}
+    serve("sd-mecha", version("sd-mecha"), {f"sd_mecha:{name}": f for name, f in entries.items()})
