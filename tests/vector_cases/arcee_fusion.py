@@ -92,6 +92,7 @@ def hand() -> Hand:
         [[[v, 0.0, 0.0], *[[v * 19 / 16, 0.0, 0.0]] * 3]],
         [[0.0] * 3] * 4,
         paper([[0.0] * 3, *[[v * 19 / 16, 0.0, 0.0]] * 3], "the other three rows"),
+        flags="ArceeRounding",
     )
     h.case(
         "many-axes",
