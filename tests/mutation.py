@@ -20,13 +20,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator, operator_names
 
 import refmerge
 from refmerge import pages, registry, testing
@@ -35,7 +34,9 @@ from refmerge.method import Method
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Pow"}
 COMPARISONS = {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"}
 OTHERS = {"AddNot", "NumberReplacer", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue",
-          "ZeroIterationForLoop", "ReplaceUnaryOperator_Delete_Not", "ReplaceUnaryOperator_Delete_USub"}  # fmt: skip
+          "ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ZeroIterationForLoop", "ReplaceUnaryOperator_Delete_Not",
+          "ReplaceUnaryOperator_Delete_USub", "ReplaceComparisonOperator_Is_IsNot", "ReplaceComparisonOperator_IsNot_Is",
+          "ReplaceBinaryOperator_BitAnd_BitOr", "ReplaceBinaryOperator_BitOr_BitAnd"}  # fmt: skip
 SECONDS = 20  # in which the vectors of a method have long been run
 
 
@@ -51,6 +52,8 @@ class Mutant:
 
 
 def operators() -> list[str]:
+    from cosmic_ray.plugins import operator_names
+
     found = []
     for name in operator_names():
         kind = name.removeprefix("core/")
@@ -69,6 +72,9 @@ def methods() -> list[str]:
 
 def mutants(name: str) -> Iterator[Mutant]:
     """Each once, without those of the declaration above the function, which the page has too, and of types."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
     code = text(name)
     tree = ast.parse(code)
     seen = {ast.dump(tree)}
@@ -130,6 +136,12 @@ def text(name: str) -> str:
     return Path(str(importlib.import_module(registry._files()[name][0]).__file__)).read_text(encoding="utf-8")
 
 
+def fingerprint(name: str) -> str:
+    """Of the lines of a method that are no comments: mutants of another text are others."""
+    lines = [line for line in map(str.strip, text(name).splitlines()) if line and not line.startswith("#")]
+    return sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+
 @cache
 def takers(name: str) -> list[str]:
     """The methods that import something from the file of this one."""
@@ -171,37 +183,54 @@ HEAD = """# Mutation
 
 How good the vectors are: `python -m tests.mutation` changes the text of each method in one place (an operator, a
 comparison, a number, a condition, a loop that is not run) and runs the method's vectors of the paper's semantics, and
-nothing else, on what comes of it. A mutant that passes them all survives. Users of other languages have only the vectors;
-what survives is what they can get wrong unseen.
+nothing else, on what comes of it; where they all pass, the vectors of the methods that take a step from the same file. A
+mutant that passes them all survives. Users of other languages have only the vectors; what survives is what they can get
+wrong unseen.
 
 **{killed} of {count} mutants are killed, {score:.1%}.** Of the {left} that survive, {equal} have the reason that is given
 below; {open} are unexplained.
 
-| method | mutants | killed | survive |
-|---|---|---|---|
+{recipes} have vectors and no text of their own: they are recipes, made of these methods.
+
+| method | its text | mutants | killed | survive |
+|---|---|---|---|---|
 """
+
+
+def recipes() -> list[str]:
+    """What has vectors and is no method."""
+    return [n for n in testing.names() if n not in registry.names()]
+
+
+def listed(left: list[Mutant], known: list[dict[str, str]]) -> list[str]:
+    """The survivors by method and reason, as lines of Markdown."""
+    lines = []
+    for name in dict.fromkeys(m.method for m in left):
+        lines += ["", f"### {name}", ""]
+        found = [(explained(m, known) or "**unexplained**", m) for m in left if m.method == name]
+        for why in dict.fromkeys(why for why, _ in found):
+            lines += [f"- {why}", *(f"  - `{m.before}` to `{m.after}`" for reason, m in found if reason == why)]
+    return lines
 
 
 def main(names: list[str]) -> None:
     known = reasons()
     found = {name: survivors(name) for name in names or methods()}
     left = [m for _, ms in found.values() for m in ms]
-    told = [
-        f"- `{m.method}` line {m.line}: `{m.before}` to `{m.after}`: {explained(m, known) or '**unexplained**'}"
-        for m in left
-    ]
     if names:
-        print("\n".join([*told, *(f"{n}: {len(ms)} of {count} survive" for n, (count, ms) in found.items())]))
+        score = [f"{name}: {len(ms)} of {count} survive" for name, (count, ms) in found.items()]
+        print("\n".join([*listed(left, known), "", *score]))
         return
     count, equal = sum(c for c, _ in found.values()), sum(bool(explained(m, known)) for m in left)
-    text = HEAD.format(
+    page = HEAD.format(
         killed=count - len(left), count=count, score=(count - len(left)) / count, left=len(left), equal=equal,
-        open=len(left) - equal,
+        open=len(left) - equal, recipes=", ".join(f"`{name}`" for name in recipes()),
     )  # fmt: skip
     for name, (c, ms) in found.items():
-        text += f"| [{name}]({pages.page(name).family}/{name}.md) | {c} | {c - len(ms)} | {len(ms)} |\n"
-    text += "\n## What survives\n\n" + "\n".join(told) + "\n"
-    Path(str(resources.files("refmerge.spec") / "mutation.md")).write_text(text, encoding="utf-8", newline="\n")
+        link = f"[{name}]({pages.page(name).family}/{name}.md)"
+        page += f"| {link} | {fingerprint(name)} | {c} | {c - len(ms)} | {len(ms)} |\n"
+    page += "\n## What survives\n" + "\n".join(listed(left, known)) + "\n"
+    Path(str(resources.files("refmerge.spec") / "mutation.md")).write_text(page, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -267,11 +267,12 @@ def hand() -> Hand:
     length = (2 * math.hypot(1, 60) + 0.002) / 2.002
     h.case(
         "default-steps",
-        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per cent of what "
+        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per "
+        "cent of what "
         "is left, and the hundredth is the last",
         wide,
         None,
-        ("karcher", {"weight": light}, [length * x for x in stepped(wide, light, 100)], "by the sphere's maps, in coordinates"),
+        ("karcher", {"weight": light}, [length * x for x in stepped(wide, light, 100)], "in coordinates"),
         dtype="F64",
         tolerance=1e-12,
     )

@@ -87,7 +87,8 @@ def hand() -> Hand:
     )  # fmt: skip
     h.case(
         "little-spread",
-        "base 0; tau = (1024, 1025), one model, whose squares differ by 2049: they are moved to 0 and 1 before powers are taken",
+        "base 0; tau = (1024, 1025), one model, whose squares differ by 2049: they are moved to 0 and 1 before powers "
+        "are taken",
         [[1024.0, 1025.0]],
         [0.0, 0.0],
         ("pcb", plain(1.0), [1024.0, 1025.0], "it comes back"),

@@ -49,7 +49,8 @@ def hand() -> Hand:
     )
     h.case(
         "equal-lengths",
-        "columns (2^27, 1) and (1 + 2^-20, 0) against (2^27, 0) and (1, 0): magnitudes change by 2^-28, though float64 has one "
+        "columns (2^27, 1) and (1 + 2^-20, 0) against (2^27, 0) and (1, 0): magnitudes change by 2^-28, though "
+        "float64 has one "
         "number for both, and by 2^-20, directions by 2^-55 and 0; the larger of each is scored 0, the other 1",
         [[[2.0**27, 1 + 2.0**-20], [1.0, 0.0]]],
         [[2.0**27, 1.0], [0.0, 0.0]],
