@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refmerge.checkpoint import Checkpoint, decode, encode, hub, itemsize, open_checkpoint
+from refmerge.checkpoint.files import readable
 from refmerge.checkpoint.scaled import as_values
 from refmerge.errors import UsageError
 
@@ -171,7 +172,8 @@ def reference(text: str, folder: Path = Path()) -> list[str]:
     found: list[str] = []
     while parts:
         ends = (n for n in range(len(parts), 0, -1) if (folder / Path(MARK.join(parts[:n])).expanduser()).exists())
-        n = next(ends, 1)
+        with readable(text):
+            n = next(ends, 1)
         found.append(MARK.join(parts[:n]))
         parts = parts[n:]
     if not all(found):

@@ -211,6 +211,8 @@ def _index(names: Iterable[str], part: str) -> Iterator[tuple[str, tuple[str, in
             bare = module.removeprefix(place)
             for name in {bare, *([_diffusers(bare), *single_names(bare)] if part == "unet" else [])}:
                 yield name.replace(".", "_"), (module, None)
+            if part.startswith("text_encoder") and bare.startswith("encoder.layers."):  # as transformers 5 saves CLIP's
+                yield f"text_model.{bare}".replace(".", "_"), (module, None)
             for name, third in _of_open_clip(bare) if part != "unet" else ():
                 yield name.replace(".", "_"), (module, third)
 

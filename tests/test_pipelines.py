@@ -171,6 +171,7 @@ def test_files_that_differ_are_noted(tmp_path, two):
     (two[1] / "scheduler" / "scheduler_config.json").write_text('{"steps": 1000, "prediction_type": "v_prediction"}')
     (two[1] / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "torch_dtype": "x", "width": 4}')
     (two[1] / "tokenizer" / "vocab.json").write_text('{"a": 1}')
+    (two[1] / "tokenizer" / "config.json").write_text("{}")  # which makes no network of it
     (two[0] / "tokenizer" / "vocab.json").write_text('{"a": 2}')
     resolved, _ = prepare_recipe(recipe(tmp_path, TWO))
     a, b = two

@@ -27,6 +27,9 @@ from refmerge.errors import InputError, RefmergeError, together
 __all__ = ["Component", "Pipeline", "open_pipeline", "part_of"]
 
 
+_WEIGHTLESS = ("Scheduler", "Tokenizer", "Processor", "Extractor")  # what names of classes without weights end in
+
+
 @dataclass(frozen=True)
 class Component:
     """library, kind: the class, as model_index.json has it. weights: None where it has none, as a scheduler."""
@@ -51,7 +54,8 @@ def part_of(name: str) -> str:
 def open_pipeline(path: Path, open_component: Callable[[Path], Checkpoint]) -> Pipeline:
     """Open a pipeline and all its components. InputError with everything that is wrong with it.
 
-    A component that is [null, null] is absent. One whose folder has no weights and no config.json has none.
+    A component that is [null, null] is absent. Schedulers, tokenizers and their like have no weights, nor has one whose
+    folder has neither weights nor a config.json.
     """
     index = layout.read_json(layout.contained(path / PIPELINE, path))
     found: dict[str, Component] = {}
@@ -80,7 +84,8 @@ def _component(path: Path, name: str, said: list[Any], open_component: Callable[
     layout.contained(folder, path)
     if os.path.lexists(folder / PIPELINE):
         raise InputError(f"{shown(folder)}: a component, and a pipeline itself")
-    weights = open_component(folder) if layout.holds_weights(folder) else None
+    weightless = kind.removesuffix("Fast").endswith(_WEIGHTLESS) or not layout.holds_weights(folder)
+    weights = None if weightless else open_component(folder)
     return Component(name, library, kind, folder, weights)
 
 
@@ -100,11 +105,11 @@ class Pipeline(Checkpoint):
         self.note = "; ".join(weights.note for weights in self._parts.values() if weights.note)
 
     def through(self, change: Callable[[Checkpoint], Checkpoint]) -> Pipeline:
-        """The pipeline with each component's weights put through a function."""
-        changed = {
-            name: c if c.weights is None else replace(c, weights=change(c.weights)) for name, c in self.components.items()
-        }
-        return Pipeline(self.path, self.index, changed)
+        """The pipeline with each component's weights put through a function; itself where that changes none."""
+        changed = {name: change(weights) for name, weights in self._parts.items()}
+        if all(changed[name] is weights for name, weights in self._parts.items()):
+            return self
+        return Pipeline(self.path, self.index, {n: replace(c, weights=changed.get(n)) for n, c in self.components.items()})
 
     def _place(self, name: str) -> tuple[Checkpoint, str]:
         part, _, theirs = name.partition(".")

@@ -241,6 +241,8 @@ def _tied(
     """The heads that stand for themselves in some models and are an embedding in others, as mergekit merges them."""
     if resolved.semantics != "mergekit" or common.get("missing", "error") != "error":
         return {}
+    if any(c.components for c in checkpoints.values()):
+        return {}
     return tied_heads(checkpoints)
 
 
