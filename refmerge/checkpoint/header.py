@@ -176,7 +176,8 @@ def _parse(text: bytearray, path: Path, file_size: int) -> tuple[tuple[TensorInf
     del text
     tensors = []
     while header:  # each goes as the other comes
-        tensors.append(_tensor(*header.popitem(), path, start))
+        name, fields = header.popitem()
+        tensors.append(_tensor(name, fields, path, start))
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     end = start
     for tensor in tensors:
