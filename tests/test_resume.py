@@ -329,17 +329,17 @@ def test_results_that_come_first_are_taken_as_they_were_noted(tmp_path, monkeypa
         return run(self, out, **options)
 
     monkeypatch.setattr(Plan, "run", running)
-    noting = journal.Journal.note
+    note = journal.Journal.note
 
     def stopping_at_first(self, names):
-        noting(self, names)
+        note(self, names)
         raise Stop
 
     monkeypatch.setattr(journal.Journal, "note", stopping_at_first)
     with pytest.raises(Stop):
         crashes.run(tmp_path, tmp_path / "out", "several merges", resume=True)
     assert runs == ["out"]
-    monkeypatch.setattr(journal.Journal, "note", noting)
+    monkeypatch.setattr(journal.Journal, "note", note)
     (made,) = tmp_path.glob(".out.partial-*.stages/trimmed/model-00001-*.safetensors")
     os.utime(made, ns=(1, 1))
     crashes.run(tmp_path, tmp_path / "out", "several merges", resume=True)
