@@ -337,8 +337,12 @@ class Plan:
                 self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
             if "" in sinks and name not in done:
-                with _held(self._coming([source], name)):
+                with self.at_hand([source], name):
                     sinks[""].copy(name, source)
+
+    def at_hand(self, sources: Sequence[Source], name: str) -> AbstractContextManager[None]:
+        """Within it these sources of the plan can be read for this tensor, wherever its values come from."""
+        return _held(self._coming(sources, name))
 
     def _batches(self, work: Work, done: frozenset[str]) -> list[tuple[list[Tensor], _Coming]]:
         """The tensors of a work that are not done, in parts, each with what of other merges' results is to be in memory for
