@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refmerge.checkpoint import Checkpoint, decode, encode, hub, itemsize, open_checkpoint
-from refmerge.checkpoint.files import readable
+from refmerge.checkpoint.files import readable, there
 from refmerge.checkpoint.scaled import as_values
 from refmerge.errors import UsageError
 
@@ -56,7 +56,7 @@ class Adapted(Checkpoint):
 
     @property
     def paths(self) -> list[Path]:
-        return [*self._of.paths, *(path for label, _, _ in self.adapters if (path := Path(label)).exists())]
+        return [*self._of.paths, *(path for label, _, _ in self.adapters if there(path := Path(label)))]
 
     def kept_as(self, name: str) -> str:
         return self._of.kept_as(name)
@@ -157,13 +157,14 @@ def open_model(
     download: fetch what is a model of the Hub and not in its cache. allow_pickle: read torch's own files. values: where
     weights of 8 bits have scales, what they mean.
     """
-    base, *adapters = reference(str(path), folder)
-    found = hub.find(base if adapters else path, folder, download=download)
-    opened = open_checkpoint(found, allow_pickle=allow_pickle)
-    opened = as_values(opened) if values or adapters else opened
-    if not adapters:
-        return opened
-    return adapted(opened, *(hub.find(a, folder, download=download) for a in adapters))
+    with readable(path):
+        base, *adapters = reference(str(path), folder)
+        found = hub.find(base if adapters else path, folder, download=download)
+        opened = open_checkpoint(found, allow_pickle=allow_pickle)
+        opened = as_values(opened) if values or adapters else opened
+        if not adapters:
+            return opened
+        return adapted(opened, *(hub.find(a, folder, download=download) for a in adapters))
 
 
 def reference(text: str, folder: Path = Path()) -> list[str]:

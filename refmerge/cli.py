@@ -144,6 +144,10 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
 @click.option("--resume", is_flag=True, help="go on where this merge was interrupted, and keep what is done if it is again")
+@click.option(
+    "--intermediate-dir", "-I", "intermediates", type=click.Path(), metavar="DIR",
+    help="of several merges in one file, keep the results of those before the last one, in DIR/NAME",
+)
 @click.option("--hash/--no-hash", "hashes", default=None, help="SHA-256 of all files in the report (default: of small ones)")
 @click.option(
     "--figures", is_flag=True, help="norms of each tensor in the report, and angles to the models and to what they changed"
@@ -151,8 +155,8 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.option("--quiet", "-q", is_flag=True, help="say nothing but errors")
 @_options("json")
 def merge(
-    recipe: str, out: str, max_shard_size: str, overwrite: bool, resume: bool, hashes: bool | None, quiet: bool, json: bool,
-    **options: Any,
+    recipe: str, out: str, max_shard_size: str, overwrite: bool, resume: bool, intermediates: str | None,
+    hashes: bool | None, quiet: bool, json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Run RECIPE and write the merged checkpoint to OUT, a directory or a file that ends in .safetensors.
 
@@ -166,10 +170,12 @@ def merge(
     start = time.perf_counter()
     plan: Any = prepare_moe(recipe, **options)
     resolved, bar = plan, cast(Any, contextlib.nullcontext)
-    if plan is not None and hashes:
-        raise click.UsageError("--hash is for merges, not for mixtures of experts")
+    given: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite, "resume": resume}
+    if plan is not None and (hashes or intermediates is not None):
+        raise click.UsageError("--hash and -I are for merges, not for mixtures of experts")
     if plan is None:
         resolved, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, hashes=hashes, **options)
+        given |= {"intermediates": intermediates}
         bar = partial(MergeProgress, plan, silent=quiet or json)
     if not quiet:
         for stage in getattr(plan, "stages", ()):
@@ -178,7 +184,7 @@ def merge(
         for note in resolved.notes:
             say(f"note: {note}", err=True)
     with bar():
-        plan.run(out, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+        plan.run(out, **given)
     wall = time.perf_counter() - start
     figures = plan.figures()
     if json:
@@ -208,6 +214,9 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     resolved, last = prepare_recipe(recipe, **options)
     parts = [*((stage.name, stage.recipe, stage.plan) for stage in last.stages), (None, resolved, last)]
     found = [_told(r, p, tensor, time_it) for _, r, p in parts]
+    for stage, facts in zip(last.stages, found):
+        facts["written"] = stage.written or None
+        facts["figures"] |= {} if stage.written else {"bytes_written": 0}
     if json:
         stages = [{"name": name, **facts} for (name, *_), facts in zip(parts[:-1], found)]
         click.echo(jsonlib.dumps({**found[-1], **({"stages": stages} if stages else {})}, indent=2))
@@ -304,6 +313,9 @@ def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
         f"reads       {size(figures['bytes_read'])} in at most {figures['passes']} pass{'es' * (figures['passes'] > 1)}"
     )
     say(f"writes      {size(figures['bytes_written'])}")
+    if "written" in facts:
+        why = facts["written"]
+        say(f"result      {f'written first: {why}' if why else 'merged in memory as it is read, not written'}")
     compiled = ", compiled programs" if figures["compiled"] else ""
     say(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
     if "seconds" in figures:

@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -15,7 +15,16 @@ from typing import Any, Protocol, cast
 import numpy as np
 from array_api_compat import is_numpy_array
 
-from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, refuse_input
+from refmerge.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    check_target,
+    itemsize,
+    open_checkpoint,
+    parse_size,
+    refuse_input,
+    refuse_overlap,
+)
 from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.checkpoint.layout import PIPELINE, WEIGHTS
 from refmerge.engine import MASKS, Ran, block_elements, run
@@ -27,7 +36,7 @@ from refmerge.memory import of_block, of_whole
 from refmerge.pipelines import Arrangement
 from refmerge.registry import is_ours
 from refmerge.skipping import POLICY, Skipped, sound, told
-from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
+from refmerge.sources import ArraySink, ArraySource, ByteSource, DiskSink, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work, stat_name
 
 __all__ = ["Plan"]
@@ -47,37 +56,52 @@ INTERPRETER = 38_000_000  # bytes of a process that has imported all this, besid
 _NOT_RESUMED = (
     "resume is for models on disk that are merged into one model: not for arrays, several outputs, or what is aligned first"
 )
+HELD = 1 << 28  # bytes of another merge's result that are in memory together, where it is not written
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 _CONFIG_WORDS = {name: word for word, name in OUTPUTS.items()}
 
 
 class Coming(Protocol):
-    """A checkpoint that a stage makes, as the merges after it have it."""
+    """A checkpoint that a stage makes, as the merges after it have it. streams: whether its tensors are merged when they
+    are read, into memory, and it is never written."""
 
-    def take(self, folder: Path) -> Checkpoint:
-        """It is there now, in this folder. ResourceError where that is another one."""
+    @property
+    def streams(self) -> bool: ...
+
+    def take(self, folder: Path, kept: bool) -> Checkpoint:
+        """It is there now, in this folder, where it may be kept. ResourceError where that is another one."""
+
+    def held(self, names: Collection[str]) -> AbstractContextManager[None]:
+        """Within it these tensors are in memory."""
 
     def close(self) -> None: ...
 
 
+_Coming = dict[Coming, Specs]
+
+
 @dataclass
 class Stage:
-    """A merge whose result is an input of another. recipe: what it was planned from."""
+    """A merge whose result is an input of another. written: why that is written before it is read; empty where it is not.
+    recipe: what it was planned from."""
 
     name: str
     plan: Plan
     result: Coming
+    written: str = ""
     recipe: Any = None
 
-    def make(self, folder: Path, made: Mapping[str, Any], **options: Any) -> Checkpoint:
+    def make(self, folder: Path, made: Mapping[str, Any], kept: bool, **options: Any) -> Checkpoint:
         """Write the result to this folder, unless it is there already: `made` says as what. options: of Plan.run."""
-        if self.name in made:
-            with suppress(RefmergeError):
-                there = open_checkpoint(folder)
-                if there.fingerprint() == made[self.name]:
-                    return self.result.take(folder)
-        self.plan.run(folder, **options)
-        return self.result.take(folder)
+        if not self._is_there(folder, made):
+            self.plan.run(folder, **options)
+        return self.result.take(folder, kept)
+
+    def _is_there(self, folder: Path, made: Mapping[str, Any]) -> bool:
+        """Whether the folder holds the result that `made` speaks of."""
+        with suppress(RefmergeError):
+            return made.get(self.name) is not None and open_checkpoint(folder).fingerprint() == made[self.name]
+        return False
 
 
 @dataclass
@@ -146,16 +170,21 @@ class Plan:
         overwrite: bool = False,
         resume: bool = False,
         metadata: Mapping[str, str] | None = None,
+        intermediates: str | Path | None = None,
     ) -> Any:
-        """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`."""
+        """Merge into arrays, or into `out` and return the open Checkpoint; see `refmerge.merge`. intermediates: a folder in
+        which the results of the stages are kept, each under its name."""
         outputs = self.work.method.outputs or ("",)
+        self.ran = None
         if self.wants_figures:
             self._check_figures(out, resume)
+        if intermediates is not None and not self.stages:
+            raise UsageError(f"{str(intermediates)!r} is for results of merges before the last one, and there are none")
         if out is None:
             if resume:
                 raise UsageError("resume goes on with what an earlier run left on the disk: give out")
             arrays = {o: self._array_sink(self._specs_of(o)) for o in outputs}
-            with self.staged():
+            with self.staged(keep=intermediates, overwrite=overwrite):
                 self.fill(arrays)
             results = {o: sink.result() for o, sink in arrays.items()}
             return results if self.work.method.outputs else results[""]
@@ -164,7 +193,7 @@ class Plan:
             raise UsageError(f"{self.work.method.name} has several outputs: give a folder for them, not {str(target)!r}")
         if self.arranged is not None and target.suffix == ".safetensors":
             raise UsageError(f"a pipeline of several components is a folder, and {str(target)!r} is a file")
-        refuse_input(target, [path for p in self.all_plans for c in p.checkpoints if not c.coming for path in c.paths])
+        self._refuse_inputs(target)
         limit, metadata = parse_size(max_shard_size), {**self.metadata, **(metadata or {})}
         merge = None if self.work.method.outputs else of_merge(self, {"shards": limit, "metadata": metadata})
         if resume and merge is None:
@@ -189,9 +218,10 @@ class Plan:
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)
                 writer.reuse(done)
-            with self.staged(writer, max_shard_size=limit, resume=resume and merge is not None):
+            options = {"max_shard_size": limit, "resume": resume and merge is not None}
+            with self.staged(writer, keep=intermediates, overwrite=overwrite, **options):
                 self.fill(sinks, done)
-                for c in self.checkpoints:
+                for c in (c for p in self.all_plans for c in p.checkpoints):
                     c.check_unchanged()
                 if self.report is not None and not single:
                     files |= self.report(folder, written)
@@ -206,20 +236,47 @@ class Plan:
         if resume:
             raise UsageError("figures and resume exclude each other: of tensors that are finished nothing is read again")
 
+    def _refuse_inputs(self, target: Path) -> None:
+        refuse_input(target, [path for p in self.all_plans for c in p.checkpoints if not c.coming for path in c.paths])
+
     @contextmanager
-    def staged(self, writer: CheckpointWriter | None = None, **options: Any) -> Iterator[None]:
-        """Within it the stages have been run: to where the writer of the result has what is needed on the way, or to the
-        system's temporary folder. options: of `run`."""
+    def staged(
+        self, writer: CheckpointWriter | None = None, *, keep: str | Path | None = None, overwrite: bool = False,
+        **options: Any,
+    ) -> Iterator[None]:  # fmt: skip
+        """Within it the stages that are written have been run: to the folder `keep`, where they stay, else to where the
+        writer of the result has what is needed on the way, or to the system's temporary folder. overwrite: what is in
+        `keep`. options: of `run`."""
         made = {} if writer is None else writer.made
+        written = [stage for stage in self.stages if keep is not None or not stage.result.streams]
+        if keep is not None:
+            self._check_kept(Path(keep), writer, made, overwrite)
         with ExitStack() as stack:
-            folder = stack.enter_context(_temporary()) if self.stages and writer is None else None
-            for stage in self.stages:
+            folder = Path(keep) if keep is not None else None
+            if written and folder is None and writer is None:
+                folder = stack.enter_context(_temporary())
+            for stage in written:
                 place = folder / stage.name if folder is not None else cast(CheckpointWriter, writer).on_the_way(stage.name)
-                found = stage.make(place, made, overwrite=True, **options)
+                kept = keep is not None
+                if writer is not None and kept and stage.name not in made:
+                    writer.note_made(stage.name, None)
+                found = stage.make(place, made, kept, overwrite=overwrite or not kept or stage.name in made, **options)
                 stack.callback(stage.result.close)
                 if writer is not None and made.get(stage.name) != (files := found.fingerprint()):
                     writer.note_made(stage.name, files)
             yield
+
+    def _check_kept(
+        self, folder: Path, writer: CheckpointWriter | None, made: Mapping[str, Any], overwrite: bool
+    ) -> None:
+        """UsageError where a result of a stage cannot be kept, before the first is made."""
+        for stage in self.stages:
+            place = folder / stage.name
+            if writer is not None:
+                refuse_overlap(place, writer.target)
+            self._refuse_inputs(place)
+            if stage.name not in made:  # else it is there, or was begun when nothing was
+                check_target(place, overwrite)
 
     def _done(self, finished: frozenset[str]) -> frozenset[str]:
         """Which of the finished tensors need not be computed again: those of whose group every tensor is finished."""
@@ -320,22 +377,64 @@ class Plan:
             self.before()
         processes = self._on_files and can_fork() and all(isinstance(s, DiskSink) for s in sinks.values())
         fused = self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values())
-        self.ran = Ran()
+        self.ran = self.ran or Ran()
         if self.work.nonfinite == POLICY:
             self._skip_models()
         for work in self.works:
-            if done:
-                recorded = work.recorded
-                work = replace(work, tensors=[t for t in work.tensors if t.name not in done])
-                work.recorded = recorded
-            ran = run(
-                replace(work, fused=fused, figures=self.wants_figures), sinks, threads=self.threads, processes=processes,
-                elements=self._block_elements(work, processes), max_memory=self.max_memory,
-            )  # fmt: skip
-            self.ran = _both(self.ran, ran)
+            for tensors, coming in self._batches(work, done):
+                part = replace(work, tensors=tensors, fused=fused, figures=self.wants_figures)
+                part.recorded = work.recorded
+                with _held(coming):
+                    ran = run(
+                        part, sinks, elements=self._block_elements(part, processes), threads=self.threads,
+                        processes=processes, max_memory=self.max_memory,
+                    )  # fmt: skip
+                self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
             if "" in sinks and name not in done:
-                sinks[""].copy(name, source)
+                with self.at_hand([source], name):
+                    sinks[""].copy(name, source)
+
+    def at_hand(self, sources: Sequence[Source], name: str) -> AbstractContextManager[None]:
+        """Within it these sources of the plan can be read for this tensor, wherever its values come from."""
+        return _held(self._coming(sources, name))
+
+    def _batches(self, work: Work, done: frozenset[str]) -> list[tuple[list[Tensor], _Coming]]:
+        """The tensors of a work that are not done, in parts, each with what of other merges' results is to be in memory for
+        it: HELD bytes at the most, or one tensor's."""
+        parts: list[tuple[list[Tensor], _Coming]] = [([], {})]
+        filled = 0
+        for t in work.tensors:
+            if t.name in done:
+                continue
+            needs = self._coming(work.read, t.name)
+            size = sum(_nbytes(spec) for tensors in needs.values() for spec in tensors.values())
+            if parts[-1][0] and size and filled + size > HELD:
+                parts.append(([], {}))
+                filled = 0
+            parts[-1][0].append(t)
+            filled += size
+            for c, tensors in needs.items():
+                parts[-1][1].setdefault(c, {}).update(tensors)
+        return parts
+
+    def _coming(self, sources: Sequence[Source], name: str) -> _Coming:
+        """What is read of results that stream, for a tensor of this plan."""
+        found: _Coming = {}
+        if any(getattr(c, "streams", False) for c in self.checkpoints):
+            for c, theirs in (origin for s in sources for origin in cast(ByteSource, s).origins(name)):
+                if getattr(c, "streams", False):
+                    found.setdefault(cast(Any, c), {})[theirs] = (c.tensors[theirs].dtype, c.tensors[theirs].shape)
+        return found
+
+    def _held_bytes(self) -> int:
+        """What is in memory at the most of other merges' results, and of those that these read."""
+        total = 0
+        for stage in self.stages:
+            if not stage.written:
+                sizes = [_nbytes(spec) for spec in stage.plan.specs.values()]
+                total += min(sum(sizes), max(HELD, *sizes))
+        return total
 
     def _skip_models(self) -> None:
         """Put in place of the works their parts, each without the models whose values are not finite there."""
@@ -370,6 +469,7 @@ class Plan:
             "bytes_read": ran.bytes_read + copied + looked_at,
             "bytes_written": sum(_nbytes(s) for o in method.outputs or ("",) for s in self._specs_of(o).values()),
             "peak_memory": memory
+            + self._held_bytes()
             + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)
             + INTERPRETER * (1 + self.threads * (self.threads > 1 and processes)),
             "threads": self.threads,
@@ -395,6 +495,14 @@ def _temporary() -> Iterator[Path]:
         yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(coming: _Coming) -> Iterator[None]:
+    with ExitStack() as stack:
+        for c, tensors in coming.items():
+            stack.enter_context(c.held(tensors.keys()))
+        yield
 
 
 def _both(a: Ran, b: Ran) -> Ran:

@@ -26,7 +26,7 @@ from refmerge.numeric import host
 from refmerge.plan import Plan
 from refmerge.recipe.run import prepare_recipe
 from refmerge.registry import get, names
-from refmerge.sources import DiskSink, Scratch
+from refmerge.sources import WORK, DiskSink, Scratch
 from refmerge.testing import ulps_between
 from refmerge.work import Tensor, Work
 
@@ -168,8 +168,8 @@ def verify(
     path = merged.path if isinstance(merged, Checkpoint) else Path(merged)
     recipe = find_recipe(path) if recipe is None else recipe
     checkpoint = merged if isinstance(merged, Checkpoint) else open_checkpoint(merged)
-    tried = _semantics(recipe, options)
-    name, plan = next(tried)
+    readings = _readings(recipe, options)
+    name, plan = readings[0]
     if plan.work.method.outputs:
         raise UsageError(f"{name} has several outputs, and a checkpoint is one: merge again and compare each")
     specs = plan.specs
@@ -179,16 +179,21 @@ def verify(
         if n in checkpoint.tensors and spec != (checkpoint.tensors[n].dtype, tuple(checkpoint.tensors[n].shape))
     }
     there = [n for n in specs if n in checkpoint.tensors and n not in apart]
-    findings = _compared(plan, checkpoint, there)
-    explained: dict[str, str] = {}
-    for n in [n for n, f in findings.items() if f.differing and f.beyond]:
-        if _equal_up_to_ties(plan, checkpoint, findings[n]):
-            findings[n] = replace(findings[n], tied=True)
-    left = [n for n, f in findings.items() if f.verdict in ("rounding", "differs")]
+    read: list[tuple[str, dict[str, Finding], list[str]]] = []
+    for reading, plan in readings:
+        found = _examined(plan, checkpoint, there)
+        read.append((reading, found, [n for n, f in found.items() if f.verdict in ("rounding", "differs")]))
+        if not read[-1][2]:
+            break
+    name, findings, left = min(read, key=lambda r: len(r[2]))
+    explained = {n: reading for reading, found, _ in read for n in left if not found[n].differing}
+    left = [n for n in left if n not in explained]
+    tried = _others(recipe, options)
     while left and (other := next(tried, None)) is not None:
         theirs, plan = other
         same = [n for n in left if plan.specs.get(n) == specs[n]]
-        by_them = _compared(plan, checkpoint, same)
+        with plan.staged():
+            by_them = _compared(plan, checkpoint, same)
         explained |= {n: theirs for n, f in by_them.items() if not f.differing}
         left = [n for n in left if n not in explained]
     return Verification(
@@ -203,25 +208,37 @@ def _said(dtype: str, shape: Iterable[int]) -> str:
     return f"{dtype} {list(shape)}"
 
 
-def _semantics(recipe: str | os.PathLike[str], options: Mapping[str, Any]) -> Iterator[tuple[str, Plan]]:
-    """What the recipe asks for, first, and then the same recipe as others have it: (what it is called, plan)."""
+def _readings(recipe: str | os.PathLike[str], options: Mapping[str, Any]) -> list[tuple[str, Plan]]:
+    """What the recipe may have been understood as, the likelier first: (what it is called, plan). mergekit computes in the
+    dtype that the recipe names, each of several merges in its own, and refmerge in float32 and rounds once."""
     stated, plan = prepare_recipe(recipe, **options)
-    sixteen = {"F16", "BF16"} >= {t.out for work in plan.works for t in work.tensors}
-    native = {**options, "arithmetic": "native"}
     own = (stated.method, plan)
-    if sixteen and stated.semantics == "mergekit":  # which computes in the dtype that the recipe names
-        yield f"{stated.method} in its own 16 bits", prepare_recipe(recipe, **native)[1]
-        yield own
-    else:
-        yield own
-        if sixteen:
-            yield f"{stated.method} in 16 bits", prepare_recipe(recipe, **native)[1]
+    if stated.semantics == "mergekit" and (native := _in_16_bits(recipe, options)) is not None:
+        return [(f"{stated.method} in its own 16 bits", native), own]
+    return [own]
+
+
+def _in_16_bits(recipe: str | os.PathLike[str], options: Mapping[str, Any]) -> Plan | None:
+    """The recipe's plan with each operation rounded to the inputs' dtype; None where that has more than 16 bits."""
+    try:
+        plan = prepare_recipe(recipe, **{**options, "arithmetic": "native"})[1]
+    except UsageError:  # inputs with scales
+        return None
+    return plan if any(t.work not in WORK for p in plan.all_plans for w in p.works for t in w.tensors) else None
+
+
+def _others(recipe: str | os.PathLike[str], options: Mapping[str, Any]) -> Iterator[tuple[str, Plan]]:
+    """The same recipe as others have it."""
+    stated, _ = prepare_recipe(recipe, **options)
+    native, sixteen = {**options, "arithmetic": "native"}, _in_16_bits(recipe, options)
+    if sixteen is not None and stated.semantics != "mergekit":
+        yield f"{stated.method} in 16 bits", sixteen
     mine = get(stated.method)
     for name in names():
         if name == mine.name or name.rpartition(":")[2] != mine.name.rpartition(":")[2]:
             continue
         other = _with_all_parameters(get(name), mine)
-        for how, arithmetic in (("", options), *([(" in 16 bits", native)] if sixteen else [])):
+        for how, arithmetic in (("", options), *([(" in 16 bits", native)] if sixteen is not None else [])):
             try:
                 yield name + how, prepare_recipe(recipe, method=other, **arithmetic)[1]
             except RefmergeError:  # it takes other parameters, or other models: this recipe is none for it
@@ -297,8 +314,18 @@ def ulps(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(differs & ~nan, np.maximum(ulps_between(x, y), 1), 0)
 
 
+def _examined(plan: Plan, checkpoint: Checkpoint, tensors: Sequence[str]) -> dict[str, Finding]:
+    """Compare these tensors, and where they differ try other choices among ties."""
+    with plan.staged():
+        findings = _compared(plan, checkpoint, tensors)
+        for n in [n for n, f in findings.items() if f.differing and f.beyond]:
+            if _equal_up_to_ties(plan, checkpoint, findings[n]):
+                findings[n] = replace(findings[n], tied=True)
+    return findings
+
+
 def _compared(plan: Plan, checkpoint: Checkpoint, tensors: Sequence[str]) -> dict[str, Finding]:
-    """Compute these tensors and compare them with the stored ones."""
+    """Compute these tensors and compare them with the stored ones. The plan's stages have been run."""
     if plan.work.over == "tensor":  # else the others have a say in it
         wanted = set(tensors)
         works = [replace(w, tensors=[t for t in w.tensors if t.name in wanted]) for w in plan.works]
@@ -306,8 +333,7 @@ def _compared(plan: Plan, checkpoint: Checkpoint, tensors: Sequence[str]) -> dic
         plan = replace(plan, work=works[0], rest=works[1:], copied=copied)
     comparer = _Comparer(checkpoint, tensors)
     try:
-        with plan.staged():
-            plan.fill({"": DiskSink(comparer, plan.specs, plan.backend)})
+        plan.fill({"": DiskSink(comparer, plan.specs, plan.backend)})
         records = comparer.records()
     finally:
         comparer.close()
@@ -357,7 +383,7 @@ def _equal_up_to_ties(plan: Plan, checkpoint: Checkpoint, finding: Finding) -> b
     of them, or fewer, than it keeps."""
     work, tensor = next(((w, t) for w in plan.works for t in w.tensors if t.name == finding.name), (plan.work, None))
     asks = set(work.method.asks)
-    if tensor is None or plan.stages or work.over != "tensor" or "group" not in asks or asks & {"rng", "stats"}:
+    if tensor is None or work.over != "tensor" or "group" not in asks or asks & {"rng", "stats"}:
         return False
     if work.view(tensor) != "flat":
         return False
@@ -365,7 +391,8 @@ def _equal_up_to_ties(plan: Plan, checkpoint: Checkpoint, finding: Finding) -> b
     checkpoint.read(tensor.name, 0, tensor.size, stored)
 
     def fits(group: _Choosing) -> np.ndarray:
-        return ulps(stored, _whole(work, tensor, group, finding.dtype), finding.dtype) == 0
+        with plan.at_hand(work.read, tensor.name):
+            return ulps(stored, _whole(work, tensor, group, finding.dtype), finding.dtype) == 0
 
     everywhere = fits(seen := _Choosing(tensor.size))
     count = len(seen.tied)

@@ -1,6 +1,7 @@
 """Makes tests/data/mergekit anew: `python -m tests.make_mergekit_cases PATH/TO/mergekit-yaml`, of mergekit 0.1.5.
 
 Each file holds the tensors that mergekit wrote, and in its header the recipe, the tokens and what config.json says.
+tests/data/mergekit_multi.safetensors is what mergekit-multi makes in bfloat16 of several merges in one file.
 """
 
 from __future__ import annotations
@@ -102,6 +103,23 @@ tokenizer_source: base
 dtype: float32
 """,
 }  # fmt: skip
+SEVERAL = """\
+name: first
+merge_method: task_arithmetic
+base_model: ./base
+models: [{model: ./a, parameters: {weight: 0.6}}, {model: ./b, parameters: {weight: 0.7}}]
+dtype: bfloat16
+---
+name: second
+merge_method: linear
+models: [{model: first, parameters: {weight: 0.35}}, {model: ./b, parameters: {weight: 0.8}}]
+dtype: bfloat16
+---
+merge_method: task_arithmetic
+base_model: first
+models: [{model: second, parameters: {weight: 1.3}}, {model: ./base, parameters: {weight: -0.4}}]
+dtype: bfloat16
+"""
 KEYS = ("num_hidden_layers", "vocab_size", "dtype")
 
 
@@ -123,6 +141,14 @@ def main(program: str) -> None:
                 "made_by": "mergekit 0.1.5",
             }
             save(dict(made), folder / f"{name}.safetensors", metadata=facts, overwrite=True)
+    with tempfile.TemporaryDirectory() as place:
+        write(Path(place))
+        (Path(place) / "r.yml").write_text(SEVERAL)
+        multi = str(Path(program).with_name("mergekit-multi"))
+        subprocess.run([multi, "r.yml", "-I", "./first", "--out-path", "./out", "--quiet"], cwd=place, check=True)
+        facts = {"recipe": SEVERAL, "made_by": "mergekit 0.1.5"}
+        made = open_checkpoint(f"{place}/out")
+        save(dict(made), folder.with_name("mergekit_multi.safetensors"), metadata=facts, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,13 @@ def test_stages_are_recorded_in_the_last_one(folder):
     written = json.loads(open_checkpoint("out").metadata["refmerge_recipe"])
     assert [r.get("name") for r in written] == ["x", None]
     report = json.loads((folder / "out/refmerge_report.json").read_text())
-    assert report["inputs"]["x"][0]["sha256"]
+    assert report["inputs"].keys() == {"a", "b", "c"}, "x is never written"
+    assert all(files[0]["sha256"] for files in report["inputs"].values())
+    run_recipe("r.yml", "other", intermediates="kept")
+    kept = json.loads((folder / "other/refmerge_report.json").read_text())
+    assert kept["inputs"].keys() == {"a", "b", "c", "x"} and kept["inputs"]["x"][0]["sha256"]
+    assert json.loads((folder / "kept/x/refmerge_report.json").read_text())["inputs"] == report["inputs"]
+    assert kept | {"inputs": None} == report | {"inputs": None}
 
 
 # --- plans
@@ -228,6 +234,13 @@ def test_a_plan_of_stages(folder, unread):
     assert told.index("--- x\n") < told.index("--- the result\nmethod      mergekit:passthrough")
     found = json.loads(ask("plan", "r.yml", "--json", "--no-time")[1])
     assert [s["name"] for s in found["stages"]] == ["x"] and found["models"] == ["x"]
+    assert "result      merged in memory as it is read, not written" in told
+    assert found["stages"][0]["written"] is None and found["stages"][0]["figures"]["bytes_written"] == 0
+    both = "merge_method: linear\nmodels: [{model: x}, {model: y}]\nparameters: {weight: 1}\n"
+    other = "name: y\nmerge_method: passthrough\nmodels: [{model: x}]\n"
+    (folder / "r.yml").write_text(f"{both}---\n{other}---\nname: x\n" + RECIPE)
+    told = ask("plan", "r.yml", "--no-time")[1]
+    assert "result      written first: several merges read it" in told and told.count("merged in memory") == 1
 
 
 def test_a_plan_of_vocabularies(folder):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from refmerge.checkpoint import open_checkpoint
+from refmerge.checkpoint import CheckpointWriter, open_checkpoint, save
 from refmerge.errors import InputError, RecipeError, ResourceError, UsageError
 from refmerge.plan import Plan
 from refmerge.recipe.plan import parse_recipe, parse_recipes
 from refmerge.recipe.run import prepare_recipe, run_recipe
+from refmerge.verify import verify
 from tests.tiny_models import write
 
 MEAN = "merge_method: linear\nparameters: {weight: 1}\nmodels: "
@@ -80,8 +84,6 @@ def test_arrays_of_several_merges(folder):
 
 
 def test_integers_are_compared_before_anything_is_merged(folder):
-    from refmerge.checkpoint import save
-
     for name, ids in (("i", [0, 1]), ("j", [0, 2])):
         save({"w": np.zeros(2, np.float32), "ids": np.array(ids)}, name)
     text = f"{MEAN}[{{model: x}}, {{model: j}}]\n---\nname: x\n{MEAN}[{{model: i}}]\n"
@@ -156,3 +158,137 @@ def test_problems_of_all_recipes_at_once(folder):
 def test_documents_without_content_do_not_count():
     recipes = parse_recipes(f"---\n# first\n---\n{MEAN}[{{model: a}}]\n---\n")
     assert len(recipes) == 1 and recipes[0].content.name is None
+
+
+# --- what need not be written
+
+
+FIRST = {
+    "linear": "parameters: {weight: 0.3}",
+    "slerp": "parameters: {t: 0.3}",
+    "dare_linear": "base_model: a\nparameters: {density: 0.4}",
+    "model_stock": "base_model: a",
+    "tsvm": "base_model: a",
+    "mergekit:ties": "base_model: a\nparameters: {density: 0.5, weight: 1.0}",
+}
+LAST = "merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: middle}, {model: first}]\n"
+
+
+def random_models(count=300):
+    """In 16 bits but for one tensor, with one of integers."""
+    for k, name in enumerate("abc"):
+        draw = np.random.default_rng(k)
+        arrays = {f"w{i}": draw.standard_normal((4, count + i)).astype(ml_dtypes.bfloat16) for i in range(2)}
+        arrays |= {"v": draw.standard_normal(7).astype(np.float32), "empty": np.zeros((0, 3), np.float32)}
+        save(arrays | {"ids": np.arange(3)}, name)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("first", FIRST)
+def test_what_is_not_written_has_the_bits_of_a_file(tmp_path, monkeypatch, first, threads):
+    """Against the same merges made one by one, of files."""
+    monkeypatch.chdir(tmp_path)
+    random_models(70_000 if threads > 1 and first == "linear" else 300)  # worth several processes, or not
+    monkeypatch.setattr("refmerge.plan.HELD", 3000)  # one of the larger tensors, or several small ones
+    one = f"refmerge: 1\nname: first\nmerge_method: {first}\nmodels: [{{model: b}}, {{model: c}}]\n{FIRST[first]}\n"
+    one += "out_dtype: bfloat16\n"
+    two = "refmerge: 1\nname: middle\nmerge_method: linear\nmodels: [{model: %s}, {model: b}]\nout_dtype: float16\n"
+    three = f"refmerge: 1\n{LAST.replace('first', 'b')}"
+    for name, text in (("first", one), ("middle", two % "first"), ("expected", three)):
+        (tmp_path / "one.yml").write_text(text)
+        run_recipe("one.yml", name)
+    expected = {n: x.tobytes() for n, x in open_checkpoint("expected").items()}
+    for name in ("first", "middle"):
+        shutil.rmtree(name)
+    (tmp_path / "all.yml").write_text("---\n".join([one, two % "first", three]))
+    written, make = [], CheckpointWriter.__init__
+    monkeypatch.setattr(CheckpointWriter, "__init__", lambda w, to, *a, **k: (written.append(to), make(w, to, *a, **k))[1])
+    made = run_recipe("all.yml", "out", threads=threads)
+    assert {n: x.tobytes() for n, x in made.items()} == expected and written == [Path("out")]
+    _, plan = prepare_recipe("all.yml", threads=threads)
+    assert {n: x.tobytes() for n, x in plan.run().items()} == expected
+    assert verify("out", "all.yml").exact
+    kept = run_recipe("all.yml", "with", threads=threads, intermediates="kept")
+    assert {n: x.tobytes() for n, x in kept.items()} == expected
+    assert written[2:] == [Path("kept/first"), Path("kept/middle")]
+    assert open_checkpoint("kept/first").tensors["w0"].dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    "documents, why",
+    [
+        (["x linear b", "linear x"], ""),
+        (["x linear b", "y linear x", "linear x y"], "several merges read it"),
+        (["x ties b", "linear x"], "it looks at all tensors together"),
+        (["x linear b", "ties x"], "the merge that reads it looks at all tensors together"),
+    ],
+)
+def test_why_some_are_written(tmp_path, monkeypatch, documents, why):
+    monkeypatch.chdir(tmp_path)
+    random_models()
+    texts = []
+    for document in documents:
+        words = document.split()
+        method = next(i for i, word in enumerate(words) if word in ("linear", "ties"))
+        text = f"refmerge: 1\nmerge_method: {words[method]}\nmodels: {[{'model': m} for m in words[method + 1 :]]}\n"
+        text += "base_model: a\n" if words[method] == "ties" else ""
+        texts.append(text + (f"name: {words[0]}\n" if method else ""))
+    (tmp_path / "r.yml").write_text("---\n".join(texts))
+    _, plan = prepare_recipe("r.yml")
+    assert plan.stages[0].written == why
+    run_recipe("r.yml", "out")
+    assert verify("out").exact
+
+
+def test_memory_decides_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_models(5000)  # 40 kB
+    text = "refmerge: 1\nname: x\nmerge_method: linear\nmodels: [{model: b}]\n---\nrefmerge: 1\nmerge_method: linear\n"
+    (tmp_path / "r.yml").write_text(text + "models: [{model: x}]\n")
+    for most, why in (("300kB", ""), ("150kB", "--max-memory is less than four of its largest tensor")):
+        assert prepare_recipe("r.yml", max_memory=most, threads=1)[1].stages[0].written == why
+
+
+def test_an_error_in_what_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save({"w": np.array([1, np.inf, 2], np.float32)}, "a")
+    text = "name: x\nmerge_method: passthrough\nmodels: [{model: a}]\n---\nmerge_method: passthrough\nmodels: [{model: x}]\n"
+    (tmp_path / "r.yml").write_text(text)
+    with pytest.raises(InputError, match=r"a: tensor 'w' has 1 non-finite value, the first inf at \(1,\)"):
+        run_recipe("r.yml", "out", resume=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "r.yml"}
+
+
+# --- what is kept
+
+
+def test_results_that_are_kept(folder):
+    (folder / "r.yml").write_text(THREE)
+    run_recipe("r.yml", "out", intermediates="deep/kept")
+    assert {p.name for p in (folder / "deep/kept").iterdir()} == {"mean", "stack"}
+    assert open_checkpoint("deep/kept/mean").tensors["lm_head.weight"].dtype == "BF16"
+    assert json.loads((folder / "deep/kept/stack/config.json").read_text())["num_hidden_layers"] == 4
+    with pytest.raises(UsageError, match="mean': exists; overwrite=True"):
+        run_recipe("r.yml", "again", intermediates="deep/kept")
+    assert not (folder / "again").exists()
+    before = (folder / "deep/kept/mean/model.safetensors").read_bytes()
+    run_recipe("r.yml", "again", intermediates="deep/kept", overwrite=True)
+    assert (folder / "deep/kept/mean/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "out, kept, message",
+    [("out", "out", "one would lie in the other"), ("k/mean/out", "k", "one would lie"), ("out", "a", "lies in an input")],
+)
+def test_where_they_cannot_be_kept(folder, monkeypatch, out, kept, message):
+    (folder / "r.yml").write_text(THREE)
+    monkeypatch.setattr(Plan, "fill", lambda *_: 1 / 0)
+    with pytest.raises(UsageError, match=message):
+        run_recipe("r.yml", out, intermediates=kept)
+    assert {p.name for p in folder.iterdir()} == {"a", "b", "r.yml"}
+
+
+def test_one_merge_has_none_to_keep(folder):
+    (folder / "r.yml").write_text(f"{MEAN}[{{model: a}}]")
+    with pytest.raises(UsageError, match="there are none"):
+        run_recipe("r.yml", "out", intermediates="kept")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,9 @@ from refmerge.checkpoint import CheckpointWriter, name_of
 from refmerge.cli import main
 from refmerge.errors import UsageError
 from refmerge.recipe.run import run_recipe
+from refmerge.registry import get
 from refmerge.verify import ROUNDING, ulps, verify
+from tests import mergekit_inputs
 
 BF16 = ml_dtypes.bfloat16
 
@@ -137,11 +140,57 @@ def test_what_mergekit_made_verifies(case, tmp_path):
     r.write_text("\n".join([*lines, f"parameters: {json.dumps(shared)}", ""]))
     found = verify(save(tmp_path / "m.safetensors", case.expect), r, nonfinite="propagate")
     assert found.exact, found.text()
-    assert found.semantics == f"{case.entry} in its own 16 bits"
+    assert found.semantics == case.entry + ("" if get(case.entry).widens else " in its own 16 bits")
 
 
 def test_there_are_such_merges():
     assert len(THEIRS) >= 4
+
+
+@pytest.fixture
+def several(tmp_path, monkeypatch):
+    """Several merges in bfloat16 in one file, and what mergekit-multi makes of them."""
+    monkeypatch.chdir(tmp_path)
+    mergekit_inputs.write(tmp_path)
+    theirs = Path(__file__).parent / "data/mergekit_multi.safetensors"
+    (tmp_path / "r.yml").write_text(refmerge.open_checkpoint(theirs).metadata["recipe"])
+    return theirs
+
+
+def test_several_merges_are_told_by_their_arithmetic(several):
+    """Here everything is rounded once in each merge, there after each operation."""
+    found = verify(several, "r.yml")
+    assert found.exact and found.semantics == "mergekit:task_arithmetic in its own 16 bits"
+    assert "as mergekit:task_arithmetic in its own 16 bits has it\nequal      39 of 39 tensors, to the bit" in found.text()
+    run_recipe("r.yml", "ours")
+    found = verify("ours")
+    assert found.exact and found.semantics == "mergekit:task_arithmetic" and "explained" not in found.text()
+    run_recipe("r.yml", "native", arithmetic="native")
+    assert verify("native").semantics == "mergekit:task_arithmetic in its own 16 bits"
+
+
+def test_several_merges_with_a_difference(several):
+    run_recipe("r.yml", "ours")
+    spoilt = flipped(Path("ours/model.safetensors"), "lm_head.weight", 3, 14)
+    found = verify(spoilt, "r.yml")
+    assert found.semantics == "mergekit:task_arithmetic" and found.count("equal") == 38 and not found.ok
+    assert found.findings["lm_head.weight"].differing == 1
+
+
+def test_ties_of_the_last_of_several_merges(tmp_path, monkeypatch):
+    """Its inputs are merged in memory, and the choices are tried all the same."""
+    monkeypatch.chdir(tmp_path)
+    base = save(Path("base.safetensors"), {"x": np.zeros(8, np.float32)})
+    save(Path("half.safetensors"), {"x": np.array([2, 2, -2, 1, 0, 0, 0, 0], np.float32) / 2})
+    first = f"refmerge: 1\nname: first\nmerge_method: task_arithmetic\nbase_model: {base}\nparameters: {{lambda: 2}}\n"
+    last = f"refmerge: 1\nmerge_method: mergekit:ties\nbase_model: {base}\nmodels: [{{model: first}}]\n"
+    last += "parameters: {weight: 1.0, density: 0.25, normalize: false, lambda: 1.0}\n"
+    Path("r.yml").write_text(f"{first}models: [{{model: half.safetensors}}]\n---\n{last}")
+    for kept, verdict in (([0, 1], "equal"), ([1, 2], "ties"), ([0], "differs")):
+        stored = np.where(np.isin(np.arange(8), kept), np.array([2, 2, -2, 1, 0, 0, 0, 0], np.float32), 0)
+        found = verify(save(Path("m.safetensors"), {"x": stored}), "r.yml")
+        assert found.findings["x"].verdict == verdict
+        Path("m.safetensors").unlink()
 
 
 def tied(tmp_path, kept, values=(2, 2, -2, 1, 0, 0, 0, 0), density=0.25):

@@ -3,7 +3,14 @@
 from refmerge.checkpoint.dtypes import DTYPES, FLOATS, decode, encode, itemsize, name_of, promote
 from refmerge.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
 from refmerge.checkpoint.sizes import parse_size
-from refmerge.checkpoint.writer import CheckpointWriter, check_target, refuse_input, same_or_inside, save
+from refmerge.checkpoint.writer import (
+    CheckpointWriter,
+    check_target,
+    refuse_input,
+    refuse_overlap,
+    same_or_inside,
+    save,
+)
 
 __all__ = [
     "DTYPES",
@@ -20,6 +27,7 @@ __all__ = [
     "parse_size",
     "promote",
     "refuse_input",
+    "refuse_overlap",
     "same_or_inside",
     "save",
 ]

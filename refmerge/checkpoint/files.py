@@ -43,6 +43,12 @@ def readable(path: object) -> Iterator[None]:
         raise InputError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
 
 
+def there(path: Path) -> bool:
+    """Whether something lies at a path; InputError where the system cannot tell."""
+    with readable(path):
+        return path.exists()
+
+
 class PositionedFile:
     """An open file, read or written at explicit offsets."""
 

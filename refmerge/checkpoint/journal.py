@@ -30,7 +30,7 @@ _FORMAT = 1
 
 class Journal:
     """An open journal, locked. partial: the output it speaks of. merge: part of the merge -> digest. finished: names of its
-    tensors. made: name of a merge before it -> the fingerprint of its result."""
+    tensors. made: name of a merge before it -> the fingerprint of its result, None where that was only begun."""
 
     def __init__(self, partial: Path, file: PositionedFile, merge: Mapping[str, str] | None = None) -> None:
         self.partial, self.merge = partial, dict(merge or {})
@@ -58,7 +58,7 @@ class Journal:
         self.finished.update(names)
 
     def note_made(self, name: str, fingerprint: Any) -> None:
-        """The result of a merge before this one is in its place."""
+        """The result of a merge before this one is in its place; or, None, is going to be there."""
         self._append({"made": name, "files": fingerprint})
         self.made[name] = fingerprint
 

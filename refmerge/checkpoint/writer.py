@@ -39,7 +39,7 @@ from refmerge.checkpoint.layout import INDEXES, PIPELINE, WEIGHTS, read_json
 from refmerge.checkpoint.sizes import parse_size
 from refmerge.errors import ResourceError, UsageError
 
-__all__ = ["CheckpointWriter", "check_target", "parse_size", "refuse_input", "same_or_inside", "save"]
+__all__ = ["CheckpointWriter", "check_target", "parse_size", "refuse_input", "refuse_overlap", "same_or_inside", "save"]
 
 _COPY_CHUNK = 1 << 22
 _WRITEBACK = 1 << 23  # bytes of a file that are sent to the disk together
@@ -62,7 +62,7 @@ class CheckpointWriter:
     merge: what decides every byte, part -> digest; a journal is then kept. resume: go on with the output of the same merge
     that an earlier run left, if there is one, and leave this one to be gone on with if it is interrupted. finished: the
     tensors that are there already, which reuse() takes as they are. made: the results that this one needs first which are
-    there already, name -> fingerprint; on_the_way() says where others are to be written.
+    there already, name -> fingerprint, or begun, None; on_the_way() says where others are to be written.
 
     Raises UsageError for a target that exists or cannot be one, and for impossible tensors; ResourceError where the
     disk has no room or fails; InputError for a sidecar that cannot be read. The same arguments and bytes give the same
@@ -147,7 +147,7 @@ class CheckpointWriter:
         return folder / name
 
     def note_made(self, name: str, fingerprint: Any) -> None:
-        """A result that this output needs first is in its place, wherever that is."""
+        """A result that this output needs first is in its place, wherever that is; or, None, is going to be there."""
         self.made[name] = fingerprint
         if self._journal is not None:
             with _disk(self.target):
@@ -257,7 +257,7 @@ class CheckpointWriter:
             count = len(self._journal.finished)
             kept = f"{count} tensors are kept, and --resume goes on from them"
             if not count:
-                kept = "what was merged first is kept, and --resume goes on from there"
+                kept = "what was begun is kept, and --resume goes on from it"
             if not any(_GOES_ON in note for note in getattr(error, "__notes__", ())):  # a merge before this one said so
                 error.add_note(kept)
 
@@ -531,6 +531,14 @@ def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathL
             inside = same_or_inside(target, path)
         if inside:
             raise UsageError(f"output {str(target)!r} lies in an input, {str(path)!r}: inputs are never written to")
+
+
+def refuse_overlap(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
+    """UsageError for two outputs of which one is the other or lies in it; ResourceError where that cannot be seen."""
+    with _disk(Path(one)):
+        overlap = same_or_inside(one, other) or same_or_inside(other, one)
+    if overlap:
+        raise UsageError(f"outputs {str(one)!r} and {str(other)!r} are one, or one would lie in the other")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 import refmerge
 from refmerge.checkpoint import Checkpoint, itemsize
-from refmerge.checkpoint.files import read_small
+from refmerge.checkpoint.files import read_small, readable, there
 from refmerge.errors import InputError
 from refmerge.pipelines import Arrangement
 from refmerge.plan import Plan
@@ -46,14 +46,16 @@ def keep_record(
     resolved: Resolved,
     plan: Plan,
     models: Mapping[str, Checkpoint],
+    inputs: Mapping[str, Checkpoint],
     options: Mapping[str, Any],
     hashes: bool | None,
 ) -> None:
     """Let a plan write its record: README.md, the recipe, refmerge_config.yaml, refmerge_report.json, and the recipe in the
     header of each file of weights.
 
-    recipes: of the file, the last one is the plan's. models: as the recipe names them. options: what was asked for
-    beside the recipe. hashes: whether files are hashed; None where that takes no time to speak of.
+    recipes: of the file, the last one is the plan's. models: as the recipe names them. inputs: those of all recipes of the
+    file. options: what was asked for beside the recipe. hashes: whether files are hashed; None where that takes no time to
+    speak of.
     """
     data = [r.document.data for r in recipes]
     source = Path(recipes[-1].document.source).parent
@@ -64,7 +66,7 @@ def keep_record(
     if resolved.semantics == "mergekit":
         plan.files = {**plan.files, "mergekit_config.yml": text.encode()}
     plan.files = {**plan.files, "README.md": _card(resolved, plan, models, text).encode()}
-    size = sum(c.nbytes for c in models.values()) + sum(
+    size = sum(c.nbytes for c in inputs.values()) + sum(
         math.prod(shape) * itemsize(dtype) for dtype, shape in plan.specs.values()
     )
     wanted = size <= SMALL if hashes is None else hashes
@@ -79,7 +81,11 @@ def keep_record(
             "backend": plan.backend.name,
             "seed": plan.work.seed,
             "options": {k: v for k, v in options.items() if k in _OPTIONS and v is not None},
-            "inputs": {m: [_file(path, c.directory, wanted) for path in c.files] for m, c in models.items()},
+            "inputs": {
+                m: [_file(path, c.directory, wanted) for path in c.files]
+                for m, c in inputs.items()
+                if c.files or not c.coming
+            },
             "outputs": [_file(path, folder, wanted) for path in written],
             "recipe": {k: v for k, v in describe(resolved).items() if k != "vocabulary" and v not in (None, [], {})},
             **_tensors(plan, {str(c.path): m for m, c in models.items()}),
@@ -133,7 +139,7 @@ def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], ke
         return [_moved(v, source, to, names, key) for v in value]
     if key not in _PATHS or not isinstance(value, str) or value in names:
         return value
-    if not (source / value).exists():  # a word, or a name of the Hub, or models put together by a plus
+    if not there(source / value):  # a word, or a name of the Hub, or models put together by a plus
         parts = value.split("+")
         return value if len(parts) == 1 else "+".join(_moved(part, source, to, names, key) for part in parts)
     return value if os.path.isabs(value) else os.path.relpath(source / value, to)
@@ -189,17 +195,18 @@ def _skipped(plan: Plan, models: Mapping[str, Checkpoint]) -> list[dict[str, Any
 
 def _file(path: Path, folder: Path | None, hashed: bool) -> dict[str, Any]:
     name = path.relative_to(folder).as_posix() if folder is not None and path.is_relative_to(folder) else path.name
-    found: dict[str, Any] = {"file": name, "bytes": path.stat().st_size}
-    blob = path.resolve().name
-    if re.fullmatch("[0-9a-f]{64}", blob):  # in the Hub's cache the name of a large file is its hash
-        found["sha256"] = blob
-    elif hashed:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        found["sha256"] = digest.hexdigest()
-    return found
+    with readable(path):
+        found: dict[str, Any] = {"file": name, "bytes": path.stat().st_size}
+        blob = path.resolve().name
+        if re.fullmatch("[0-9a-f]{64}", blob):  # in the Hub's cache the name of a large file is its hash
+            found["sha256"] = blob
+        elif hashed:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+            found["sha256"] = digest.hexdigest()
+        return found
 
 
 def _yaml(data: Any) -> str:
@@ -271,7 +278,7 @@ def _licence(models: Iterable[Checkpoint]) -> str | None:
     found = set()
     for c in models:
         path = None if c.directory is None else c.directory / "README.md"
-        if path is None or not path.is_file():
+        if path is None or not there(path):
             return None
         try:
             head = read_small(path, _LARGEST).decode("utf-8", "replace").split("---\n")

@@ -19,7 +19,7 @@ from refmerge.recipe.assemble import assemble, layer_config, tied_heads
 from refmerge.recipe.moe import prepare_moe
 from refmerge.recipe.plan import Alignment, Module, Resolved, Slice, load_recipes, pieces, resolve_all
 from refmerge.recipe.record import keep_record
-from refmerge.recipe.stages import ComingCheckpoint
+from refmerge.recipe.stages import ComingCheckpoint, why_written
 from refmerge.recipe.templates import template_for
 from refmerge.recipe.tokenizers import (
     TOKENIZER_FILES,
@@ -63,6 +63,7 @@ def prepare_recipe(
     recipes = load_recipes(recipe)
     coming: dict[str, ComingCheckpoint] = {}
     stages: list[Stage] = []
+    inputs: dict[str, Checkpoint] = {}
     for one, resolved in zip(recipes, resolve_all(recipes, method)):
         folder = Path(recipe).parent if resolved.semantics == "refmerge" else Path()
         models = _Models(folder, coming, download, bool(options.get("allow_pickle")))
@@ -72,19 +73,26 @@ def prepare_recipe(
         named = [*resolved.models, *(p.model for m in resolved.modules for s in m.slices for p in s.everything)]
         named += [] if resolved.base is None else [resolved.base]
         named += [model for model in (resolved.components or {}).values() if model is not None]
+        opened = {m: models.open(m) for m in dict.fromkeys(named)}
+        inputs = {**inputs, **opened}
         keep_record(
             recipes if last else [one],
             resolved,
             plan,
-            {m: models.open(m) for m in dict.fromkeys(named)},
+            opened,
+            inputs if last else opened,
             {"dtype": dtype, **options},
             hashes,
         )
         if not last:
             assert resolved.name is not None
             coming[resolved.name] = ComingCheckpoint(resolved.name, plan)
-            stages.append(Stage(resolved.name, plan, coming[resolved.name], resolved))
+            stages.append(Stage(resolved.name, plan, coming[resolved.name], recipe=resolved))
     plan.stages, plan.wants_figures = stages, figures
+    for stage in stages:
+        result = coming[stage.name]
+        stage.written = why_written(result, stage.plan, plan.all_plans)
+        result.may_stream = not stage.written
     return resolved, plan
 
 
@@ -320,11 +328,18 @@ def run_recipe(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     resume: bool = False,
+    intermediates: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Any:
-    """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does."""
+    """Run a recipe into `out` and return the open Checkpoint, as `refmerge merge RECIPE OUT` does. intermediates: a folder
+    in which the results of merges before the last one are kept."""
     mixture = prepare_moe(recipe, **options)
     if mixture is not None:
+        if intermediates is not None:
+            raise UsageError("a mixture of experts has no merges before it whose results could be kept")
         return mixture.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
     _, plan = prepare_recipe(recipe, out=out, overwrite=overwrite, **options)
-    return plan.run(Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+    return plan.run(
+        Path(out), max_shard_size=max_shard_size, overwrite=overwrite, resume=resume,
+        intermediates=None if intermediates is None else Path(intermediates),
+    )  # fmt: skip

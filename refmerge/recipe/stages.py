@@ -1,9 +1,16 @@
-"""A checkpoint that a merge before another one makes: known before it is written, but for its values."""
+"""A checkpoint that a merge before another one makes: known before there are values of it.
+
+Where that can be, it is never written: the tensors that the next merge is about to read are merged into memory, rounded as
+they would be in a file, and forgotten when they have been read.
+"""
 
 from __future__ import annotations
 
 import math
+import mmap
 import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,24 +22,29 @@ from refmerge.checkpoint import Checkpoint, itemsize, open_checkpoint
 from refmerge.checkpoint.header import TensorInfo
 from refmerge.checkpoint.layout import WEIGHTS, config
 from refmerge.errors import ResourceError, UsageError
-from refmerge.plan import Plan
-from refmerge.sources import ByteSource
+from refmerge.plan import Plan, Specs
+from refmerge.skipping import POLICY
+from refmerge.sources import ByteSource, DiskSink
 
-__all__ = ["ComingCheckpoint"]
+__all__ = ["ComingCheckpoint", "why_written"]
 
 
 class ComingCheckpoint(Checkpoint):
     """The result of a plan, by its name, before and after it was run: `take` says where it was written.
 
-    Until then what lies beside its weights is in a temporary folder, and only tensors that are copied can be read.
+    Until then what lies beside its weights is in a temporary folder, and only tensors can be read that are copied, or are
+    held in memory. may_stream: whether it need not be written.
     """
 
     coming = True
 
     def __init__(self, name: str, plan: Plan) -> None:
         self.path = Path(name)
+        self.may_stream = False
         self._plan = plan
         self._made: Checkpoint | None = None
+        self._kept = False
+        self._held: _Memory | None = None
         self._folder = TemporaryDirectory(prefix="refmerge-")
         self.directory: Path = Path(self._folder.name)
         sidecars, files = plan.side_files()
@@ -59,15 +71,34 @@ class ComingCheckpoint(Checkpoint):
         return path
 
     @property
-    def files(self) -> list[Path]:
-        return [] if self._made is None else self._made.files
+    def streams(self) -> bool:
+        """Whether its tensors are merged when they are read."""
+        return self.may_stream and self._made is None
 
-    def take(self, folder: Path) -> Checkpoint:
-        """It is there now, in this folder. ResourceError where that is another one."""
-        self._made = open_checkpoint(folder)
-        if {n: (t.dtype, t.shape) for n, t in self._made.tensors.items()} != self._plan.specs:
+    @property
+    def files(self) -> list[Path]:
+        """Its files of weights, where they stay."""
+        return self._made.files if self._made is not None and self._kept else []
+
+    def take(self, folder: Path, kept: bool) -> Checkpoint:
+        """It is there now, in this folder, where it may be kept. ResourceError where that is another one."""
+        made = open_checkpoint(folder)
+        if {n: (t.dtype, t.shape) for n, t in made.tensors.items()} != self._plan.specs:
             raise ResourceError(f"{folder}: is not what {self.path} makes: remove it, or leave --resume out to start anew")
-        return self._made
+        self._made, self._kept = made, kept
+        return made
+
+    @contextmanager
+    def held(self, names: Collection[str]) -> Iterator[None]:
+        """Within it these tensors are in memory."""
+        plan = self._plan
+        memory = _Memory({name: plan.specs[name] for name in names})
+        plan.fill({"": DiskSink(memory, plan.specs, plan.backend)}, done=frozenset(plan.specs.keys() - names))
+        before, self._held = self._held, memory
+        try:
+            yield
+        finally:
+            self._held = before
 
     def fingerprint(self) -> list[list[Any]]:
         """Its plan is known by itself."""
@@ -76,6 +107,9 @@ class ComingCheckpoint(Checkpoint):
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         if self._made is not None:
             self._made.read(name, start, stop, out)
+            return
+        if self._held is not None and name in self._held.arrays:
+            self._held.read(name, start, stop, out)
             return
         source = self._plan.copied.get(name)
         if not isinstance(source, ByteSource):
@@ -93,3 +127,48 @@ class ComingCheckpoint(Checkpoint):
     def close(self) -> None:
         if self._made is not None:
             self._made.close()
+
+
+class _Memory:
+    """Takes the place of a checkpoint's writer: the bytes go into memory that forked processes share."""
+
+    def __init__(self, specs: Specs) -> None:
+        self._sizes = {name: itemsize(dtype) for name, (dtype, _) in specs.items()}
+        self.arrays = {name: _shared(math.prod(shape) * self._sizes[name]) for name, (_, shape) in specs.items()}
+
+    def put(self, name: str, start: int, raw: np.ndarray) -> None:
+        at = start * self._sizes[name]
+        self.arrays[name][at : at + raw.size] = raw
+
+    write = put
+
+    def record(self, name: str, start: int, count: int) -> None:
+        """Nothing is kept account of."""
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        out[:] = self.arrays[name][start * self._sizes[name] : stop * self._sizes[name]]
+
+
+def _shared(nbytes: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8) if nbytes else np.empty(0, np.uint8)
+
+
+def why_written(coming: ComingCheckpoint, plan: Plan, plans: Sequence[Plan]) -> str:
+    """Why the result of a plan is written before the others read it; empty where it need not be. plans: all others."""
+    readers = [p for p in plans if coming in p.checkpoints]
+    if len(readers) > 1:
+        return "several merges read it"
+    if any(p.work.nonfinite == POLICY for p in (plan, *readers)):
+        return "a model may be left out of it"
+    if plan.before is not None or _at_once(plan):
+        return "it looks at all tensors together"
+    if any(p.before is not None or _at_once(p) for p in readers):
+        return "the merge that reads it looks at all tensors together"
+    largest = max((t.nbytes for t in coming.tensors.values()), default=0)
+    if any(p.max_memory is not None and 4 * largest > p.max_memory for p in readers):
+        return "--max-memory is less than four of its largest tensor"
+    return ""
+
+
+def _at_once(plan: Plan) -> bool:
+    return any(w.over != "tensor" or any(w.view(t) == "model" for t in w.tensors) for w in plan.works)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from refmerge.checkpoint import Checkpoint
-from refmerge.checkpoint.files import read_small
+from refmerge.checkpoint.files import read_small, there
 from refmerge.errors import UsageError
 from refmerge.recipe.document import quote
 from refmerge.recipe.tokenizers import read_json_file
@@ -81,7 +81,7 @@ def template_of(checkpoint: Checkpoint) -> str | None:
     folder = checkpoint.directory
     if folder is None:
         return None
-    if (folder / "chat_template.jinja").is_file():
+    if there(folder / "chat_template.jinja"):
         return read_small(folder / "chat_template.jinja", _LARGEST).decode("utf-8", "replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
         found: Any = (read_json_file(folder / name) or {}).get("chat_template")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from refmerge.checkpoint import Checkpoint
-from refmerge.checkpoint.files import read_small, shown
+from refmerge.checkpoint.files import read_small, shown, there
 from refmerge.checkpoint.header import strict_json
 from refmerge.errors import InputError
 
@@ -112,7 +112,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     folder = checkpoint.directory
     data = None if folder is None else read_json_file(folder / "tokenizer.json")
     if folder is not None and data is None:
-        others = sorted(name for name in _OTHER_FORMS if (folder / name).exists())
+        others = sorted(name for name in _OTHER_FORMS if there(folder / name))
         if others:
             raise InputError(
                 f"{checkpoint.path}: its tokenizer is only in {', '.join(others)}: tokens are compared by tokenizer.json, "
@@ -126,7 +126,7 @@ def same_files(checkpoints: Sequence[Checkpoint]) -> bool:
     contents = set()
     for checkpoint in checkpoints:
         path = None if checkpoint.directory is None else checkpoint.directory / "tokenizer.json"
-        contents.add(read_small(path, MAX_TOKENIZER) if path is not None and path.exists() else None)
+        contents.add(read_small(path, MAX_TOKENIZER) if path is not None and there(path) else None)
     return len(contents) <= 1
 
 
@@ -215,7 +215,7 @@ def _pair(merge: Any) -> list[str]:
 
 def read_json_file(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None where there is no such file; InputError if it is none."""
-    if not path.exists():
+    if not there(path):
         return None
     try:
         value = strict_json(read_small(path, MAX_TOKENIZER), floats=True)

@@ -135,6 +135,9 @@ experts: [{source_model: m1}, {source_model: m2, noise_scale: 0.5}]
 }
 
 
+RECIPES["several merges, all kept"] = RECIPES["several merges"]
+
+
 def recipe(folder: Path, kind: str) -> list[Path]:
     """Write the inputs of a recipe of this kind and the recipe, `recipe.yml`; all paths that are there."""
     for i in range(3):
@@ -149,6 +152,8 @@ def recipe(folder: Path, kind: str) -> list[Path]:
 def run(folder: Path, out: Path, kind: str, **options: Any) -> None:
     """Merge what `recipe` wrote."""
     options = {"max_shard_size": 300} | ({} if kind == "experts" else {"threads": 1}) | options
+    if kind.endswith("all kept"):
+        options["intermediates"] = folder / f"{out.name}-first"
     run_recipe(folder / "recipe.yml", out, **options)
 
 
@@ -234,6 +239,8 @@ def points(
         merge(paths, out, method, **options) if kind is None else run(folder, out, kind, **options)
 
     make(folder / f"whole{out.suffix}")
+    # What was to be kept stays, also where the merge failed after it.
+    again = overwrite or (stop is fail and (kind or "").endswith("all kept"))
     expected = digest(folder / f"whole{out.suffix}")
     number = 1
     while True:
@@ -260,14 +267,14 @@ def points(
         if status == UNFINISHED and found == "new":
             break
         if found != "new":
-            if fork(lambda: make(out, resume=resume, overwrite=overwrite)):
+            if fork(lambda: make(out, resume=resume, overwrite=again)):
                 raise Broken(f"call {number}: the merge could not be made again")
             if digest(out) != expected:
                 raise Broken(f"call {number}: made again, the output has other bytes")
         if resume and any(p.name.endswith((".journal", ".stages")) for p in folder.iterdir() if found != "new"):
             raise Broken(f"call {number}: a journal or the result of a merge before is left")
         open_checkpoint(out).close()
-        _clean(folder, keep=[*paths, folder / f"whole{out.suffix}"])
+        _clean(folder, keep=[*paths, folder / f"whole{out.suffix}", folder / "whole-first"])
         yield number, found
         number += every
 

@@ -109,7 +109,7 @@ def hand() -> Hand:
         {"norm.weight": [1.0], "norm.bias": [5.0], "scale": [1.0]},
         ("bitdelta", {}, norm, "the fine-tune's"),
         ("official:bitdelta", {}, {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}, "but for weights the base's"),
-        ("fusion_bench:bitdelta", {}, {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}, "but for weights the base's"),
+        ("fusion_bench:bitdelta", {}, {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}, "as the authors"),
         flags="BitDeltaBias",
     )
     wide = {NAME: [[4.0, -4.0] * 16], "layers.0.self_attn.q_proj.weight": [[1.0, -7.0] * 16], "norm.weight": [3.0]}
