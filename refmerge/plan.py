@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -288,8 +289,8 @@ class Plan:
 
     def figures(self, estimate: bool = False) -> dict[str, Any]:
         """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
-        arrays. Bytes are those of the tensors; peak_memory is that of the blocks and of the interpreters, of which
-        each process has one."""
+        arrays. Bytes are those of the tensors; block_memory is that of the blocks, which max_memory bounds, and peak_memory
+        that of all: blocks, adapters, and the interpreters, of which each process has one."""
         method = self.work.method
         processes = self._on_files and can_fork()
         ran = self.ran
@@ -308,6 +309,7 @@ class Plan:
             "passes": ran.passes,
             "bytes_read": ran.bytes_read + copied,
             "bytes_written": sum(_nbytes(s) for o in method.outputs or ("",) for s in self._specs_of(o).values()),
+            "block_memory": memory,
             "peak_memory": memory
             + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)
             + INTERPRETER * (1 + self.threads * (self.threads > 1 and processes)),
@@ -321,8 +323,6 @@ class Plan:
 def _beside(target: Path | None) -> Iterator[Path]:
     """A folder for results that are inputs of another merge: beside its output, where there is room for models. It is
     removed in any case; a killed process leaves it behind, under a hidden name."""
-    import tempfile  # which few merges want
-
     parent = None
     if target is not None:
         parent = next(folder for folder in Path(os.path.abspath(target)).parents if folder.is_dir())
