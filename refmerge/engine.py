@@ -202,6 +202,11 @@ class _Group:
             self._paused.append(self.places[place.ordinal])
 
     @property
+    def asked(self) -> frozenset[str]:
+        """The kinds of questions that were answered."""
+        return frozenset(question.asked.kind for log in self._logs for question in log.answered)
+
+    @property
     def wave_is_over(self) -> bool:
         return not self.running and not any(self.waiting.values())
 
@@ -273,12 +278,13 @@ def _groups(work: Work, elements: int) -> list[_Group]:
 
 @dataclass
 class Ran:
-    """What a run took: the passes of the group that took most, the bytes of weights read in all passes, and of samples.
-    figures: of each tensor, where they were wanted."""
+    """What a run took: the passes of the group that took most, the bytes of weights read in all passes, and of samples; and
+    the kinds of questions that groups of several blocks were asked. figures: of each tensor, where they were wanted."""
 
     passes: int = 0
     bytes_read: int = 0
     bytes_sampled: int = 0
+    asked: frozenset[str] = frozenset()
     figures: dict[str, Figures] = field(default_factory=dict)
 
 
@@ -343,6 +349,7 @@ class Scheduler:
             group.end_of_wave()
             self.ran.passes = max(self.ran.passes, group.passes)
             if group.wave_is_over:  # nothing was left to queue
+                self.ran.asked |= group.asked
                 del self._groups[task.group]
                 for begun in self._begun.values():
                     if group in begun:
