@@ -215,6 +215,8 @@ def read_adapter(path: str | Path) -> Adapter:
     if folder.suffix == ".safetensors" and not (folder.name == WEIGHTS and (folder.parent / CONFIG).exists()):
         return _foreign(folder)
     folder = folder.parent if folder.suffix == ".safetensors" else folder
+    if not folder.exists():
+        raise InputError(f"{shown(folder)}: no such file or directory, of an adapter")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
             raise InputError(f"{shown(folder)}: no PEFT adapter: it has no {name}")

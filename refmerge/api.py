@@ -183,13 +183,14 @@ def prepare(
     if not callable(params):
         m.bind(params, len(models))  # complain about parameters before any file is opened
     _check_count(m, len(models), stats)
+    problems: list[RefmergeError] = []
     if out is not None and not m.outputs:
-        check_target(out, overwrite)
+        with _noted(problems):
+            check_target(out, overwrite)
 
     everything = [*models, *([] if base is None else [base])]
     sources, used, example = _sources(everything, len(models), backend, read_dtype, allow_pickle)
     base_source = sources[-1] if base is not None else None
-    problems: list[RefmergeError] = []
     opened = [s.checkpoint for s in sources if isinstance(s, DiskSource)]
     given_by = opened[-1 if base is not None else 0] if opened else None
     if isinstance(donor, Checkpoint):

@@ -97,13 +97,34 @@ def main() -> None:
     """
 
 
+class _Size(click.ParamType):
+    """A number of bytes as people write it."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from refmerge.checkpoint.sizes import parse_size
+        from refmerge.errors import UsageError
+
+        try:
+            parse_size(value)
+        except UsageError as e:
+            raise UsageError(f"{param.opts[0] if param is not None else 'size'}: {e}") from None
+        return value
+
+
+SIZE = _Size()
+
+
 def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     known = {
         "backend": click.option("--backend", help="numpy (default), torch, torch:cuda:0, cupy"),
         "dtype": click.option("--dtype", type=click.Choice(["float32", "float64"]), help="compute in this dtype"),
         "threads": click.option("--threads", type=click.IntRange(min=1), help="default: the cores this process may use"),
         "seed": click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="of the random draws (default 0)"),
-        "max_memory": click.option("--max-memory", metavar="SIZE", help="bound on the blocks' memory: 500MB, 2GiB"),
+        "max_memory": click.option(
+            "--max-memory", type=SIZE, metavar="SIZE", help="bound on the memory of all blocks together: 500MB, 2GiB"
+        ),
         "nonfinite": click.option(
             "--nonfinite", type=click.Choice(["error", "propagate", "skip-model"]), default="error", show_default=True,
             help="NaN and infinities in the inputs: merge them, or each tensor from the models in which it is finite",
@@ -141,7 +162,7 @@ _RUN = ("backend", "dtype", "threads", "seed", "max_memory", "nonfinite", "integ
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
 @_options(*_RUN)
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of one file at the most")
+@click.option("--max-shard-size", type=SIZE, default="5GB", show_default=True, metavar="SIZE", help="largest file, in bytes")
 @click.option("--overwrite", is_flag=True, help="replace OUT once the new checkpoint is complete")
 @click.option("--resume", is_flag=True, help="go on where this merge was interrupted, and keep what is done if it is again")
 @click.option(
@@ -214,6 +235,8 @@ def plan(recipe: str, tensor: str | None, time_it: bool, json: bool, **options: 
     resolved, last = prepare_recipe(recipe, **options)
     parts = [*((stage.name, stage.recipe, stage.plan) for stage in last.stages), (None, resolved, last)]
     found = [_told(r, p, tensor, time_it) for _, r, p in parts]
+    if tensor and not any(facts["listed"] for facts in found):
+        say(f"refmerge: no tensor of the result has a name that {tensor!r} matches", err=True)
     for stage, facts in zip(last.stages, found):
         facts["written"] = stage.written or None
         facts["figures"] |= {} if stage.written else {"bytes_written": 0}
@@ -274,7 +297,8 @@ def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
     figures, told = facts["figures"], describe(resolved)
     tool = resolved.method.rpartition(":")[0]
     whose = {"": "the paper", "official": "the authors' code"}.get(tool, tool)
-    say(f"method      {resolved.method} (as {whose} has it)")
+    reason = ": a recipe without refmerge: 1 at its top" if resolved.semantics == "mergekit" else ""
+    say(f"method      {resolved.method} (as {whose} has it{reason})")
     for i, m in enumerate(resolved.models):
         say(f"{'models' if i == 0 else '':12}{m}")
     if resolved.base is not None:
@@ -317,7 +341,8 @@ def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
         why = facts["written"]
         say(f"result      {f'written first: {why}' if why else 'merged in memory as it is read, not written'}")
     compiled = ", compiled programs" if figures["compiled"] else ""
-    say(f"memory      about {size(figures['peak_memory'])}, {figures['threads']} threads{compiled}")
+    blocks = f"about {size(figures['peak_memory'])}, {size(figures['block_memory'])} of it blocks"
+    say(f"memory      {blocks}; {figures['threads']} thread{'s' * (figures['threads'] > 1)}{compiled}")
     if "seconds" in figures:
         disk = size(round(figures["needs_bytes_per_second"]))
         say(f"time        about {figures['seconds']:.1f} s here, where the disk reads {disk} a second or more")

@@ -470,19 +470,23 @@ def default_threads() -> int:
 
 
 def check_memory(work: Work, max_memory: int | None, threads: int) -> None:
-    """ResourceError if the smallest blocks, or a tensor that must stay whole, do not fit. Sizes are estimates."""
-    if max_memory is None:
+    """ResourceError if the smallest blocks, or a tensor that must stay whole, do not fit; it names the tensor that needs
+    most. Sizes are estimates."""
+    if max_memory is None or not work.tensors:
         return
-    for t in work.tensors:
+
+    def need(t: Tensor) -> int:
         view = work.view(t)
-        flat = view == "flat"
-        whole = min(t.size, 4 * LEAF * threads) if flat else t.rows[1] if view == "rows" else t.size
-        need = whole * (8 if t.work == "float64" else 4) * (2 * len(work.read) + 2)
         if view == "tensor" and t.size:
-            need = of_whole(work, t)
-        if need > max_memory:
-            how = f"in blocks on {threads} threads" if flat else "in whole rows" if view == "rows" else "whole"
-            raise ResourceError(
-                f"{work.method.name} needs tensor {t.name!r} {how}: about {-(-need // 1000)} kB, more than the "
-                f"{max_memory // 1000} kB of --max-memory"
-            )
+            return of_whole(work, t)
+        whole = min(t.size, 4 * LEAF * threads) if view == "flat" else t.rows[1] if view == "rows" else t.size
+        return whole * (8 if t.work == "float64" else 4) * (2 * len(work.read) + 2)
+
+    largest = max(work.tensors, key=need)
+    if (least := need(largest)) > max_memory:
+        how = {"flat": f"in blocks on {threads} thread{'s' * (threads > 1)}", "rows": "in whole rows"}
+        fewer = "; fewer --threads need less" if work.view(largest) == "flat" and threads > 1 else ""
+        raise ResourceError(
+            f"{work.method.name} needs tensor {largest.name!r} {how.get(work.view(largest), 'whole')}: --max-memory "
+            f"{-(-least // 1000)}kB is the least, and {max_memory} bytes are given{fewer}"
+        )

@@ -11,9 +11,10 @@ MAX_TOLD = 20  # problems of one error
 
 
 class RefmergeError(Exception):
-    """Base class; `status` is the command line's exit status."""
+    """Base class; `status` is the command line's exit status. problems: what an error of several says of each."""
 
     status = 1
+    problems: Sequence[str] = ()
 
 
 class UsageError(RefmergeError):
@@ -42,6 +43,8 @@ def together(errors: Sequence[RefmergeError]) -> RefmergeError:
     """One error for all: itself where it is the only one, else a line for each, as an error of the first one's kind."""
     if len(errors) == 1:
         return errors[0]
-    lines = list(dict.fromkeys(map(str, errors)))
+    lines = list(dict.fromkeys(line for e in errors for line in e.problems or [str(e)]))
     more = [f"and {len(lines) - MAX_TOLD} more"] if len(lines) > MAX_TOLD else []
-    return type(errors[0])("\n  ".join([f"{len(lines)} problems", *lines[:MAX_TOLD], *more]))
+    several = type(errors[0])("\n  ".join([f"{len(lines)} problems", *lines[:MAX_TOLD], *more] if lines[1:] else lines))
+    several.problems = lines
+    return several

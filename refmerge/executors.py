@@ -7,6 +7,7 @@ are merged by processes where the system can fork, and by threads with larger bl
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import sys
@@ -78,8 +79,9 @@ def threads(scheduler: Scheduler, count: int) -> None:
 
 def can_fork() -> bool:
     """Whether workers can be forked from this process: on Linux, and with no other thread of Python's that might hold a lock
-    at that moment."""
-    return sys.platform == "linux" and threading.active_count() == 1
+    at that moment. Forked workers share the places of open files, so that reads and writes must name theirs."""
+    calls = all(hasattr(os, name) for name in ("fork", "preadv", "pwrite"))
+    return sys.platform == "linux" and calls and threading.active_count() == 1
 
 
 def processes(scheduler: Scheduler, count: int) -> None:

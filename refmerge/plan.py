@@ -446,8 +446,8 @@ class Plan:
 
     def figures(self, estimate: bool = False) -> dict[str, Any]:
         """What the merge moves: in the run that was made, or as an estimate that counts the method's questions on small
-        arrays. Bytes are those of the tensors; peak_memory is that of the blocks and of the interpreters, of which
-        each process has one."""
+        arrays. Bytes are those of the tensors; block_memory is that of the blocks, which max_memory bounds, and peak_memory
+        that of all: blocks, adapters, and the interpreters, of which each process has one."""
         method = self.work.method
         processes = self._on_files and can_fork()
         ran = self.ran
@@ -468,6 +468,7 @@ class Plan:
             "passes": ran.passes,
             "bytes_read": ran.bytes_read + copied + looked_at,
             "bytes_written": sum(_nbytes(s) for o in method.outputs or ("",) for s in self._specs_of(o).values()),
+            "block_memory": memory,
             "peak_memory": memory
             + self._held_bytes()
             + sum(getattr(c, "nbytes_kept", 0) for c in self.checkpoints)
@@ -506,10 +507,8 @@ def _held(coming: _Coming) -> Iterator[None]:
 
 
 def _both(a: Ran, b: Ran) -> Ran:
-    return Ran(
-        max(a.passes, b.passes), a.bytes_read + b.bytes_read, a.bytes_sampled + b.bytes_sampled, a.asked | b.asked,
-        a.figures | b.figures,
-    )  # fmt: skip
+    passes, sampled = max(a.passes, b.passes), a.bytes_sampled + b.bytes_sampled
+    return Ran(passes, a.bytes_read + b.bytes_read, sampled, a.asked | b.asked, a.figures | b.figures)
 
 
 def _expected(work: Work, elements: int) -> Ran:

@@ -155,6 +155,8 @@ def test_what_does_not_belong_is_listed(tensors, config, message):
 def test_no_adapter(tmp_path):
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
         read_adapter(tmp_path)
+    with pytest.raises(InputError, match=r"nowhere': no such file or directory, of an adapter"):
+        read_adapter(tmp_path / "nowhere")
 
 
 # --- Applied ----------------------------------------------------------------------------------------------------------

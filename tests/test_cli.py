@@ -385,6 +385,25 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_merge_loads_one_method_and_nothing_of_other_commands(folder: Path) -> None:
+    """Starting takes longer than a small merge. Modules that a recipe of whole models does not use stay unread."""
+    code = (
+        "import sys, refmerge.cli\n"
+        "try: refmerge.cli.main(['merge', 'recipe.yml', 'out', '-q'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "print(*sorted(m for m in sys.modules if m.startswith('refmerge.') or m in ('torch', 'scipy', 'rich', 'gguf')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    loaded = done.stdout.split()
+    assert done.returncode == 0, done.stderr
+    assert [m for m in loaded if m.startswith("refmerge.methods.") and m.count(".") == 3] == [
+        "refmerge.methods.task_vectors.task_arithmetic"
+    ]
+    unused = ("cli_", "adapters", "changes", "foreign", "nets", "procedures.", "pages", "verify", "collect")
+    assert not [m for m in loaded if m.removeprefix("refmerge.").startswith(unused)]
+    assert not {"torch", "scipy", "rich", "gguf"} & set(loaded)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing_behind(tmp_path: Path, number: int, status: int) -> None:
     shape = (1 << 23,)

@@ -202,13 +202,55 @@ def test_a_plan_reads_no_weight(folder, unread):
     assert status == 0
     lines = told.splitlines()
     assert lines[:4] == [
-        "method      mergekit:task_arithmetic (as mergekit has it)", "models      b", f"{'':12}c", "base        a",
+        "method      mergekit:task_arithmetic (as mergekit has it: a recipe without refmerge: 1 at its top)",
+        "models      b", f"{'':12}c", "base        a",
     ]  # fmt: skip
     assert lines[4:6] == ["layers      0-1 from b 2-3, a 0-1", "layers      2-2 from b 1-1, c 5-5, a 1-1"]
     assert lines[6].startswith("tensors     9 merged, 0 copied")
     assert "parameters" in lines[6] and "reads" in lines[7] and "writes" in lines[8] and "memory" in lines[9]
     assert "as many as the first slice has" in lines[10]
     assert lines[11].startswith("model.layers.1.mlp.up_proj.weight BF16[2, 3] mergekit:task_arithmetic weight=(1.0,) ")
+
+
+def test_whose_semantics_a_plan_says(folder, unread):
+    models = "merge_method: {}\nbase_model: a\nmodels: [{{model: b}}]\nparameters: {{weight: 1}}\n"
+    for top, method, said in (
+        ("", "task_arithmetic", "mergekit:task_arithmetic (as mergekit has it: a recipe without refmerge: 1 at its top)"),
+        ("refmerge: 1\n", "mergekit:task_arithmetic", "mergekit:task_arithmetic (as mergekit has it)"),
+        ("refmerge: 1\n", "task_arithmetic", "task_arithmetic (as the paper has it)"),
+    ):
+        text = top + models.format(method)
+        (folder / "w.yml").write_text(text if ":" in said.split()[0] else text.replace("weight", "lambda"))
+        status, told = ask("plan", "w.yml", "--no-time")
+        assert told.splitlines()[0] == f"method      {said}" and status == 0
+        assert json.loads(ask("plan", "w.yml", "--no-time", "--json")[1])["semantics"] == ("refmerge" if top else "mergekit")
+
+
+def test_a_plan_of_no_such_tensor_and_of_little_memory(folder, unread):
+    status, told = ask("plan", "r.yml", "--no-time", "--tensor", "*.9.mlp*")
+    assert status == 0 and "refmerge: no tensor of the result has a name that '*.9.mlp*' matches" in told
+    status, told = ask("plan", "r.yml", "--no-time", "--max-memory", "1.5.0GB")
+    assert status == 2 and told.startswith("refmerge: --max-memory: not a size: '1.5.0GB'; write it like 5GB")
+    # The largest tensor of the result has 15 entries; the last slice merges three models and the first two.
+    status, told = ask("plan", "r.yml", "--no-time", "--max-memory", "100B", "--threads", "2")
+    assert status == 5 and "\n" not in told.strip()
+    assert "needs tensor 'lm_head.weight' in blocks on 2 threads: --max-memory 1kB is the least, and 100 bytes" in told
+    assert told.strip().endswith(" are given; fewer --threads need less")
+    status, told = ask("plan", "r.yml", "--no-time", "--max-memory", "1kB", "--json")
+    assert status == 0 and json.loads(told)["figures"]["block_memory"] < 5000
+
+
+def test_models_and_output_are_told_together(folder, unread):
+    (folder / "out").mkdir()
+    top = "merge_method: linear\nparameters: {weight: 1}\n"
+    (folder / "m.yml").write_text(f"{top}models: [{{model: x}}, {{model: y}}, {{model: a}}]\n")
+    status, told = ask("merge", "m.yml", "out")
+    assert status == 3 and told.splitlines()[0] == "refmerge: 3 problems"
+    assert "'x': no such" in told and "'y': no such" in told and "out': exists" in told
+    write("d", 2, 0)
+    (folder / "m.yml").write_text(f"{top}models: [{{model: a}}, {{model: d}}]\n")
+    status, told = ask("merge", "m.yml", "out")
+    assert status == 2 and "2 problems" in told and "out': exists" in told and "is missing from d and present in a" in told
 
 
 def test_a_plan_for_programs(folder, unread):

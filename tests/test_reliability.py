@@ -20,7 +20,7 @@ import pytest
 import refmerge
 from refmerge.api import prepare
 from refmerge.checkpoint import Checkpoint, open_checkpoint, save
-from refmerge.checkpoint.files import PositionedFile
+from refmerge.checkpoint.files import PositionedFile, sync_directory
 from refmerge.errors import InputError, RecipeError, RefmergeError, ResourceError, UsageError
 from refmerge.recipe.run import prepare_recipe, run_recipe
 
@@ -317,17 +317,25 @@ LACKING = {
 @pytest.mark.parametrize("system", LACKING)
 def test_the_same_bytes_without_what_a_system_lacks(models, monkeypatch, system):
     """A merge, an overwriting one and a resumed one, where the calls are not there."""
-    from refmerge import executors
+    from refmerge import engine, executors
     from refmerge.checkpoint import files
 
-    arguments = {"base": models / "base", "threads": 2, "max_shard_size": 60}
+    rows = 20_000  # enough for several workers
+    for k, name in enumerate(("base", "one", "two")):
+        arrays = {"w": np.arange(12 * rows, dtype=np.float32).reshape(rows, 12) % (7 + k), "b": np.ones(5, np.float32)}
+        save(arrays | {"ids": np.arange(4)}, models / name, overwrite=True, max_shard_size=500_000)
+    arguments = {"base": models / "base", "threads": 2, "max_shard_size": 300_000}
     inputs = [models / "one", models / "two"]
     refmerge.merge(inputs, "ties", out=models / "whole", **arguments)
     for name in LACKING[system]:
         monkeypatch.delattr(os, name, raising=False)
-    monkeypatch.setattr(executors, "can_fork", lambda: False)
     monkeypatch.setattr(files, "_sync_file_range", lambda: None)
-    monkeypatch.setattr(files, "_keep_freed_pages", lambda: None, raising=False)
+    monkeypatch.setattr(engine, "_keep_freed_pages", lambda: None)
+    if system == "macOS":
+        fcntl = pytest.importorskip("fcntl")
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(fcntl, "F_FULLFSYNC", fcntl.F_GETFD, raising=False)
+    assert not executors.can_fork()
     if system == "Windows":
         monkeypatch.setitem(sys.modules, "fcntl", None)
         monkeypatch.setattr(os, "replace", _not_while_open(os.replace))
@@ -337,6 +345,97 @@ def test_the_same_bytes_without_what_a_system_lacks(models, monkeypatch, system)
     assert {p.name: p.read_bytes() for p in (models / "out").iterdir()} == {
         p.name: p.read_bytes() for p in (models / "whole").iterdir()
     }
+
+
+@pytest.mark.parametrize("lacks", ["fork", "preadv", "pwrite"])
+def test_no_worker_is_forked_that_would_share_a_place_in_a_file(monkeypatch, lacks):
+    from refmerge import executors
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(executors.threading, "active_count", lambda: 1)
+    for name in ("fork", "preadv", "pwrite"):
+        monkeypatch.setattr(os, name, None, raising=False)
+    assert executors.can_fork()
+    monkeypatch.delattr(os, lacks)
+    assert not executors.can_fork()
+
+
+def test_how_many_cores_where_the_system_does_not_say_which(monkeypatch):
+    from refmerge.engine import default_threads
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 7}, raising=False)
+    assert default_threads() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert default_threads() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert default_threads() == 1
+
+
+def test_nothing_is_compiled_where_there_are_no_users(monkeypatch):
+    from refmerge.fused import compiler
+
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.delenv("REFMERGE_COMPILE", raising=False)
+    assert compiler.command.__wrapped__() == sys.executable
+    monkeypatch.delattr(os, "getuid", raising=False)
+    assert compiler.command.__wrapped__() is None
+
+
+@posix
+def test_a_sync_that_a_file_system_does_not_have(tmp_path, monkeypatch):
+    """macOS asks for more than fsync, and network file systems know less; a disk that fails is still an error."""
+    import fcntl
+
+    asked, synced = [], []
+    file = PositionedFile(os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT), "rb+")
+
+    def said(number, into):
+        def call(*arguments):
+            into.append(arguments)
+            if number:
+                raise OSError(number, os.strerror(number))
+
+        return call
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    for number, more in ((0, 0), (errno.ENOTSUP, 1), (errno.EINVAL, 1)):
+        monkeypatch.setattr(fcntl, "fcntl", said(number, asked))
+        monkeypatch.setattr(os, "fsync", said(0, synced))
+        synced.clear()
+        file.sync()
+        assert asked[-1][1] == 51 and len(synced) == more
+    monkeypatch.setattr(fcntl, "fcntl", said(errno.EIO, asked))
+    with pytest.raises(OSError, match="Input/output"):
+        file.sync()
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        monkeypatch.setattr(os, "fsync", said(number, synced))
+        sync_directory(tmp_path)
+    monkeypatch.setattr(os, "fsync", said(errno.EIO, synced))
+    with pytest.raises(OSError, match="Input/output"):
+        sync_directory(tmp_path)
+    file.close()
+
+
+def test_positions_without_the_calls_that_name_them(tmp_path, monkeypatch):
+    """Threads that read and write one file at once, with a lock and a seek."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.delattr(os, "preadv", raising=False)
+    monkeypatch.delattr(os, "pwrite", raising=False)
+    file = PositionedFile(os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT), "rb+")
+    size = 4096
+
+    def both(k):
+        file.write_at(memoryview(bytes([k % 251]) * size), k * size)
+        buffer = bytearray(size)
+        return file.read_at(memoryview(buffer), k * size) == size and buffer == bytes([k % 251]) * size
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(both, range(200)))
+    assert file.read_at(memoryview(bytearray(size)), 200 * size) == 0
+    file.close()
 
 
 def _not_while_open(call):

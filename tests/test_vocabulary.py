@@ -288,7 +288,7 @@ def test_differences_without_an_instruction(folder):
         ("tokenizer: {tokens: {z: {}}}", UsageError, "token 'z' has no source, and c lack it"),
         ("tokenizer: {tokens: {x: {force: true}}}", UsageError, "token 'x' has no source, and force wants one"),
         ("tokenizer: {tokens: {y: {source: b}}}", UsageError, "b has no token 'y', the source of 'y'"),
-        ("tokenizer: {tokens: {y: {source: d}}}", UsageError, "the source of token 'y', d, is not merged where its row is"),
+        ("tokenizer: {tokens: {y: {source: d}}}", UsageError, "the source of token 'y', 'd', is not merged where its"),
         (
             "tokenizer: {tokens: {y: {source: {kind: model_token, model: a, token_id: 4}}}}",
             UsageError,

@@ -18,6 +18,8 @@ from typing import Any
 
 from refmerge.errors import InputError
 
+# What file systems say, network ones above all, that do not have a call which the system has.
+_NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 CACHED = 1e9  # bytes a second; what is read faster was in memory already
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -112,7 +114,7 @@ class PositionedFile:
         except AttributeError:
             self._file.truncate(size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            if error.errno not in _NOT_HERE:
                 raise
             self._file.truncate(size)
 
@@ -121,9 +123,13 @@ class PositionedFile:
         if sys.platform == "darwin":
             import fcntl
 
-            fcntl.fcntl(self._descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(self._descriptor)
+            try:
+                fcntl.fcntl(self._descriptor, fcntl.F_FULLFSYNC)
+                return
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+        os.fsync(self._descriptor)
 
     def lock(self) -> bool:
         """Hold the file against every other process that asks for it, until this one ends; False if another has it.
@@ -216,10 +222,13 @@ def open_for_writing(path: Path) -> PositionedFile:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable, where the system lets a directory be opened."""
+    """Make the names in a directory durable, where the system lets a directory be opened and its file system can."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
         finally:
             os.close(descriptor)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from refmerge.errors import RecipeError
@@ -110,10 +110,6 @@ def _read(text: str, source: str, several: bool) -> list[Document]:
     return documents or [Document(source, None, {})]
 
 
-class _TooLarge(YAMLError):
-    """Aliases that expand without end, or nearly so."""
-
-
 class _Reader:
     """Turns nodes into plain data. Aliases arrive as the same node again and are copied out."""
 
@@ -126,7 +122,9 @@ class _Reader:
     def value(self, node: Node, path: Path) -> Any:
         self.values += 1
         if self.values > MAX_VALUES:
-            raise _TooLarge(f"more than {MAX_VALUES} values, with aliases copied out")
+            line, column = _place(node)
+            where = f"{self.problems.source}: line {line}, column {column}"
+            raise RecipeError(f"{where}: more than {MAX_VALUES} values, with aliases copied out")
         self.marks.setdefault(path, _place(node))
         if isinstance(node, ScalarNode):
             return self.scalar(node, path)

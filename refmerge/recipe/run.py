@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from refmerge.adapted import open_model
 from refmerge.api import prepare
-from refmerge.checkpoint import Checkpoint
+from refmerge.checkpoint import Checkpoint, check_target
 from refmerge.errors import RefmergeError, UsageError, together
 from refmerge.method import Method
 from refmerge.plan import Plan, Stage
@@ -31,7 +31,7 @@ from refmerge.recipe.tokenizers import (
 )
 from refmerge.recipe.vocabulary import Alignment as Vocabularies
 from refmerge.recipe.vocabulary import align, check_alike
-from refmerge.registry import open_backend
+from refmerge.registry import get, open_backend
 from refmerge.skipping import POLICY
 from refmerge.sources import ByteSource, DiskSource
 
@@ -69,7 +69,12 @@ def prepare_recipe(
         models = _Models(folder, coming, download, bool(options.get("allow_pickle")))
         last = one is recipes[-1]
         target = {"out": out, "overwrite": overwrite} if last else {}
-        resolved, plan = _prepare(resolved, models, method if last else None, dtype, seed, {**options, **target})
+        try:
+            resolved, plan = _prepare(resolved, models, method if last else None, dtype, seed, {**options, **target})
+        except RefmergeError as error:
+            if not last or out is None or (method or get(resolved.method)).outputs:
+                raise
+            raise together([error, *_wrong_with(out, overwrite)]) from error
         named = [*resolved.models, *(p.model for m in resolved.modules for s in m.slices for p in s.everything)]
         named += [] if resolved.base is None else [resolved.base]
         named += [model for model in (resolved.components or {}).values() if model is not None]
@@ -94,6 +99,15 @@ def prepare_recipe(
         stage.written = why_written(result, stage.plan, plan.all_plans)
         result.may_stream = not stage.written
     return resolved, plan
+
+
+def _wrong_with(out: str | os.PathLike[str], overwrite: bool) -> list[RefmergeError]:
+    """Why no result can be written there."""
+    try:
+        check_target(out, overwrite)
+    except RefmergeError as error:
+        return [error]
+    return []
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from refmerge.checkpoint import FLOATS, Checkpoint, decode, encode, itemsize, promote
+from refmerge.checkpoint.files import shown
 from refmerge.errors import InputError, UsageError
 from refmerge.recipe.layers import place_of
 from refmerge.recipe.schema import TokenEntry, Tokenizer, TokenRow, ZeroRow
@@ -147,7 +148,7 @@ class _Table:
         model = source.model if isinstance(source, TokenRow) else source
         i = next((j for j, m in enumerate(self.models) if os.path.normpath(m) == os.path.normpath(model)), None)
         if i is None:
-            raise UsageError(f"tokenizer: the source of token {token!r}, {model}, is not merged where its row is")
+            raise UsageError(f"tokenizer: the source of token {token!r}, {shown(model)}, is not merged where its row is")
         if isinstance(source, TokenRow) and source.token_id is not None:
             if source.token_id >= self.heights[i]:
                 raise UsageError(f"tokenizer: {model} has {self.heights[i]} rows, none with token_id {source.token_id}")

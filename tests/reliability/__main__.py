@@ -100,6 +100,7 @@ def page(found: dict[str, Any]) -> str:
         "signals": s["signals"],
         "met": s["met"],
         "stop": f"{s['longest']:.2f}",
+        "work": f"{s['processor']:.2f}",
         "dates": "; ".join(f"{part} {found[part]['date']}" for part in PARTS),
         "machine": found["files"]["machine"],
         "looser": ", ".join(looser),
