@@ -32,9 +32,9 @@ def projected(tau_t, D, alpha, tolerance):
     """tau_t without its part in the leading block of D's singular vectors, whose singular values sum up to at most the share
     alpha of all, and without the rest of that basis' diagonal."""
     U, S, V = significant(*decomposed(D), tolerance)
-    P = U.T @ tau_t @ V
     share = np.cumsum(S)
     r = int(np.sum(share <= alpha * share[-1:]))
-    gone = np.diag(np.diag(P))
-    gone[:r, :r] = P[:r, :r]
-    return tau_t - U @ gone @ V.T
+    rows = U.T @ tau_t
+    left = U * np.einsum("rn,nr->r", rows, V)
+    left[:, :r] = U[:, :r] @ (rows[:r] @ V[:, :r])
+    return tau_t - left @ V.T
