@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from refmerge.plan import Plan
     from refmerge.procedures.experts.moe_from_dense import Mixture
     from refmerge.recipe.plan import Resolved
+    from refmerge.work import Tensor
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -975,7 +976,8 @@ class _Counting:
 
 
 class MergeProgress:
-    """A bar in bytes that have been read, on a terminal; nothing elsewhere."""
+    """A bar in bytes that have been read, on a terminal; nothing elsewhere. Of tensors that are merged as a whole, which may
+    take minutes, the largest of those in work is named."""
 
     def __init__(self, plan: Plan, silent: bool) -> None:
         self._plan, self._bar = plan, None if silent or not sys.stderr.isatty() else _bar()
@@ -988,7 +990,7 @@ class MergeProgress:
         self._task: Any = bar.add_task(self._plan.work.method.name, total=total)
         self._shown = time.monotonic()
         for work in (w for p in plans for w in p.works):
-            work.progress = self._advance
+            work.progress, work.working = self._advance, self._name
         bar.start()
 
     def _advance(self, nbytes: int) -> None:
@@ -997,6 +999,10 @@ class MergeProgress:
         if time.monotonic() - self._shown > 0.1:
             self._shown = time.monotonic()
             self._bar.refresh()
+
+    def _name(self, tensor: Tensor) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, description=f"{self._plan.work.method.name} {tensor.name}", refresh=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if self._bar is None:
@@ -1010,8 +1016,11 @@ def _bar() -> Any:
     """A bar that does not refresh itself: the thread in which it would keep the merge from forking workers."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Column
 
+    said = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=60))
+    one_line = Column(no_wrap=True)
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), auto_refresh=False,
+        said, BarColumn(None), DownloadColumn(table_column=one_line), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), auto_refresh=False, expand=True,
     )  # fmt: skip

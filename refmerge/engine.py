@@ -313,6 +313,7 @@ class Scheduler:
         self._groups = {g.order: g for g in groups}
         self._new = deque(groups)
         self._begun: dict[int, list[_Group]] = {}  # worker -> groups that it began and that are not done
+        self._whole: list[Tensor] = []  # tensors that are being merged as a whole
         limited = self.max_memory is not None
         self._needs = {t.name: of_whole(self.work, t) for t in self.work.tensors if limited and self._is_whole(t)}
         self._in_hand = 0  # bytes of what has been handed out
@@ -324,6 +325,10 @@ class Scheduler:
     def _is_whole(self, t: Tensor) -> bool:
         return self.work.view(t) == "tensor" and t.size > 0
 
+    def _tell(self) -> None:
+        if self.work.working and self._whole:
+            self.work.working(max(self._whole, key=lambda t: t.size))
+
     def _fits(self, tensor: str) -> bool:
         """Whether there is memory for it now; for one tensor alone there is."""
         assert self.max_memory is not None or not self._needs
@@ -334,6 +339,9 @@ class Scheduler:
         task = self._take(worker)
         if task is not None:
             self._in_hand += self._needs.get(task.places[0].tensor, 0)
+            if self._is_whole(tensor := self._tensors[task.places[0].tensor]):
+                self._whole.append(tensor)
+                self._tell()
         return task
 
     def _take(self, worker: int) -> Task | None:
@@ -356,6 +364,9 @@ class Scheduler:
         """Take back a task: account for what was read and written, and begin the next pass where one has ended."""
         group, figures = self._groups[task.group], iter(outcome.figures)
         self._in_hand -= self._needs.get(task.places[0].tensor, 0)
+        if (tensor := self._tensors[task.places[0].tensor]) in self._whole:
+            self._whole.remove(tensor)
+            self._tell()
         for place, pause in zip(task.places, outcome.stopped):
             count = place.stop - place.start
             moved = self.work.bytes_of(self._tensors[place.tensor], count)

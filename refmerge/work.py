@@ -43,8 +43,9 @@ class Tensor:
 class Work:
     """A merge, ready to run. stats: per model the statistics file or mapping as a Source, or None. backend: where blocks of
     files are computed; None for arrays, which stay where they are. kernels: fast twins of methods for arrays on a device.
-    fused: whether the operations on a block of a file are noted down first and computed in one pass (see refmerge.fused).
-    figures: whether each tensor's figures are made on the way (see refmerge.figures)."""
+    progress: is told the bytes that have been read. working: is told which tensor, the largest of those that are merged as
+    wholes, is being merged. fused: whether the operations on a block of a file are noted down first and computed in one pass
+    (see refmerge.fused). figures: whether each tensor's figures are made on the way (see refmerge.figures)."""
 
     method: Method
     models: Sequence[Source]
@@ -55,6 +56,7 @@ class Work:
     stats: Sequence[Source] | None = None
     nonfinite: str = "error"
     progress: Callable[[int], None] | None = None
+    working: Callable[[Tensor], None] | None = None
     backend: Any = None
     kernels: Mapping[str, Any] = field(default_factory=dict)
     fused: bool = False

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # `pytest` alone does not look for the folder `tests` there
 
 from tests.bench import __main__ as bench  # noqa: E402
-from tests.bench import alignment, data, experts, floors, processes  # noqa: E402
+from tests.bench import alignment, data, decompositions, experts, floors, processes  # noqa: E402
 
 TINY = data.qwen2(width=128, inner=256, key_value=64, layers=2, vocabulary=96)
 
@@ -189,3 +189,11 @@ def test_half_a_billion_parameters_are_active():
     tensors = experts.shapes(24, **experts.SIZES)
     assert experts.active(tensors) == pytest.approx(0.5e9, rel=0.01)
     assert data.elements(tensors) == pytest.approx(1.72e9, rel=0.01)
+
+
+def test_methods_of_singular_vectors_are_timed_over_their_decompositions(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decompositions", "--models", "2", "--shrink", "64"])
+    decompositions.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 10 and all(float(row.split("|")[3]) > 0 for row in rows)
+    assert decompositions.decomposed("tsvm", 4, 7, 2) == [(4, 7), (4, 7), (4, 4), (7, 4)]

@@ -18,7 +18,8 @@ is timed on one core, on a sample of random numbers, without any preparation of 
 
 With --cold all passes count at the speed of a copy from the disk, though only the first one comes from there.
 
-No method decomposes matrices at present. Arithmetic, conversions and the interpreter's start count as avoidable.
+What decomposes matrices has a benchmark of its own, `tests.bench.decompositions`. Arithmetic, conversions and the
+interpreter's start count as avoidable.
 """
 
 from __future__ import annotations

@@ -13,7 +13,13 @@ from refmerge.numeric import array_namespace, like, scores, total
     paper="arXiv:2501.01230",
     view="tensor",
     over="model",
-    domain={"subspace": (1, math.inf), "density": (0.0, 1.0), "steps": (0, math.inf), "lr": (0.0, math.inf)},
+    domain={
+        "subspace": (1, math.inf),
+        "density": (0.0, 1.0),
+        "steps": (0, math.inf),
+        "lr": (0.0, math.inf),
+        "tolerance": (0.0, 1.0),
+    },
 )
 def doge(
     models,
@@ -26,12 +32,14 @@ def doge(
     lambda_: float = 0.07,
     steps: int = 400,
     lr: float = 1e-4,
+    tolerance: float = 1e-5,
     layers: tuple = ("*",),
 ):
     """DOGE TA: task arithmetic with a learnt correction of the task vectors that leaves alone the subspace which they share.
 
-    Each task vector counts as lambda over its length in the layer, and keeps its `density` largest entries. Matrices are
-    merged; vectors, and matrices that none of the globs `layers` names, stay the base's.
+    Each task vector counts as lambda over its length in the layer, and keeps its `density` largest entries. Singular values
+    up to `tolerance` times the largest count as zero. Matrices are merged; vectors, and matrices that none of the globs
+    `layers` names, stay the base's.
     """
     merged = is_layer(base, name, layers)
     # 1. task vectors
@@ -44,7 +52,7 @@ def doge(
     # 3. coefficients
     c = [float(lambda_ * inverse(np.linalg.norm(T_t))) for T_t in T]
     # 4. the subspace that they share
-    B = shared_basis(T, subspace)
+    B = shared_basis(T, subspace, tolerance)
     # 5. descend outside of it
     Delta = adam(np.zeros_like(T[0]), lambda Delta: outside(B, gradient(Delta, T, c)), steps, lr)
     # 6. add
@@ -61,16 +69,16 @@ def largest(tau, group, density, merged):
     return group.top(*magnitude, k=[int(density * d)] * len(tau))
 
 
-def shared_basis(T, subspace):
+def shared_basis(T, subspace, tolerance):
     """The first left singular vectors, int(r / subspace) of r = min(m, n), of the first int(r / N) left ones of each T_t.
 
     Of directions that are shared alike, those come first in which the task vectors are larger.
     """
     r = min(T[0].shape)
-    U, S, _ = zip(*(significant(*decomposed(T_t)) for T_t in T))
+    U, S, _ = zip(*(significant(*decomposed(T_t), tolerance) for T_t in T))
     first = np.concatenate([U_t[:, : r // len(T)] for U_t in U], axis=1)
     large = np.concatenate([(U_t * S_t)[:, : r // len(T)] for U_t, S_t in zip(U, S)], axis=1)
-    B, shares, _ = significant(*decomposed(first))
+    B, shares, _ = significant(*decomposed(first), tolerance)
     alike = np.split(B, np.flatnonzero(shares[1:] < (1 - 1e-9) * shares[:-1]) + 1, axis=1)
     return np.concatenate([part @ decomposed(part.T @ large)[0] for part in alike], axis=1)[:, : r // subspace]
 

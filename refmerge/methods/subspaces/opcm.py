@@ -8,18 +8,19 @@ from refmerge.methods.subspaces.wudi import inverse, is_layer, significant
 from refmerge.numeric import change, like
 
 
-@method("opcm", paper="arXiv:2501.09522", view="tensor", over="model", domain={"alpha": (0.0, 1.0)})
-def opcm(models, base, group, name, *, alpha: float = 0.5, layers: tuple = ("*",)):
+@method("opcm", paper="arXiv:2501.09522", view="tensor", over="model", domain={"alpha": (0.0, 1.0), "tolerance": (0.0, 1.0)})
+def opcm(models, base, group, name, *, alpha: float = 0.5, tolerance: float = 1e-5, layers: tuple = ("*",)):
     """OPCM: merge models in their order, each without what lies in the subspace that those before it use, and rescale.
 
-    Matrices that the globs `layers` name are projected; other matrices and vectors are added as they are.
+    Singular values up to `tolerance` times the largest count as zero. Matrices that the globs `layers` name are projected;
+    other matrices and vectors are added as they are.
     """
     # 1. task vectors
     tau = [finite(as_matrix(change(theta_t, base)), name) for theta_t in models]
     # 2. add one after another, projected
     D, *rest = tau
     for tau_t in rest:
-        D = D + (projected(tau_t, D, alpha) if is_layer(base, name, layers) else tau_t)
+        D = D + (projected(tau_t, D, alpha, tolerance) if is_layer(base, name, layers) else tau_t)
     # 3. lengths over the model
     *squares, square = group.sum(*(x * x for x in [*tau, D]))
     mean = sum(map(math.sqrt, squares)) / len(tau)
@@ -27,13 +28,13 @@ def opcm(models, base, group, name, *, alpha: float = 0.5, layers: tuple = ("*",
     return base + like((mean * inverse(math.sqrt(square)) * D).reshape(base.shape), base)
 
 
-def projected(tau_t, D, alpha):
+def projected(tau_t, D, alpha, tolerance):
     """tau_t without its part in the leading block of D's singular vectors, whose singular values sum up to at most the share
     alpha of all, and without the rest of that basis' diagonal."""
-    U, S, V = significant(*decomposed(D))
-    P = U.T @ tau_t @ V
+    U, S, V = significant(*decomposed(D), tolerance)
     share = np.cumsum(S)
     r = int(np.sum(share <= alpha * share[-1:]))
-    gone = np.diag(np.diag(P))
-    gone[:r, :r] = P[:r, :r]
-    return tau_t - U @ gone @ V.T
+    rows = U.T @ tau_t
+    left = U * np.einsum("rn,nr->r", rows, V)
+    left[:, :r] = U[:, :r] @ (rows[:r] @ V[:, :r])
+    return tau_t - left @ V.T

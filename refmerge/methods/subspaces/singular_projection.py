@@ -9,14 +9,28 @@ from refmerge.methods.subspaces.wudi import is_layer, significant
 from refmerge.numeric import change, like, scores
 
 
-@method("singular_projection", paper="arXiv:2408.10174", view="tensor", models=(1, 1), domain={"k": (0, math.inf)})
+@method(
+    "singular_projection",
+    paper="arXiv:2408.10174",
+    view="tensor",
+    models=(1, 1),
+    domain={"k": (0, math.inf), "tolerance": (0.0, 1.0)},
+)
 def singular_projection(
-    models, base, name, *, k: int | None = 128, part: Literal["low", "high"] = "low", layers: tuple = ("*",)
+    models,
+    base,
+    name,
+    *,
+    k: int | None = 128,
+    part: Literal["low", "high"] = "low",
+    tolerance: float = 1e-5,
+    layers: tuple = ("*",),
 ):
     """Singular projection: of what fine-tuning changed in a matrix, the part inside, or outside, the base's own subspaces.
 
     "low" keeps what maps the base's first right singular vectors to its first left ones, `k` of each or, with None, so
-    many as have half of the sum of the singular values; "high" what does so with all others. Vectors, and matrices that
+    many as have half of the sum of the singular values; "high" what does so with all others. Singular values up to
+    `tolerance` times the largest count as zero. Vectors, and matrices that
     none of the globs `layers` names, are the fine-tune's.
     """
     (theta,) = models
@@ -25,7 +39,7 @@ def singular_projection(
     # 1. task vector
     tau = finite(as_matrix(change(theta, base)), name)
     # 2. singular vectors of the base
-    U, S, V = significant(*decomposed(finite(as_matrix(scores(base)), name)))
+    U, S, V = significant(*decomposed(finite(as_matrix(scores(base)), name), spend=True), tolerance)
     # 3. the first k
     k = int(np.sum(np.cumsum(S) < 0.5 * np.sum(S))) + 1 if k is None else k
     U_k, V_k = U[:, :k], V[:, :k]
