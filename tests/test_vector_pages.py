@@ -53,7 +53,6 @@ UNMAPPED = {
     "regmean",
     "rws",
     "sce",
-    "singular_projection",
     "svc",
     "tall_masks",
     "time_vectors",
