@@ -34,7 +34,6 @@ UNMAPPED = {
     "doge",
     "dop",
     "emr",
-    "expo",
     "fisher",
     "iso_c",
     "iso_cts",
