@@ -25,7 +25,6 @@ UNMAPPED = {
     "bitdelta",
     "breadcrumbs",
     "breadcrumbs_ties",
-    "cart",
     "consensus",
     "dare_linear",
     "dare_ties",
