@@ -6,6 +6,8 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from vector_cases import REFUSED, Exact, Hand, Paper, i64
 from vector_cases.multislerp import at_mean_length, on_sphere
 
@@ -40,14 +42,14 @@ def stages(given: Exact) -> dict[int, dict[str, Any]]:
         if C.min() == -1:  # no arc leads to the opposite
             c = None
         elif given.params.get("max_iter") != 0:
-            c = walked(given.models, alpha, nu)
+            c = in_the_plane(given.models, alpha, nu)
         if c is not None:
             found[4] = {"c": c}
     merged = sum(a * x for a, x in zip(alpha, given.models)) if c is None else at_mean_length(c, alpha, nu, given.models)
     return found | {5: {"result": merged}}
 
 
-def walked(models: list[Any], alpha: list[Fraction], nu: list[float]) -> list[float]:
+def in_the_plane(models: list[Any], alpha: list[Fraction], nu: list[float]) -> list[float]:
     """c of the mean direction, in which a model without a direction has no part."""
     part = [float(a) if nu_n else 0.0 for a, nu_n in zip(alpha, nu)]
     angle = [math.atan2(x[1], x[0]) for x in models]
@@ -56,6 +58,22 @@ def walked(models: list[Any], alpha: list[Fraction], nu: list[float]) -> list[fl
     f = [a * (p / math.sin(p) if p else 1.0) for a, p in zip(part, phi)]
     long = sum(f_n * math.cos(p) for f_n, p in zip(f, phi))
     return [f_n / long for f_n in f]
+
+
+def walked(models: list[list[float]], weights: list[float], steps: int) -> list[float]:
+    """The direction after so many steps, in coordinates: along the mean of the arcs by the sphere's maps, and in the last to
+    the sum of the w / sin w that the arcs are made of."""
+    U = np.array(models) / np.linalg.norm(models, axis=1, keepdims=True)
+    alpha = np.array(weights) / sum(weights)
+    u = alpha @ U
+    for _ in range(steps):
+        u /= np.linalg.norm(u)
+        angle = np.arccos(U @ u)
+        f = alpha * angle / np.sin(angle)
+        arc = f @ (U - np.outer(U @ u, u))
+        far = np.linalg.norm(arc)
+        u = math.cos(far) * u + math.sin(far) / far * arc
+    return (f @ U / np.linalg.norm(f @ U)).tolist()
 
 
 def hand() -> Hand:
@@ -244,6 +262,23 @@ def hand() -> Hand:
         ),
         dtype="F64",
         tolerance=1e-13,
+    )
+    wide, light = [[1.0, 60.0, 0.0], [1.0, -60.0, 0.0], [0.0, 0.0, 1.0]], [1.0, 1.0, 0.002]
+    length = (2 * math.hypot(1, 60) + 0.002) / 2.002
+    h.case(
+        "default-steps",
+        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per cent of "
+        "what is left, and the hundredth is the last",
+        wide,
+        None,
+        (
+            "karcher",
+            {"weight": light},
+            [length * x for x in walked(wide, light, 100)],
+            "by the sphere's maps, in coordinates",
+        ),
+        dtype="F64",
+        tolerance=1e-12,
     )
     h.case(
         "near-one-model",
