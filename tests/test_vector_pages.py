@@ -27,7 +27,6 @@ UNMAPPED = {
     "della_linear",
     "doge",
     "dop",
-    "emr",
     "fisher",
     "iso_c",
     "iso_cts",
