@@ -22,7 +22,6 @@ from tests.test_vectors import CASES, DOCUMENTS, VECTORS, violations
 # tests/vector_cases/<method>.toml.
 UNMAPPED = {
     "dc_merge",
-    "della_linear",
     "doge",
     "dop",
     "fisher",
