@@ -43,7 +43,6 @@ UNMAPPED = {
     "sce",
     "svc",
     "tall_masks",
-    "time_vectors",
     "tsvm",
     "twin_merging",
     "widen",
