@@ -32,7 +32,6 @@ UNMAPPED = {
     "low_rank_residual",
     "magmax",
     "mats",
-    "model_ratatouille",
     "model_stock",
     "opcm",
     "pcb",
