@@ -151,7 +151,7 @@ def staged(test: Test, stages: dict[int, dict[str, Any]]) -> dict[int, dict[str,
 def pointers(cases: dict[str, list[str]], page: Page, tests: list[Test]) -> dict[str, list[str]]:
     """Id -> what of the page it tests. The other entries' answers to the same input test the same."""
     steps = [f"step {number}" for number, _ in page.steps]
-    plain = {test.id for test in tests if test.entry == page.name}
+    plain = {test.id for test in tests if test.entry == page.name or page.kind == "recipe"}
     found: dict[str, list[str]] = {}
     for words, ids in cases.items():
         for id in ids:

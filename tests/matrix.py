@@ -21,7 +21,8 @@ CASES = Path(__file__).with_name("vector_cases")
 HEAD = """# What the vectors test
 
 Each step of a page's definition and each sentence of its edge cases, with the ids of the vectors under the plain name that
-test it, without the method's name before them, or why no vector can. Made by `python -m tests.matrix`.
+test it, of a recipe under any, without the method's name before them, or why no vector can. Made by `python -m
+tests.matrix`.
 """
 
 
@@ -36,11 +37,16 @@ def mapped() -> dict[str, dict[str, str]]:
     return found
 
 
+def own(method: str) -> list[testing.Case]:
+    """The cases under the plain name; a recipe has none, and all of its cases are of its page."""
+    return list(testing.vectors(method, None if pages.page(method).kind == "recipe" else method))
+
+
 def tested(method: str) -> dict[str, list[str]]:
-    """Key of a place of the page -> ids of the cases under the plain name that test it."""
+    """Key of a place of the page -> ids of its own cases that test it."""
     page = pages.page(method)
     found: dict[str, list[str]] = {place.key: [] for place in page.places}
-    for case in testing.vectors(method, method):
+    for case in own(method):
         for words in case.page:
             found[page.place(words).key].append(case.id)
     return found

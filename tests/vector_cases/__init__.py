@@ -19,7 +19,8 @@ stages: function Exact -> {step: {name: value}}, the page's definition in exact 
 the methods. A value is an array, a number, or a list of them; `result`, in the last step, must be what the case expects.
 
 `<method>.toml` has the flags, and two tables more. [cases]: "given" (what the definition begins with), "step 2", "all
-steps", or the first words of a sentence of the page's edge cases -> the ids of the cases under the plain name that test it.
+steps", or the first words of a sentence of the page's edge cases -> the ids of the cases under the plain name (of a recipe,
+which has none: under any) that test it.
 [untested]: such a sentence -> why no vector can test it.
 """
 

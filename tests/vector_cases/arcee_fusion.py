@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from vector_cases import DTYPES, OPEN, REFUSED, Hand, Paper
+from vector_cases import DTYPES, OPEN, REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "mergekit:arcee_fusion": "mergekit 0.1.5 mergekit/merge_methods/arcee_fusion.py:arcee_fusion_merge_method",
@@ -21,6 +22,30 @@ PAPER = {
     "arcee_fusion-mergekit-01": Paper({}, comment="the changes are large enough for float32"),
     "arcee_fusion-mergekit-04": Paper({}),
 }
+
+STAGED = ("arcee_fusion-steps", "arcee_fusion-steps-of-three-rows", "arcee_fusion-steps-of-a-vector")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """In floats, by the formula of the first step: these divergences lose little."""
+    (theta,), base = given.models, given.base
+    rows = (1, -1) if theta.ndim == 1 else (len(theta), -1)
+    K = np.array([divergence(x, y) for x, y in zip(theta.reshape(rows), base.reshape(rows))], object)
+    importance = abs(theta - base).reshape(rows) * K[:, None]
+    ranked, last = sorted(importance.ravel()), importance.size - 1
+    q_1, median, q_3 = (ranked[i * last // 4] for i in (1, 2, 3))
+    threshold = median + 1.5 * (q_3 - q_1)
+    return {
+        1: {"K": K},
+        2: {"importance": importance},
+        3: {"q_1": q_1, "median": median, "q_3": q_3, "threshold": threshold},
+        4: {"result": np.where(importance.reshape(theta.shape) < threshold, base, theta)},
+    }
+
+
+def divergence(x: Any, y: Any) -> float:
+    p, q = ([math.exp(v) / math.fsum(map(math.exp, row)) for v in row] for row in (x, y))
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q))
 
 
 def hand() -> Hand:
@@ -86,13 +111,11 @@ def hand() -> Hand:
     v = 2.0**-30
     h.case(
         "rounding-of-one",
-        "base 0, rows (v, 0, 0) with v = 2^-30 and three times 19/16 of it: K = v^2/9, importances v^3/9, 1 and 1.67 "
-        "times the "
-        "first, and eight zeros; quartiles 0, 0 and the first, threshold 1.5",
+        "base 0, rows (v, 0, 0) with v = 2^-30 and three times 19/16 of it: K = v^2/9, importances v^3/9, 1 and 1.67 times "
+        "the first, and eight zeros; quartiles 0, 0 and the first, threshold 1.5",
         [[[v, 0.0, 0.0], *[[v * 19 / 16, 0.0, 0.0]] * 3]],
         [[0.0] * 3] * 4,
         paper([[0.0] * 3, *[[v * 19 / 16, 0.0, 0.0]] * 3], "the other three rows"),
-        flags="ArceeRounding",
     )
     h.case(
         "many-axes",
@@ -180,5 +203,73 @@ def hand() -> Hand:
         [[800.0, 0.0, 0.0, 0.0]],
         [0.0, 800.0, 0.0, 0.0],
         ("arcee_fusion", {}, [0.0, 800.0, 0.0, 0.0], "the base"),
+    )
+    near = {"dtype": "F64", "tolerance": 1e-12}
+    h.case(
+        "steps",
+        "base 0; importances 1.149, 0, 0.574, 0.123, 0, 0; threshold 0.185",
+        [[[2.0, 0.0, -1.0], [1.0, 0.0, 0.0]]],
+        zeros,
+        paper([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]]),
+        **near,
+    )
+    h.case(
+        "steps-of-three-rows",
+        "(1, 0) and (0, 1) exchanged: K = tanh 1/2 = 0.462; (0, 2) to (1, 2): 0.269 log(0.269 / 0.119) + 0.731 log(0.731 / "
+        "0.881) = 0.083; importances 0.462 twice, 0.083 and three zeros; quartiles 0, 0, 0.083, threshold 0.124",
+        [[[0.0, 1.0], [1.0, 2.0], [1.0, 1.0]]],
+        [[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]],
+        paper([[0.0, 1.0], [0.0, 2.0], [1.0, 1.0]]),
+        **near,
+    )
+    h.case(
+        "steps-of-a-vector",
+        "one row; importances K (3, 1, 0, 0, 1): quartiles 0, K, K, threshold 2.5 K",
+        [[3.0, 1.0, 0.0, 0.0, -1.0]],
+        [0.0] * 5,
+        paper([3.0, 0.0, 0.0, 0.0, 0.0]),
+        **near,
+    )
+    h.case("no-models", "nothing to fuse", [], [0.0], ("arcee_fusion", {}, REFUSED, ""))
+    h.case(
+        "over-model",
+        "x, rows (1, -1) and (0, 0), by itself: importances 0, 0, I, I, threshold 1.5 I; with the eight zeros of y all "
+        "quartiles are 0, and so is the threshold",
+        [{"x": [[1.0, -1.0], [0.0, 0.0]], "y": [0.0] * 8}],
+        {"x": [[0.0, 0.0], [0.0, 0.0]], "y": [0.0] * 8},
+        paper({"x": [[1.0, -1.0], [0.0, 0.0]], "y": [0.0] * 8}),
+        options={"over": "model"},
+    )
+    h.case(
+        "over-tensor",
+        "the same, x by itself: its base",
+        [{"x": [[1.0, -1.0], [0.0, 0.0]], "y": [0.0] * 8}],
+        {"x": [[0.0, 0.0], [0.0, 0.0]], "y": [0.0] * 8},
+        paper({"x": [[0.0, 0.0], [0.0, 0.0]], "y": [0.0] * 8}),
+    )
+    h.case(
+        "shifted-vector",
+        "one row, moved by 2: K = 0, importances and threshold 0",
+        [[3.0, 2.0]],
+        [1.0, 0.0],
+        *both([3.0, 2.0]),
+    )
+    rest = [[2.0, -2.0], [1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    for id, bad in (("nan-row", nan), ("infinite-row", float("inf"))):
+        h.case(
+            id,
+            "six rows of two: importances NaN twice, I twice for (2, -2), less for (1, -1), and six zeros; quartiles 0, "
+            "0, I, threshold 1.5 I",
+            [[[bad, 5.0], *rest]],
+            [[0.0, 0.0]] * 6,
+            paper([[bad, 5.0], *[[0.0, 0.0]] * 5], "the first row is taken, whole, and no other"),
+            flags="ArceeNotFinite",
+        )
+    h.case(
+        "integers",
+        "a row of one entry is taken; integers are the base's",
+        [{"x": [3.0], "ids": i64(3, 4)}],
+        {"x": [1.0], "ids": i64(3, 4)},
+        paper({"x": [3.0], "ids": i64(3, 4)}),
     )
     return h

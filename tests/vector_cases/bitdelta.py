@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Tensors, Test, i64, origin
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Tensors, Test, i64, origin
 
 CODE = {
     "official:bitdelta": "FasterDecoding/BitDelta@ecbee1e bitdelta/diff.py:compress_diff",
     "fusion_bench:bitdelta": "tanganke/fusion_bench@54c9e8c fusion_bench/method/bitdelta/bitdelta_utils/diff.py",
 }
 NAME = "layers.0.mlp.up_proj.weight"
+
+STAGED = ("bitdelta-by-hand", "bitdelta-zero-sign", "bitdelta-no-change", "bitdelta-one-magnitude", "bitdelta-columns")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    delta = given.models[0] - given.base
+    B = np.where(delta >= 0, Fraction(1), Fraction(-1))
+    alpha = sum(abs(delta.ravel())) / delta.size
+    return {1: {"delta": delta}, 2: {"B": B}, 3: {"alpha": alpha}, 4: {"result": given.base + alpha * B}}
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -167,4 +179,35 @@ def hand() -> Hand:
     h.case("two-models", "there is one", [[1.0], [2.0]], [0.0], ("bitdelta", {}, REFUSED, ""))
     h.case("no-base", "a change is a difference from a base", [[1.0]], None, ("bitdelta", {}, REFUSED, ""))
     h.case("no-models", "nothing to compress", [], [0.0], ("bitdelta", {}, REFUSED, ""))
+    case(
+        "unchanged-entries",
+        "base 1; delta = (0, 6, 0): mean 2, which the entries that stayed move by, too",
+        {NAME: [[1.0, 7.0, 1.0]]},
+        {NAME: [[1.0, 1.0, 1.0]]},
+        {NAME: [[3.0, 3.0, 3.0]]},
+        flags="BitDeltaZeroSign",
+    )
+    case("one-entry", "delta = -3: nothing is lost", {NAME: [[-2.0]]}, {NAME: [[1.0]]}, {NAME: [[-2.0]]})
+    case(
+        "other-names",
+        "no name of Llama's: the fine-tune",
+        {"h.0.attn.c_attn.weight": [[2.0, 4.0]], "h.0.mlp.c_fc.weight": [[2.0, 4.0]]},
+        {"h.0.attn.c_attn.weight": [[0.0, 0.0]], "h.0.mlp.c_fc.weight": [[0.0, 0.0]]},
+        {"h.0.attn.c_attn.weight": [[2.0, 4.0]], "h.0.mlp.c_fc.weight": [[2.0, 4.0]]},
+    )
+    h.case(
+        "empty",
+        "no entries have no mean",
+        [{NAME: [[]], "layers.1.mlp.down_proj.weight": [[2.0, -4.0]]}],
+        {NAME: [[]], "layers.1.mlp.down_proj.weight": [[0.0, 0.0]]},
+        ("bitdelta", {}, {NAME: [[]], "layers.1.mlp.down_proj.weight": [[3.0, -3.0]]}, ""),
+    )
+    h.case(
+        "sum-in-float64",
+        "float32: the magnitudes 2^25, 1, 1, 1 and 1 add up to 2^25 + 4, which five divide: 6710887.2, in float32 6710887; "
+        "added in float32 from the left they stay 2^25, and a fifth of that is 6710886.5",
+        [{NAME: [[2.0**25, 1.0, 1.0, 1.0, 1.0]]}],
+        {NAME: [[0.0] * 5]},
+        ("bitdelta", {}, {NAME: [[6710887.0] * 5]}, ""),
+    )
     return h

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "mergellm:breadcrumbs": "yule-BUAA/MergeLLM@9178ef9 "
@@ -29,6 +33,28 @@ PAPER = {
         {"density": 0.5, "gamma": 0.5, "lambda_": 1.0}, names=("ln_w",), comment="a vector is its own single row"
     ),
 }
+
+STAGED = tuple(
+    f"breadcrumbs-{id}"
+    for id in ("per-row", "keeps-one-more", "no-outlier", "window-past-the-end", "keep-first", "density-one", "ties", "sum")
+)
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    r, k = (int(given.params.get(name, usual) * given.base.size) for name, usual in (("gamma", 0.006), ("density", 0.15)))
+    masked = [window(x, r, k) for x in tau]
+    return {
+        1: {"tau": tau},
+        2: {"tau": masked},
+        3: {"result": given.base + Fraction(given.params.get("lambda_", 0.2)) * sum(masked)},
+    }
+
+
+def window(x: Any, r: int, k: int) -> Any:
+    """The k entries that come in magnitude after the r largest, of equal ones the lower index first; else 0."""
+    ranked = sorted(range(x.size), key=lambda i: (-abs(x.flat[i]), i))
+    return np.array([x.flat[i] if i in ranked[r : r + k] else Fraction(0) for i in range(x.size)], object).reshape(x.shape)
 
 
 def hand() -> Hand:
@@ -213,4 +239,77 @@ def hand() -> Hand:
         dtype="F64",
         tolerance=1e-14,
     )
+    for count, r, k in ((6, 0, 0), (7, 0, 1), (166, 0, 24), (167, 1, 25)):
+        h.case(
+            f"defaults-{count}",
+            f"tau = 5, 10, ... {5 * count}: int(0.006 * {count}) = {r} removed, int(0.15 * {count}) = {k} stay; a fifth",
+            [[5.0 * i for i in range(1, count + 1)]],
+            [0.0] * count,
+            ("breadcrumbs", {}, [float(i) if count - r - k < i <= count - r else 0.0 for i in range(1, count + 1)], ""),
+            dtype="F64",
+            tolerance=1e-14,
+        )
+    hundred = [float(i) for i in range(1, 101)]
+    h.case(
+        "cut-in-float64",
+        "tau = 1 ... 100: 0.29 * 100 is 28.999999999999996 in float64, and 28 stay",
+        [hundred],
+        [0.0] * 100,
+        ("breadcrumbs", plain(0.29, 0.0), [0.0] * 72 + hundred[72:], ""),
+    )
+    h.case("gamma-one", "all are outliers: the base", [four], [1.0] * 4, ("breadcrumbs", plain(0.5, 1.0), [1.0] * 4, ""))
+    h.case(
+        "nothing-goes",
+        "base 1; tau = (4, 2), (-2, 6), all kept: task arithmetic, half the sum",
+        [[5.0, 3.0], [-1.0, 7.0]],
+        [1.0, 1.0],
+        ("breadcrumbs", {"density": 1.0, "gamma": 0.0, "lambda_": 0.5}, [2.0, 5.0], ""),
+    )
+    h.case(
+        "zeros-take-places",
+        "tau = (0, 0, 3, 0): 3 removed, and the three that stay are zeros",
+        [[0.0, 0.0, 3.0, 0.0]],
+        [0.0] * 4,
+        ("breadcrumbs", plain(0.75, 0.25), [0.0] * 4, ""),
+    )
+    h.case("scalar-whole", "int(1) = 1 entry stays", [5.0], 1.0, ("breadcrumbs", plain(1.0, 0.0), 5.0, ""))
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, -0.0],
+        ("breadcrumbs", plain(0.5, 0.0), [0.0, 2.0], ""),
+    )
+    for id, bad in (("nan-is-largest", math.nan), ("removed-infinity", math.inf)):
+        h.case(
+            id,
+            f"tau = ({bad}, 4, 1, 2): the first removed, as the largest, and 0 times it is NaN; 4 and 2 kept",
+            [[bad, 4.0, 1.0, 2.0]],
+            [0.0] * 4,
+            ("breadcrumbs", plain(0.5, 0.25), [math.nan, 4.0, 0.0, 2.0], ""),
+        )
+    h.case(
+        "infinities-of-both-signs",
+        "tau = (inf, 1) and (-inf, 1), all kept: inf - inf is NaN",
+        [[math.inf, 1.0], [-math.inf, 1.0]],
+        [0.0, 0.0],
+        ("breadcrumbs", plain(1.0, 0.0), [math.nan, 2.0], ""),
+    )
+    h.case(
+        "empty-and-integers",
+        "no entries; integers are the base's; half of (1, 2) stays",
+        [{"e": [], "ids": i64(3, 4), "x": [1.0, 2.0]}],
+        {"e": [], "ids": i64(3, 4), "x": [0.0, 0.0]},
+        ("breadcrumbs", plain(0.5, 0.0), {"e": [], "ids": i64(3, 4), "x": [0.0, 2.0]}, ""),
+    )
+    h.case(
+        "over-model",
+        "tau = (1, 2), (30, 40), ranked over the model on request: 40 removed, 30 and 2 kept",
+        [{"a": [1.0, 2.0], "b": [30.0, 40.0]}],
+        {"a": [0.0, 0.0], "b": [0.0, 0.0]},
+        ("breadcrumbs", plain(0.5, 0.25), {"a": [0.0, 2.0], "b": [30.0, 0.0]}, ""),
+        options={"over": "model"},
+    )
+    h.case("density-above-one", "density 3/2", [[1.0]], [0.0], ("breadcrumbs", {"density": 1.5}, REFUSED, ""))
+    h.case("gamma-negative", "gamma -1/4", [[1.0]], [0.0], ("breadcrumbs", {"gamma": -0.25}, REFUSED, ""))
     return h

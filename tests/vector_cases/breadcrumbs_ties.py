@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand
+from vector_cases import REFUSED, Exact, Hand, i64, sign
+from vector_cases.breadcrumbs import window
+from vector_cases.ties import agreeing_mean
 
 CODE: dict[str, str] = {}
 FLAGS = {
@@ -12,6 +16,27 @@ FLAGS = {
     "breadcrumbs_ties-mergekit-04": ["BreadcrumbsGammaSlice", "BreadcrumbsDensityOne", "BreadcrumbsTiesSumNotMean"],
     "breadcrumbs_ties-mergekit-bf16-01": ["BreadcrumbsTiesEqual"],
 }
+
+STAGED = tuple(
+    f"breadcrumbs_ties-{id}"
+    for id in (
+        "mask-then-elect", "sum-not-mean", "weights-elect", "zero-sum", "window-past-the-end", "density-one", "equal",
+        "outside-the-window",
+    )
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    r, k = (int(given.params.get(name, usual) * given.base.size) for name, usual in (("gamma", 0.006), ("density", 0.15)))
+    masked = [window(x, r, k) for x in tau]
+    s = sign(sum(masked))
+    return {
+        1: {"tau": tau},
+        2: {"tau": masked},
+        3: {"s": s},
+        4: {"result": given.base + Fraction(given.params.get("lambda_", 1.0)) * agreeing_mean(masked, s)},
+    }
 
 
 def hand() -> Hand:
@@ -161,4 +186,70 @@ def hand() -> Hand:
         [0.0] * 200,
         ("breadcrumbs_ties", {}, [float(k) if 170 <= k < 200 else 0.0 for k in range(1, 201)], "lambda is 1 by default"),
     )
+    h.case(
+        "outside-the-window",
+        "tau = (8, 2, 1, 0) and (-9, -1, 4, 0), each loses its largest and keeps the next two: (0, 2, 1, 0), (0, -1, 4, 0); "
+        "8 and -9 do not vote, the means are 2 alone and (1 + 4) / 2",
+        [[8.0, 2.0, 1.0, 0.0], [-9.0, -1.0, 4.0, 0.0]],
+        [0.0] * 4,
+        ("breadcrumbs_ties", plain(0.5, 0.25), [0.0, 2.0, 2.5, 0.0], ""),
+    )
+    for count, r, k in ((6, 0, 0), (7, 0, 1), (166, 0, 24), (167, 1, 25)):
+        h.case(
+            f"defaults-{count}",
+            f"tau = 1, 2, ... {count}: int(0.006 * {count}) = {r} removed, int(0.15 * {count}) = {k} stay",
+            [[float(i) for i in range(1, count + 1)]],
+            [0.0] * count,
+            ("breadcrumbs_ties", {}, [float(i) if count - r - k < i <= count - r else 0.0 for i in range(1, count + 1)], ""),
+        )
+    hundred = [float(i) for i in range(1, 101)]
+    h.case(
+        "cut-in-float64",
+        "tau = 1 ... 100: 0.29 * 100 is 28.999999999999996 in float64, and 28 stay",
+        [hundred],
+        [0.0] * 100,
+        ("breadcrumbs_ties", plain(0.29, 0.0), [0.0] * 72 + hundred[72:], ""),
+    )
+    h.case(
+        "gamma-one", "all are outliers: the base", [four], [1.0] * 4, ("breadcrumbs_ties", plain(0.5, 1.0), [1.0] * 4, "")
+    )
+    h.case(
+        "gamma-zero",
+        "tau = (4, -2, 1, 3), (2, 5, -1, 0), half of each kept: (4, 0, 0, 3), (2, 5, 0, 0); TIES, tensor by tensor",
+        [[4.0, -2.0, 1.0, 3.0], [2.0, 5.0, -1.0, 0.0]],
+        [0.0] * 4,
+        ("breadcrumbs_ties", plain(0.5, 0.0), [3.0, 5.0, 0.0, 3.0], ""),
+    )
+    h.case("scalar-whole", "int(1) = 1 entry stays", [5.0], 1.0, ("breadcrumbs_ties", plain(1.0, 0.0), 5.0, ""))
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, -0.0],
+        ("breadcrumbs_ties", plain(0.5, 0.0), [0.0, 2.0], ""),
+    )
+    for id, bad in (("nan-is-largest", math.nan), ("removed-infinity", math.inf)):
+        h.case(
+            id,
+            f"tau = ({bad}, 4, 1, 2): the first removed, as the largest, and 0 times it is NaN; 4 and 2 kept",
+            [[bad, 4.0, 1.0, 2.0]],
+            [0.0] * 4,
+            ("breadcrumbs_ties", plain(0.5, 0.25), [math.nan, 4.0, 0.0, 2.0], ""),
+        )
+    h.case(
+        "infinities-of-both-signs",
+        "tau = (inf, 1) and (-inf, 1), all kept: inf - inf elects NaN",
+        [[math.inf, 1.0], [-math.inf, 1.0]],
+        [0.0, 0.0],
+        ("breadcrumbs_ties", plain(1.0, 0.0), [math.nan, 1.0], ""),
+    )
+    h.case(
+        "integers",
+        "integers are the base's; half of (1, 2) stays",
+        [{"ids": i64(3, 4), "x": [1.0, 2.0]}],
+        {"ids": i64(3, 4), "x": [0.0, 0.0]},
+        ("breadcrumbs_ties", plain(0.5, 0.0), {"ids": i64(3, 4), "x": [0.0, 2.0]}, ""),
+    )
+    h.case("density-above-one", "density 3/2", [[1.0]], [0.0], ("breadcrumbs_ties", {"density": 1.5}, REFUSED, ""))
+    h.case("gamma-negative", "gamma -1/4", [[1.0]], [0.0], ("breadcrumbs_ties", {"gamma": -0.25}, REFUSED, ""))
     return h

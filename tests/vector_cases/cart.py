@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, i64
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, fraction, i64
 
 CODE = {"official:cart": "JH-GEECS/CART@964cfd7 src/merging.py:StaticMergeModule._merge_weights"}
 PAPER = {"cart-official-00": Paper({"rank_ratio": 0.16, "lambda_": 1.5})}
 SLACK = 2e-6  # singular vectors are rounded, and so is a third
+
+STAGED = ("cart-rank-one", "cart-rank-two", "cart-rank-zero", "cart-at-least-one", "cart-lambda-default")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    theta_avg = sum(given.models) / Fraction(len(given.models))
+    tau = [theta - theta_avg for theta in given.models]
+    ratio = given.params.get("rank_ratio", 0.12)
+    k = max(1, int(ratio * 2)) if ratio else 0
+    kept = [[x * 0 for x in tau], [leading(x) for x in tau], tau][k]
+    return {
+        1: {"theta_avg": theta_avg},
+        2: {"tau": tau},
+        3: {"k": k, "tau": kept},
+        4: {"result": theta_avg + Fraction(given.params.get("lambda_", 2.0)) * sum(kept)},
+    }
+
+
+def leading(tau: Any) -> Any:
+    """The first singular term of a diagonal matrix, or of a P + b Q, P = (1, 1)^T (1, 2, 2) and Q = (1, -1)^T (2, 1, -2)."""
+    if tau.shape == (2, 2):
+        return np.where(abs(tau) == abs(tau).max(), tau, Fraction(0))
+    P, Q = (fraction(np.outer(u, v)) for u, v in (([1, 1], [1, 2, 2]), ([1, -1], [2, 1, -2])))
+    a, b = ((tau * x).sum() / (x * x).sum() for x in (P, Q))
+    return a * P if abs(a) > abs(b) else b * Q
 
 
 def hand() -> Hand:
@@ -140,6 +168,29 @@ def hand() -> Hand:
         ("cart", {}, {"attn": [[10.0, 0.0], [0.0, 3.0]]}, "lambda is 2 by default"),
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case(
+        "ratio-default",
+        six + "; int(0.12 * 2) = 0 becomes 1",
+        [{"attn.w": x} for x in models],
+        None,
+        ("cart", {"lambda_": 0.5}, {"attn.w": [[4.5, 4.0, 1.0], [0.5, 2.0, 5.0]]}, "rank_ratio is 0.12 by default"),
+        tolerance=SLACK,
+    )
+    h.case(
+        "infinity",
+        "a matrix with an infinity has no singular values",
+        [{"attn.w": [[float("inf"), 1.0]]}, {"attn.w": [[1.0, 1.0]]}],
+        None,
+        ("cart", {}, REFUSED, ""),
+    )
+    h.case("ratio-negative", "rank_ratio -1/2", [[1.0]], None, ("cart", {"rank_ratio": -0.5}, REFUSED, ""))
+    h.case(
+        "overflowing-sum",
+        "two models of 2^127, the largest power of two in float32: 2^126 + 2^126, where a sum before the division overflows",
+        [[2.0**127], [2.0**127]],
+        None,
+        ("cart", {}, [2.0**127], ""),
     )
     return h
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper, i64
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, i64, sign
+from vector_cases.ties import trim
 
 CODE = {
     "official:consensus": "nik-dim/tall_masks@d10af8b src/eval/aggregation.py:create_task_vector",
@@ -17,6 +21,32 @@ PAPER = {
 
 SIX = "base 1; tau = (2, 4, 6, 2, 3, 0), (2, 4, 0, 2, -1, 0), (4, 0, 0, 2, 2, 0): sum (8, 8, 6, 6, 4, 0); "
 COUNTS = SIX + "with threshold 1/2 the masks are set (1, 2, 1, 0, 2, 0) times"
+
+STAGED = tuple(
+    f"consensus-{id}"
+    for id in (
+        "all", "one", "two", "half", "threshold-per-task", "equal", "ties-sum", "ties-keeps-one-more", "ties-zero-sum",
+        "one-task",
+    )
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    tau_MTL = sum(tau)
+    if given.params.get("multitask") == "ties":
+        trimmed = [trim(x, int(given.params.get("density", 0.2) * x.size)) for x in tau]
+        gamma = sign(sum(trimmed))
+        tau_MTL = sum(np.where(gamma * x > 0, x, Fraction(0)) for x in trimmed)
+    m = [np.where(abs(x) > t * abs(tau_MTL - x), 1, 0) for x, t in zip(tau, given.each("threshold", 0.4))]
+    keep = np.where(sum(m) >= given.params.get("k", 2), 1, 0)
+    return {
+        1: {"tau": tau},
+        2: {"tau_MTL": tau_MTL},
+        3: {"m": m},
+        4: {"keep": keep},
+        5: {"result": given.base + Fraction(given.params.get("lambda_", 1.0)) * (keep * tau_MTL)},
+    }
 
 
 def hand() -> Hand:
@@ -152,4 +182,45 @@ def hand() -> Hand:
         [0.0, 0.0],
         ("consensus", {}, [0.0, 10.0], "k is 2, threshold 0.4 and lambda 1 by default"),
     )
+    h.case(
+        "all-of-two",
+        "tau = (4, 4), (3, 1): sum (7, 5); 4 and 3 are more than half of each other, 1 is not more than half of 4",
+        [[4.0, 4.0], [3.0, 1.0]],
+        [0.0, 0.0],
+        ("consensus", plain(2), [7.0, 0.0], "k = 2 of two: what both use"),
+    )
+    h.case(
+        "ties-all",
+        "tau = (4, -3, 1, 2), (2, 5, 1/2, 1) trimmed to (4, -3, 0, 0), (2, 5, 0, 0): sums of what agrees",
+        [[4.0, -3.0, 1.0, 2.0], [2.0, 5.0, 0.5, 1.0]],
+        [0.0] * 4,
+        ("consensus", plain(0, 0.5, multitask="ties", density=0.5), [6.0, 5.0, 0.0, 0.0], "k = 0: the disjoint sum"),
+        flags="ConsensusTiesSum",
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0], [-0.0, 2.0]],
+        [-0.0, -0.0],
+        ("consensus", plain(), [0.0, 4.0], ""),
+    )
+    nan, inf = float("nan"), float("inf")
+    bad = [[nan, inf, 1.0], [1.0, 1.0, 1.0]]
+    h.case(
+        "nan-inf",
+        "inf is not more than half of what is left of inf, and NaN of nothing: neither stays, and 0 times them is NaN",
+        bad,
+        [0.0] * 3,
+        ("consensus", plain(1), [nan, nan, 2.0], ""),
+        ("consensus", plain(0), [nan, inf, 2.0], "k = 0: all stays"),
+    )
+    h.tests[-1].id = h.tests[-1].id[:-2] + "-staying"
+    h.case(
+        "integers-not-counted",
+        "two floating entries, of which int(2 * 1/2) = 1 is kept; integers are not among them",
+        [{"ids": i64(3, 4, 5, 6), "x": [1.0, 2.0]}],
+        {"ids": i64(3, 4, 5, 6), "x": [0.0, 0.0]},
+        ("consensus", plain(0, multitask="ties", density=0.5), {"ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
+    )
+    h.case("density-above-one", "density 3/2", [[1.0]], [0.0], ("consensus", plain(1, density=1.5), REFUSED, ""))
     return h

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper, Test
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, Test, i64
 
 CODE = {
     "fusion_bench:dare": "tanganke/fusion_bench@54c9e8c fusion_bench/method/dare/",
@@ -41,6 +44,28 @@ PAPER = {
         comment="keep masks; no rescaling",
     ),
 }
+
+STAGED = tuple(
+    f"dare_linear-{id}"
+    for id in ("rescale", "no-rescale", "average", "weights", "density-zero", "density-one", "masks-not-looked-at")
+)
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    dropped = drop(tau, given)
+    merged = sum(w * x for w, x in zip(given.each("weight", 1.0), dropped))
+    result = given.base + Fraction(given.params.get("lambda_", 1.0)) * merged
+    return {1: {"tau": tau}, 2: {"tau": dropped}, 3: {"result": result}}
+
+
+def drop(tau: list[Any], given: Exact) -> list[Any]:
+    """m tau / density; density 0 and 1 do not look at masks."""
+    rescale = given.params.get("rescale", True)
+    masks = given.masks or [None] * len(tau)
+    return [
+        d * x if d in (0, 1) else m * x / d if rescale else m * x for x, m, d in zip(tau, masks, given.each("density", 0.9))
+    ]
 
 
 def accepts(test: Test) -> bool:
@@ -211,5 +236,70 @@ def hand() -> Hand:
         masks=[[1, 0]],
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case(
+        "mask-missing",
+        "tau = (2, 3) with density 1, and without a mask, and (4, 6) with density 1/2, keeping the second: 12",
+        [[2.0, 3.0], [4.0, 6.0]],
+        [0.0, 0.0],
+        ("dare_linear", {"density": [1.0, 0.5]}, [2.0, 15.0], "the first needs none"),
+        stats=[{}, {"x.mask": np.array([0, 1], np.uint8)}],
+    )
+    h.case(
+        "mask-missing-refused",
+        "a mask for one model of two, both of density 1/2",
+        [[2.0, 3.0], [4.0, 6.0]],
+        [0.0, 0.0],
+        ("dare_linear", {"density": 0.5}, REFUSED, "one for every draw, or none"),
+        stats=[{}, {"x.mask": np.array([0, 1], np.uint8)}],
+    )
+    h.case(
+        "masks-are-factors",
+        "density 1/4 and nothing dropped: masks are not compared with it; times 4",
+        [[1.0, 2.0]],
+        [0.0, 0.0],
+        ("dare_linear", {"density": 0.25}, [4.0, 8.0], ""),
+        masks=[[1, 1]],
+    )
+    h.case(
+        "zero-entries",
+        "tau = (0, 0, 3), of which the first is kept and the others are not",
+        [[1.0, 2.0, 6.0]],
+        [1.0, 2.0, 3.0],
+        ("dare_linear", {"density": 0.5}, [1.0, 2.0, 3.0], "the base's"),
+        masks=[[1, 0, 0]],
+    )
+    h.case(
+        "all-drop",
+        "base 5; tau = (1, 2), (3, 4): both drop the first, and keep the second with 1/2: 5 + 4 + 8",
+        [[6.0, 7.0], [8.0, 9.0]],
+        [5.0, 5.0],
+        ("dare_linear", {"density": 0.5}, [5.0, 17.0], ""),
+        masks=[[0, 1], [0, 1]],
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0]],
+        [-0.0],
+        ("dare_linear", {"density": 0.5}, [0.0], ""),
+        masks=[[1]],
+    )
+    h.case(
+        "dropped-infinity",
+        "tau = (inf, NaN, 1), all dropped: 0 times infinity and 0 times NaN are NaN",
+        [[math.inf, math.nan, 1.0]],
+        [0.0] * 3,
+        ("dare_linear", {"density": 0.5}, [math.nan, math.nan, 0.0], ""),
+        ("dare_linear", {"density": 0.0}, [0.0] * 3, "density 0 puts zeros in the place of the task vector"),
+        masks=[[0, 0, 0]],
+    )
+    h.case(
+        "integers",
+        "1 + (3 - 1) / (1/2) = 5; integers are the base's",
+        [{"x": [3.0], "ids": i64(3, 4)}],
+        {"x": [1.0], "ids": i64(3, 4)},
+        ("dare_linear", {"density": 0.5}, {"x": [5.0], "ids": i64(3, 4)}, ""),
+        stats=[{"x.mask": np.array([1], np.uint8)}],
     )
     return h

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
-from vector_cases import REFUSED, Hand, Test
-from vector_cases.dare_linear import fusion_bench_dare, mergekit_dare, peft_dare, with_ties
+from vector_cases import REFUSED, Exact, Hand, Test, i64, sign
+from vector_cases.dare_linear import drop, fusion_bench_dare, mergekit_dare, peft_dare, with_ties
+from vector_cases.ties import agreeing_mean, trim
 
 CODE = {
     "fusion_bench:dare": "tanganke/fusion_bench@54c9e8c fusion_bench/method/dare/ties_merging.py:DareTiesMerging.run",
@@ -19,6 +22,25 @@ FLAGS = {
     "dare_ties-mergekit-04": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
     "dare_ties-mergekit-bf16-01": ["DareRescaleL1", "DareTiesSumNotMean", "DareTiesTrims"],
 }
+
+STAGED = tuple(
+    f"dare_ties-{id}"
+    for id in ("rescale", "sum-not-mean", "trims", "order", "trim-after-drop", "zero-sum", "election", "density-zero", "all")
+)
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    dropped = drop(tau, given)
+    trimmed = [trim(x, int(given.params.get("trim", 0.2) * x.size)) for x in dropped]
+    gamma = sign(sum(trimmed))
+    return {
+        1: {"tau": tau},
+        2: {"tau": dropped},
+        3: {"tau": trimmed},
+        4: {"gamma": gamma},
+        5: {"result": given.base + Fraction(given.params.get("lambda_", 1.0)) * agreeing_mean(trimmed, gamma)},
+    }
 
 
 def accepts(test: Test) -> bool:
@@ -162,4 +184,126 @@ def hand() -> Hand:
         dtype="F64",
         tolerance=1e-14,
     )
+    h.case(
+        "all",
+        "base 1; tau = (4, 3, 2, -1) keeping the first three with 1/2, (-6, 2, 1, 5) keeping the last three with "
+        "1/4: (8, 6, 4, 0), (0, 8, 4, 20); trimmed to two: (8, 6, 0, 0), (0, 8, 0, 20); half of 8, (6 + 8) / 2, 0 and 20",
+        [[5.0, 4.0, 3.0, 0.0], [-5.0, 3.0, 2.0, 6.0]],
+        [1.0] * 4,
+        ("dare_ties", {"density": [0.5, 0.25], "trim": 0.5, "lambda_": 0.5}, [5.0, 4.5, 1.0, 11.0], ""),
+        masks=[[1, 1, 1, 0], [0, 1, 1, 1]],
+    )
+    h.case(
+        "no-rescale",
+        "tau = (2, 3), both kept with 1/2, as they are",
+        [[2.0, 3.0]],
+        [0.0, 0.0],
+        ("dare_ties", {"density": 0.5, "trim": 1.0, "rescale": False}, [2.0, 3.0], ""),
+        masks=[[1, 1]],
+    )
+    small = {"a": [1.0, 2.0], "b": [30.0, 40.0, 50.0, 60.0]}
+    zero = {"a": [0.0] * 2, "b": [0.0] * 4}
+    for over, expect, why in (
+        ("model", {"a": [0.0, 0.0], "b": [0.0, 40.0, 50.0, 60.0]}, "3 of six, over the model"),
+        ("tensor", {"a": [0.0, 2.0], "b": [0.0, 0.0, 50.0, 60.0]}, "1 of two and 2 of four"),
+    ):
+        h.case(
+            f"trim-over-{over}",
+            "tau = (1, 2) and (30, 40, 50, 60), nothing dropped, half of it kept",
+            [small],
+            zero,
+            ("dare_ties", {"density": 1.0, "trim": 0.5}, expect, why),
+            flags="DareTiesTrims",
+            options={"over": over},
+        )
+    h.case(
+        "dropped-entries-count",
+        "tau = (4, 3, 2, 1), of which three are dropped; int(4 * 1/4) = 1 place of four entries, not none of one",
+        [[4.0, 3.0, 2.0, 1.0]],
+        [0.0] * 4,
+        ("dare_ties", {"density": 0.5, "trim": 0.25}, [0.0, 0.0, 0.0, 2.0], ""),
+        masks=[[0, 0, 0, 1]],
+    )
+    h.case(
+        "trim-zero",
+        "tau = (1, 2), nothing dropped",
+        [[2.0, 3.0]],
+        [1.0, 1.0],
+        ("dare_ties", {"density": 1.0, "trim": 0.0}, [1.0, 1.0], "the base"),
+    )
+    h.case(
+        "trim-below-one-entry",
+        "tau = (1, 2), nothing dropped, int(2 * 3/8) = 0 kept",
+        [[2.0, 3.0]],
+        [1.0, 1.0],
+        ("dare_ties", {"density": 1.0, "trim": 0.375}, [1.0, 1.0], "the base"),
+    )
+    h.case(
+        "only-signs",
+        "tau = (4, -1), (2, 3), nothing dropped or trimmed: (4 + 2) / 2, and 3 alone",
+        [[4.0, -1.0], [2.0, 3.0]],
+        [0.0, 0.0],
+        ("dare_ties", {"density": 1.0, "trim": 1.0}, [3.0, 3.0], ""),
+    )
+    h.case(
+        "as-ties",
+        "base 1; tau = (8, -4, 2, 1), (4, -2, -6, 1) trimmed to (8, -4, 0, 0), (4, 0, -6, 0); signs + - -; means (8 "
+        "+ 4)/2, -4, -6; half of it added",
+        [[9, -3, 3, 2], [5, -1, -5, 2]],
+        [1] * 4,
+        (
+            "dare_ties",
+            {"density": 1.0, "trim": 0.5, "lambda_": 0.5},
+            [4, -1, -2, 1],
+            "what TIES gives with a density of 1/2",
+        ),
+    )
+    h.case(
+        "dropped-has-no-vote",
+        "tau = (-8, 1) keeping the second, (2, 1) and (4, 1) keeping both, with 1/2: 4 + 8 elect +, which -16 would outvote",
+        [[-8.0, 1.0], [2.0, 1.0], [4.0, 1.0]],
+        [0.0, 0.0],
+        ("dare_ties", {"density": 0.5, "trim": 1.0}, [6.0, 2.0], ""),
+        masks=[[0, 1], [1, 1], [1, 1]],
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0]],
+        [-0.0],
+        ("dare_ties", {"density": 1.0, "trim": 1.0}, [0.0], ""),
+    )
+    bad = [[math.inf, math.nan, 1.0, 8.0]]
+    h.case(
+        "dropped-infinity",
+        "tau = (inf, NaN, 1, 8), the first two dropped, the rest kept with 1/2: 0 times infinity and 0 times NaN are NaN",
+        bad,
+        [0.0] * 4,
+        ("dare_ties", {"density": 0.5, "trim": 1.0}, [math.nan, math.nan, 2.0, 16.0], ""),
+        ("dare_ties", {"density": 0.0, "trim": 1.0}, [0.0] * 4, "density 0 puts zeros in the place of the task vector"),
+        masks=[[0, 0, 1, 1]],
+    )
+    h.case(
+        "trimmed-infinity",
+        "tau = (inf, inf), nothing dropped: two infinities for one place, and the second one becomes 0 times infinity",
+        [[math.inf, math.inf]],
+        [0.0, 0.0],
+        ("dare_ties", {"density": 1.0, "trim": 0.5}, [math.inf, math.nan], ""),
+    )
+    h.case(
+        "infinities-of-both-signs",
+        "tau = (inf, 1) and (-inf, 1), nothing dropped or trimmed: inf - inf elects NaN",
+        [[math.inf, 1.0], [-math.inf, 1.0]],
+        [0.0, 0.0],
+        ("dare_ties", {"density": 1.0, "trim": 1.0}, [math.nan, 1.0], ""),
+    )
+    h.case(
+        "empty-and-integers",
+        "two floating entries, of which int(2 * 1/2) = 1 is kept; integers are not among them",
+        [{"e": [], "ids": i64(3, 4, 5, 6), "x": [1.0, 2.0]}],
+        {"e": [], "ids": i64(3, 4, 5, 6), "x": [0.0, 0.0]},
+        ("dare_ties", {"density": 1.0, "trim": 0.5}, {"e": [], "ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
+    )
+    h.case("density-above-one", "probability 3/2", [[1.0]], [0.0], ("dare_ties", {"density": 1.5}, REFUSED, ""))
+    h.case("trim-negative", "trim -1/4", [[1.0]], [0.0], ("dare_ties", {"trim": -0.25}, REFUSED, ""))
     return h

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, i64
+from vector_cases.della import drop
 
 CODE = {
     "official:della": "declare-lab/della@8067515 mergekit/mergekit/sparsify.py:rank_magnitude",
@@ -14,6 +19,26 @@ FLAGS = {
     "della_linear-mergekit-04": ["DellaRescaleL1"],
     "della_linear-mergekit-bf16-01": ["DellaRescaleL1"],
 }
+
+STAGED = tuple(
+    f"della_linear-{id}"
+    for id in (
+        "rescale", "no-rescale", "rows", "sum", "one-column", "ties", "no-election", "normalize", "density-zero",
+        "density-one", "certain", "epsilon-zero", "zero-entry",
+    )
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    delta = [theta - given.base for theta in given.models]
+    density, epsilon = given.each("density", 0.7), given.each("epsilon", 0.07)
+    masks = given.masks or [None] * len(delta)
+    dropped = [
+        drop(*of_model, rescale=given.params.get("rescale", True)) for of_model in zip(delta, masks, density, epsilon)
+    ]
+    merged = sum(w * x for w, x in zip(given.each("weight", 1.0), dropped))
+    result = given.base + Fraction(given.params.get("lambda_", 1.0)) * merged
+    return {1: {"delta": delta}, 2: {"delta": dropped}, 3: {"result": result}}
 
 
 def hand() -> Hand:
@@ -183,4 +208,105 @@ def hand() -> Hand:
         dtype="F64",
         tolerance=1e-14,
     )
+    h.case(
+        "epsilon-zero",
+        "each entry stays with 1/4, as in dare_linear; tau = (1, -3, 2) keeping the first and the last",
+        [[1.0, -3.0, 2.0]],
+        [0.0] * 3,
+        ("della_linear", plain(0.25, 0.0), [4.0, 0.0, 8.0], ""),
+        masks=[[1, 0, 1]],
+    )
+    h.case(
+        "zero-entry",
+        f"base 1; {steps}; tau = (3, 0, 2), of which 0 has the lowest rank: 3 / (3/4), 2 / (1/2), and 0 however",
+        [[4.0, 1.0, 3.0]],
+        [1.0] * 3,
+        ("della_linear", plain(0.5, 0.25), [5.0, 1.0, 5.0], ""),
+        masks=[[1, 1, 1]],
+    )
+    h.case(
+        "zero-row",
+        "density 1/2, epsilon 1/4, rows (0, 0) and (3, 1): zeros, and 3 / (3/4), 1 / (1/4)",
+        [[[0.0, 0.0], [3.0, 1.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("della_linear", plain(0.5, 0.25), [[0.0, 0.0], [4.0, 4.0]], ""),
+        masks=[[[1, 0], [1, 1]]],
+    )
+    h.case(
+        "all-drop",
+        "base 5; density 1/2, epsilon 1/4; tau = (1, 3), (6, 2): both drop the first and keep the second: 3 / (3/4), "
+        "2 / (1/4)",
+        [[6.0, 8.0], [11.0, 7.0]],
+        [5.0, 5.0],
+        ("della_linear", plain(0.5, 0.25), [5.0, 17.0], ""),
+        masks=[[0, 1], [0, 1]],
+    )
+    h.case(
+        "masks-not-looked-at",
+        "tau = (2, 3) with density 1 and (4, 5) with density 0, and masks that say otherwise",
+        [[2.0, 3.0], [4.0, 5.0]],
+        [0.0, 0.0],
+        ("della_linear", plain([1.0, 0.0], 0.0), [2.0, 3.0], "all of the first, nothing of the second"),
+        masks=[[0, 1], [1, 0]],
+    )
+    h.case(
+        "mask-missing",
+        "tau = (2, 3) with density 1, and without a mask, and (4, 6) with density 1/2 and epsilon 1/4, keeping the "
+        "second: 8",
+        [[2.0, 3.0], [4.0, 6.0]],
+        [0.0, 0.0],
+        ("della_linear", plain([1.0, 0.5], 0.25), [2.0, 11.0], "the first needs none"),
+        stats=[{}, {"x.mask": np.array([0, 1], np.uint8)}],
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0]],
+        [-0.0],
+        ("della_linear", plain(1.0, 0.0), [0.0], ""),
+    )
+    for id, bad in (("nan-ranks-highest", math.nan), ("infinity-ranks-high", math.inf)):
+        h.case(
+            id,
+            f"{steps}; tau = ({bad}, 4, 1), all kept: 4 / (1/2), 1 / (1/4)",
+            [[bad, 4.0, 1.0]],
+            [0.0] * 3,
+            ("della_linear", plain(0.5, 0.25), [bad, 8.0, 4.0], ""),
+            masks=[[1, 1, 1]],
+        )
+    h.case(
+        "nan-above-infinity",
+        "density 3/4, epsilon 1/4; of three, the largest stays for certain, the next with 3/4; tau = (inf, NaN, 1), "
+        "of which the last with 1/2",
+        [[math.inf, math.nan, 1.0]],
+        [0.0] * 3,
+        ("della_linear", plain(0.75, 0.25), [math.inf, math.nan, 2.0], ""),
+        masks=[[1, 1, 1]],
+    )
+    h.case(
+        "dropped-infinity",
+        f"{steps}; tau = (inf, NaN, 1), of which the first two are dropped: 0 times infinity and 0 times NaN are NaN; "
+        f"1 / (1/4)",
+        [[math.inf, math.nan, 1.0]],
+        [0.0] * 3,
+        ("della_linear", plain(0.5, 0.25), [math.nan, math.nan, 4.0], ""),
+        ("della_linear", plain(0.0, 0.0), [0.0] * 3, "density 0 puts zeros in the place of the task vector"),
+        masks=[[0, 0, 1]],
+    )
+    h.case(
+        "infinities-of-both-signs",
+        "tau = (inf, 1) and (-inf, 1), nothing dropped: inf - inf is NaN",
+        [[math.inf, 1.0], [-math.inf, 1.0]],
+        [0.0, 0.0],
+        ("della_linear", plain(1.0, 0.0), [math.nan, 2.0], ""),
+    )
+    h.case(
+        "integers",
+        "1 + (3 - 1) / (1/2) = 5; integers are the base's",
+        [{"x": [3.0], "ids": i64(3, 4)}],
+        {"x": [1.0], "ids": i64(3, 4)},
+        ("della_linear", plain(0.5, 0.25), {"x": [5.0], "ids": i64(3, 4)}, ""),
+        stats=[{"x.mask": np.array([1], np.uint8)}],
+    )
+    h.case("epsilon-negative", "epsilon -1/4", [[1.0]], [0.0], ("della_linear", plain(0.5, -0.25), REFUSED, ""))
     return h

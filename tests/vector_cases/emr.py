@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Tensors, Test, i64, origin
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Tensors, Test, i64, origin, sign
 
 CODE = {
     "official:emr": "harveyhuang18/EMR_Merging@cc225ec merge_vit/src/main_emr_merging.py:emr_merge",
@@ -12,6 +15,31 @@ CODE = {
 }
 PLAIN = {"emr-official-00", "emr-official_flat-00", "emr-fusion_bench-00"}  # no sum of task vectors in them is zero
 FLAGS = {"emr-official-03": ["EmrZeroSum", "EmrAverage"]}
+
+STAGED = tuple(
+    f"emr-{id}"
+    for id in (
+        "by-hand", "second-task", "zero-sum", "no-change", "outvoted", "one-task", "copies", "disjoint", "average-of-one",
+    )
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    gamma = sign(sum(tau))
+    epsilon = np.max([np.where(gamma * x > 0, abs(x), Fraction(0)) for x in tau], axis=0)
+    tau_uni = gamma * epsilon
+    tau_t = tau[given.params.get("task", 0)]
+    m_t = np.where(gamma * tau_t > 0, 1, 0)
+    left = sum(abs(m_t * tau_uni))
+    lambda_t = sum(abs(tau_t)) / left if left else Fraction(0)
+    return {
+        1: {"tau": tau},
+        2: {"gamma": gamma, "tau_uni": tau_uni},
+        3: {"m_t": m_t},
+        4: {"lambda_t": lambda_t},
+        5: {"result": given.base + lambda_t * (m_t * tau_uni)},
+    }
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -176,4 +204,73 @@ def hand() -> Hand:
     h.case("task-negative", "task -1", [[1.0], [2.0]], [0.0], ("emr", {"task": -1}, REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("emr", {}, REFUSED, ""))
     h.case("no-models", "nothing to recover", [], [0.0], ("emr", {}, REFUSED, ""))
+    h.case(
+        "average-of-one",
+        "base 1; tau = (4, -2), (2, 2): signs + 0, unified (4, 0); 4 + 2 over 4, and with means 3 over 2",
+        [[5.0, -1.0], [3.0, 3.0]],
+        [1.0, 1.0],
+        ("emr", {"average": "tensors"}, [7.0, 1.0], "of one tensor both are the same"),
+        flags="EmrAverage",
+    )
+    h.case(
+        "election-of-sums",
+        "base 0; tau = 1, 1 and -3: - is elected, by its weight and not by two models to one; unified -3",
+        [[1.0], [1.0], [-3.0]],
+        [0.0],
+        ("emr", {"task": 2}, [-3.0], "the rescaler is 3/3"),
+    )
+    h.case(
+        "nobody-changed",
+        "base (1, 2, 3); tau = (0, 3, 2), (0, -3, 2): what nobody changed and what cancels is the base's for both",
+        [[1.0, 5.0, 5.0], [1.0, -1.0, 5.0]],
+        [1.0, 2.0, 3.0],
+        ("emr", {}, [1.0, 2.0, 8.0], "unified (0, 0, 2), the rescaler 5/2"),
+        ("emr", {"task": 1}, [1.0, 2.0, 8.0], ""),
+        flags="EmrZeroSum",
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, 1.0],
+        ("emr", {}, [0.0, 2.0], ""),
+    )
+    h.case(
+        "inf-of-the-task",
+        "base 0; tau = (inf, 1), (-1, 2): the task's own infinity makes its rescaler infinity over infinity",
+        [[inf, 1.0], [-1.0, 2.0]],
+        [0.0, 0.0],
+        ("emr", {}, [nan, nan], ""),
+    )
+    h.case(
+        "masked-infinity",
+        "base 0; tau = (1, 2), (inf, 1), task 0, which agrees: the sum of what the mask leaves is infinite, and the "
+        "rescaler 3 over infinity",
+        [[1.0, 2.0], [inf, 1.0]],
+        [0.0, 0.0],
+        ("emr", {}, [nan, 0.0], "0 times infinity, and 0 times 2"),
+    )
+    h.case(
+        "nan-of-another",
+        "base 0; tau = (NaN, 1), (1, 1), task 1: 0 times NaN is in the sum of what the mask leaves",
+        [[nan, 1.0], [1.0, 1.0]],
+        [0.0, 0.0],
+        ("emr", {"task": 1}, [nan, nan], ""),
+    )
+    pair = [
+        {"e": [], "ids": i64(3, 4, 5), "s": 8.0, "x": [1.0, 1.0]},
+        {"e": [], "ids": i64(3, 4, 5), "s": 4.0, "x": [2.0, 2.0]},
+    ]
+    unified = {"e": [], "ids": i64(3, 4, 5), "s": 8.0, "x": [2.0, 2.0]}
+    for average, sums in (("entries", (10, 12)), ("tensors", (9, 10))):
+        scale = sums[0] / sums[1]
+        h.case(
+            f"not-counted-{average}",
+            "base 0; tau = 8 and (1, 1), 4 and (2, 2): unified 8 and (2, 2), beside integers and a tensor of no entries",
+            pair,
+            {"e": [], "ids": i64(3, 4, 5), "s": 0.0, "x": [0.0, 0.0]},
+            ("emr", {"average": average}, unified | {"s": 8 * scale, "x": [2 * scale] * 2}, f"{sums[0]} over {sums[1]}"),
+            flags="EmrAverage",
+            tolerance=1e-6,
+        )
     return h

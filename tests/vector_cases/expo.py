@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, i64
+from vector_cases import REFUSED, Exact, Hand, i64
 
 CODE = {
     "official:expo": "chujiezheng/LLM-Extrapolation@04e04f5 code/extrapolate.py:main",
@@ -12,6 +13,14 @@ CODE = {
 }
 TOOLS = ("fusion_bench",)
 FLAGS = {"expo-fusion_bench-00": ["ExpoSeveral"]}
+
+STAGED = tuple(f"expo-{id}" for id in ("by-hand", "alpha-zero", "alpha-minus-one", "alpha-large", "no-change", "between"))
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    (theta,) = given.models
+    tau = theta - given.base
+    return {1: {"tau": tau}, 2: {"result": theta + Fraction(given.params.get("alpha", 0.3)) * tau}}
 
 
 def hand() -> Hand:
@@ -81,4 +90,40 @@ def hand() -> Hand:
     )
     h.case("no-base", "a change is a difference from a base", [[1.0]], None, ("expo", {}, REFUSED, ""))
     h.case("no-models", "nothing was trained", [], [0.0], ("expo", {}, REFUSED, ""))
+    case("between", "tau = (2, -4): half of it back", [3.0, -3.0], [1.0, 1.0], -0.5, [2.0, -1.0])
+    case("before-the-base", "tau = 2: 3 - 6, the other side of 1", [3.0], [1.0], -3.0, [-3.0])
+    case(
+        "inexact-change",
+        "float32: 1 - 2^25 rounds to -2^25, and 1 + 2^25 to 2^25: the base, but for the 1 that was lost twice",
+        [1.0],
+        [2.0**25],
+        -1.0,
+        [2.0**25],
+    )
+    case(
+        "inexact-change-lost",
+        "float32: 2^25 + 4 - 1 is 2^25 + 3, which rounds to 2^25 + 4, and the model less that is 0, not the base's 1",
+        [2.0**25 + 4],
+        [1.0],
+        -1.0,
+        [0.0],
+    )
+    case(
+        "negative-zero",
+        "-0.0 - 0.0 = -0.0 and -0.0 + -0.0 = -0.0; -0.0 - -0.0 = 0.0 and -0.0 + 0.0 = 0.0; comparing values, as runners do, "
+        "does not tell the two apart",
+        [-0.0, -0.0],
+        [0.0, -0.0],
+        0.5,
+        [-0.0, 0.0],
+    )
+    case("unchanged-entry", "the first entry stays, however far", [0.1, 2.0], [0.1, 1.0], 1024.0, [0.1, 1026.0])
+    case(
+        "beyond-the-dtype",
+        "2^127 + 2 * 2^127 is more than float32 holds: infinite, where the caller lets infinities pass",
+        [2.0**127, 2.0],
+        [0.0, 1.0],
+        2.0,
+        [inf, 4.0],
+    )
     return h

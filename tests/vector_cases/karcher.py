@@ -42,14 +42,14 @@ def stages(given: Exact) -> dict[int, dict[str, Any]]:
         if C.min() == -1:  # no arc leads to the opposite
             c = None
         elif given.params.get("max_iter") != 0:
-            c = walked(given.models, alpha, nu)
+            c = in_the_plane(given.models, alpha, nu)
         if c is not None:
             found[4] = {"c": c}
     merged = sum(a * x for a, x in zip(alpha, given.models)) if c is None else at_mean_length(c, alpha, nu, given.models)
     return found | {5: {"result": merged}}
 
 
-def walked(models: list[Any], alpha: list[Fraction], nu: list[float]) -> list[float]:
+def in_the_plane(models: list[Any], alpha: list[Fraction], nu: list[float]) -> list[float]:
     """c of the mean direction, in which a model without a direction has no part."""
     part = [float(a) if nu_n else 0.0 for a, nu_n in zip(alpha, nu)]
     angle = [math.atan2(x[1], x[0]) for x in models]
@@ -60,7 +60,7 @@ def walked(models: list[Any], alpha: list[Fraction], nu: list[float]) -> list[fl
     return [f_n / long for f_n in f]
 
 
-def stepped(models: list[list[float]], weights: list[float], steps: int) -> list[float]:
+def walked(models: list[list[float]], weights: list[float], steps: int) -> list[float]:
     """The direction after so many steps, in coordinates: along the mean of the arcs by the sphere's maps, and in the last to
     the sum of the w / sin w that the arcs are made of."""
     U = np.array(models) / np.linalg.norm(models, axis=1, keepdims=True)
@@ -267,12 +267,16 @@ def hand() -> Hand:
     length = (2 * math.hypot(1, 60) + 0.002) / 2.002
     h.case(
         "default-steps",
-        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per "
-        "cent of what "
-        "is left, and the hundredth is the last",
+        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per cent of "
+        "what is left, and the hundredth is the last",
         wide,
         None,
-        ("karcher", {"weight": light}, [length * x for x in stepped(wide, light, 100)], "in coordinates"),
+        (
+            "karcher",
+            {"weight": light},
+            [length * x for x in walked(wide, light, 100)],
+            "by the sphere's maps, in coordinates",
+        ),
         dtype="F64",
         tolerance=1e-12,
     )

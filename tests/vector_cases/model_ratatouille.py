@@ -97,4 +97,33 @@ def hand() -> Hand:
         None,
         (OURS, {}, {"s": 2.0, "e": []}, ""),
     )
+    h.case(
+        "copies-rounded",
+        "three times 0.1 in float64: (0.1 + 0.1) / 2 = 0.1, but 2 * 0.1 + 0.1 is 0.30000000000000004",
+        [[0.1]] * 3,
+        None,
+        (OURS, {}, [0.10000000000000002], "a third of it"),
+        flags="RatatouilleRounding",
+        dtype="F64",
+    )
+    large = 2.0**24
+    for id, models, expect, why in (
+        (
+            "order-large-first",
+            [[large], [1.0], [1.0]],
+            5592405.5,
+            "2^24 + 1 is rounded to 2^24, twice; a half of it, and a third",
+        ),
+        ("order-large-last", [[1.0], [1.0], [large]], 5592406.0, "1, and a third of 2^24 + 2"),
+    ):
+        h.case(id, f"float32: {why}", models, None, (OURS, {}, [expect], ""), flags="RatatouilleRounding")
+    h.case("shape-differs", "shapes (2,) and (1, 2)", [[1.0, 2.0], [[1.0, 2.0]]], None, (OURS, {}, REFUSED, ""))
+    nan, inf = float("nan"), float("inf")
+    h.case(
+        "nan-inf",
+        "NaN and infinity stay, where the caller lets them pass; (1 + 3) / 2",
+        [[nan, inf, 1.0], [1.0, 1.0, 3.0]],
+        None,
+        (OURS, {}, [nan, inf, 2.0], ""),
+    )
     return h

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vector_cases import Hand, Paper, Test
+from vector_cases import REFUSED, Hand, Paper, Test, i64
 
 STEMS = ("pareto_manifold",)
 CODE = {"official:pareto": "nik-dim/pamal@26adf53 src/ll/subspace_modules.py:SubspaceConv.get_weight"}
@@ -53,4 +53,56 @@ def hand() -> Hand:
         flags="ParetoSharedTensors",
     )
     h.case("three", "1/2, 1/4, 1/4", [[4.0], [0.0], [8.0]], None, *both([0.5, 0.25, 0.25], [4.0]))
+    h.case("first-corner", "a member itself", members, None, *both([1.0, 0.0], [4.0, 0.0, 2.0]))
+    h.case(
+        "equal-preferences",
+        "the uniform soup, (4 + 0) / 2, (0 + 4) / 2, 2",
+        members,
+        None,
+        *both([0.5, 0.5], [2.0, 2.0, 2.0]),
+    )
+    h.case(
+        "zeros",
+        "1 * -0.0 + 0 * 3 = 0.0; comparing values, as runners do, does not tell it from -0.0",
+        [[-0.0], [3.0]],
+        None,
+        *both([1.0, 0.0], [0.0]),
+    )
+    h.case(
+        "equal-members",
+        "float64: 0.3 * 3 is 0.8999999999999999 and 0.7 * 3 is 2.0999999999999996",
+        [[3.0], [3.0]],
+        None,
+        *both([0.3, 0.7], [2.9999999999999996]),
+        dtype="F64",
+    )
+    h.case(
+        "normalized",
+        "preferences 1 and 3, divided by 4",
+        members,
+        None,
+        ("linear", {"weight": [1.0, 3.0]}, [1.0, 3.0, 2.0], ""),
+        ("official:pareto", {"alpha": [1.0, 3.0]}, [4.0, 12.0, 8.0], "as they are"),
+        flags="ParetoSimplex",
+    )
+    counted = [{"w": [4.0], "n": i64(7)}, {"w": [0.0], "n": i64(7)}]
+    other = [counted[0], {"w": [0.0], "n": i64(8)}]
+    h.case(
+        "integers-agree",
+        "equal integers are copied",
+        counted,
+        None,
+        *both([0.25, 0.75], {"w": [1.0], "n": i64(7)}),
+        options={"integers": "equal"},
+    )
+    h.case(
+        "integers-differ",
+        "7 and 8 have no integer between them",
+        other,
+        None,
+        *both([0.25, 0.75], REFUSED),
+        options={"integers": "equal"},
+    )
+    h.case("no-members", "nothing to combine", [], None, *both([1.0], REFUSED))
+    h.case("three-preferences", "of two members", members, None, *both([0.5, 0.25, 0.25], REFUSED))
     return h

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Paper, i64
+from vector_cases import REFUSED, Exact, Hand, Paper, fraction, i64
 
 TOOL = "fusion_bench:singular_projection"
 CODE = {
@@ -20,6 +20,25 @@ PAPER = {
     "singular_projection-fusion_bench-03": Paper({"k": 2, "part": "high"}, comment="the base has full rank"),
 }
 NAME = "fc.weight"
+
+STAGED = tuple(f"singular_projection-{id}" for id in ("low", "high", "half", "all", "rank-zero", "rank-zero-high"))
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """Of the base [[3, 1, 0], [1, 3, 0]], of singular vectors (1, 1) and (1, -1) over sqrt 2: their projectors."""
+    k = given.params.get("k", 128)
+    k = 1 if k is None else k
+    half = fraction(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]])) / 2
+    Q = [half * 0, half, np.diag(fraction(np.array([1, 1, 0])))][min(k, 2)]
+    P = Q[:2, :2]
+    tau = given.models[0] - given.base
+    onto = P @ tau @ Q
+    found = {1: {"tau": tau}, 2: {"S": fraction(np.array([4, 2]))}, 3: {"k": k}, 4: {"onto": onto}}
+    if given.params.get("part") == "high":
+        left = tau - P @ tau
+        onto = left - left @ Q
+        found[5] = {"left": left, "onto": onto}
+    return found | {6: {"result": given.base + onto}}
 
 
 def hand() -> Hand:
@@ -165,5 +184,47 @@ def hand() -> Hand:
         ),
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case("no-models", "nothing to project", [], [[0.0]], ("singular_projection", {}, REFUSED, ""))
+    case(
+        "many-axes",
+        f"{hadamard}; of shape (2, 3, 1), a row for each index of the first axis",
+        layer([[[y] for y in row] for row in model]),
+        layer([[[y] for y in row] for row in base]),
+        ("singular_projection", {"k": 1}, layer([[[y] for y in row] for row in low]), ""),
+    )
+    square, changed = [[4.0, 0.0], [0.0, 2.0]], [[5.0, 3.0], [-2.0, 2.0]]
+    for id, part, expect in (("invertible", "low", changed), ("invertible-high", "high", square)):
+        case(
+            id,
+            "base diag(4, 2), whose two directions are all there are",
+            layer(changed),
+            layer(square),
+            ("singular_projection", {"k": 2, "part": part}, layer(expect), ""),
+        )
+    for id, part, x in (("zero-base-half", "low", 0.0), ("zero-base-half-high", "high", 5.0)):
+        case(
+            id,
+            "a base of zeros has no directions, of which half of the sum were",
+            layer([[5.0, 5.0]]),
+            layer([[0.0, 0.0]]),
+            ("singular_projection", {"k": None, "part": part}, layer([[x, x]]), ""),
+        )
+    case("unchanged", "the change is 0", layer(base), layer(base), ("singular_projection", {"k": 1}, layer(base), ""))
+    h.case(
+        "infinity",
+        "an infinity has no singular values, in the base or in the model",
+        [[[1.0, 1.0]]],
+        [[math.inf, 0.0]],
+        ("singular_projection", {}, REFUSED, ""),
+    )
+    rounded = layer([[4.0, 0.0], [0.0, 2.0**-20]])
+    case(
+        "low-rank-base",
+        "base diag(4, 2^-20), change all ones: 2^-20 is less than 1e-5 of 4, and rounding",
+        layer([[5.0, 1.0], [1.0, 1 + 2.0**-20]]),
+        rounded,
+        ("singular_projection", {"k": 2}, layer([[5.0, 0.0], [0.0, 2.0**-20]]), "the base has one direction"),
+        ("singular_projection", {"k": 2, "tolerance": 1e-7}, layer([[5.0, 1.0], [1.0, 1 + 2.0**-20]]), "it has two"),
     )
     return h

@@ -84,4 +84,43 @@ def hand() -> Hand:
         flags="TimeVectorsIntegerBuffers",
         options={"integers": "equal"},
     )
+    h.case(
+        "one-end-rounded",
+        "float32: 1 - 2^25 is rounded to -2^25, and 2^25 more is 0, not the first model's 1",
+        [[1.0], [5.0]],
+        [2.0**25],
+        ("task_arithmetic", {"weight": [1.0, 0.0]}, [0.0], ""),
+        ("official:time_vectors", {"lambdas": [1.0, 0.0]}, [0.0], ""),
+    )
+    h.case(
+        "after-the-last",
+        f"{vectors}: -1/2 of the first and 3/2 of the second",
+        [early, late],
+        base,
+        ("task_arithmetic", {"weight": [-0.5, 1.5]}, [-1.0, 7.0, 3.0], ""),
+        ("official:time_vectors", {"lambdas": [-0.5, 1.5]}, [-1.0, 7.0, 3.0], ""),
+    )
+    h.case(
+        "any-sum",
+        vectors,
+        [early, late],
+        base,
+        ("task_arithmetic", {"weight": [1.0, 1.0]}, [5.0, 5.0, 1.0], "both"),
+        ("official:time_vectors", {"lambdas": [1.0, 1.0], "alpha": 0.5}, [3.0, 3.0, 1.0], "alpha halves each vector"),
+    )
+    h.case(
+        "analogy-of-two",
+        "A and B without C",
+        [early, late],
+        base,
+        ("official:time_vectors", {"op": "analogy", "lambdas": [1.0, 1.0]}, REFUSED, ""),
+    )
+    h.case(
+        "no-base",
+        "a time vector is a difference from a base",
+        [early],
+        None,
+        ("task_arithmetic", {}, REFUSED, ""),
+        ("official:time_vectors", {"lambdas": [1.0]}, REFUSED, ""),
+    )
     return h
