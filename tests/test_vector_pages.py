@@ -41,7 +41,6 @@ UNMAPPED = {
     "iso_cts",
     "karcher",
     "knots",
-    "low_rank_residual",
     "mats",
     "model_ratatouille",
     "multislerp",
