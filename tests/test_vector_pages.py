@@ -56,7 +56,6 @@ UNMAPPED = {
     "svc",
     "time_vectors",
     "tsvm",
-    "twin_merging",
     "warp",
     "widen",
     "wise_ft",
