@@ -49,7 +49,6 @@ UNMAPPED = {
     "opcm",
     "pareto",
     "passthrough",
-    "pcb",
     "regmean",
     "singular_projection",
     "slerp",
