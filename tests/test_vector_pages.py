@@ -56,7 +56,6 @@ UNMAPPED = {
     "time_vectors",
     "tsvm",
     "warp",
-    "widen",
     "wise_ft",
     "wudi",
 }
