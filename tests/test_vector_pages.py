@@ -48,7 +48,6 @@ UNMAPPED = {
     "opcm",
     "pareto",
     "passthrough",
-    "regmean",
     "singular_projection",
     "slerp",
     "svc",
