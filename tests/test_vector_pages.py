@@ -40,7 +40,6 @@ UNMAPPED = {
     "iso_cts",
     "karcher",
     "knots",
-    "mats",
     "model_ratatouille",
     "multislerp",
     "nearswap",
