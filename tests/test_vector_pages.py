@@ -36,7 +36,6 @@ UNMAPPED = {
     "ema",
     "emr",
     "expo",
-    "iso_cts",
     "karcher",
     "knots",
     "model_ratatouille",
