@@ -42,7 +42,6 @@ UNMAPPED = {
     "multislerp",
     "nearswap",
     "nuslerp",
-    "opcm",
     "pareto",
     "passthrough",
     "singular_projection",
