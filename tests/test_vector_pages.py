@@ -37,7 +37,6 @@ UNMAPPED = {
     "emr",
     "expo",
     "karcher",
-    "knots",
     "model_ratatouille",
     "multislerp",
     "nearswap",
