@@ -45,7 +45,6 @@ UNMAPPED = {
     "passthrough",
     "singular_projection",
     "slerp",
-    "svc",
     "time_vectors",
     "tsvm",
     "warp",
