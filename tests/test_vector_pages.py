@@ -46,7 +46,6 @@ UNMAPPED = {
     "singular_projection",
     "slerp",
     "time_vectors",
-    "tsvm",
     "warp",
     "wise_ft",
     "wudi",
