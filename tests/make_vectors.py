@@ -104,7 +104,7 @@ def paper(test: Test, how: Paper) -> Test:
     def chosen(tensors: Tensors) -> Tensors:
         return {name: x for name, x in tensors.items() if name in how.names} if how.names else tensors
 
-    stats = test.stats
+    stats = None if how.without_stats else test.stats
     if how.drop_masks:
         assert stats
         stats = [{f"{name}.mask": np.asarray(1 - x, np.uint8) for name, x in one.items()} for one in stats]

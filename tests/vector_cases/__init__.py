@@ -133,7 +133,7 @@ class Paper:
 
     names: of the tensors that agree; all, if empty. base_first: the tool's base is the first model. entry: the plain name,
     where it is not the tool's. drop_masks: recorded masks say what is dropped; keep_masks: they say what is kept, and bear
-    the tensor's own name.
+    the tensor's own name. without_stats: what was recorded follows from the models.
     """
 
     params: dict[str, Any]
@@ -141,6 +141,7 @@ class Paper:
     base_first: bool = False
     drop_masks: bool = False
     keep_masks: bool = False
+    without_stats: bool = False
     comment: str = ""
     entry: str = ""
 
@@ -165,9 +166,11 @@ class Hand:
         masks: list[Any] | None = None,
         stats: list[Tensors] | None = None,
         options: dict[str, Any] | None = None,
+        ran: str = "",
     ) -> None:
         """One input and what each entry makes of it: answers of (entry, params, expected, why). Where an entry has several,
-        those after the first have a number in their ids. masks: of what is kept."""
+        those after the first have a number in their ids. masks: of what is kept. ran: the code whose results are expected,
+        where they are not by hand; how it was asked for what the paper means is said in the comment."""
         before: list[str] = []
         for entry, params, expect, why in answers:
             before.append(entry)
@@ -176,6 +179,8 @@ class Hand:
             source = {"how": "by hand"}
             if tool:
                 source = origin(self.code.get(entry, FAMILY)) | source
+            if ran:
+                source = origin(ran)
             given = stats
             if masks is not None:
                 given = [arrays(mask, "U8") for mask in masks]
