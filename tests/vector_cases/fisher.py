@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, arrays, numbered
+from vector_cases import REFUSED, Exact, Hand, arrays, numbered
 
 STEMS = ("fisher", "fisher_mats", "fisher_merging")
 TOOLS = ("fusion_bench", "mmatena", "dataless", "mats", "wise_ft")
@@ -21,6 +23,24 @@ CODE = {
     "wise_ft:fisher": "mlfoundations/wise-ft@58b7a4b src/wise_ft.py:_merge",
 }
 FLAGS = {"fisher_mats-mats-03": ["FisherFloor"], "fisher_merging-wise_ft-00": ["FisherMissing"]}
+
+STAGED = (
+    "fisher-weighted", "fisher-normalised", "fisher-normalised-2", "fisher-floor", "fisher-floor-2", "fisher-nothing-known",
+    "fisher-nothing-known-2", "fisher-weights", "fisher-one-model",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    F = [one[f"{given.name}.fisher"] for one in given.stats]
+    weight = given.each("weight", 1.0)
+    c = [w / sum(weight) for w in weight]
+    if given.params.get("normalize", True):
+        c = [c_n / Fraction(math.sqrt(np.sum(F_n * F_n))) for c_n, F_n in zip(c, F)]
+    floor, favor = Fraction(given.params.get("floor", 1e-6)), given.params.get("favor_target", True)
+    lifted = [np.maximum(F_n, floor) if n == 0 or not favor else F_n for n, F_n in enumerate(F)]
+    P = [c_n * F_n for c_n, F_n in zip(c, lifted)]
+    result = sum(P_n * theta for P_n, theta in zip(P, given.models)) / sum(P)
+    return {1: {"F": F}, 2: {"c": c}, 3: {"F": lifted}, 4: {"result": result}}
 
 
 def hand() -> Hand:
@@ -182,4 +202,37 @@ def hand() -> Hand:
     case("no-statistics", "nothing to weigh by", [[2.0], [4.0]], None, ("fisher", {}, REFUSED, ""))
     case("weights-zero", "0 + 0", [[2.0], [4.0]], [[1.0]] * 2, ("fisher", {"weight": [0.0, 0.0]}, REFUSED, ""))
     case("weight-negative", "-1", [[2.0], [4.0]], [[1.0]] * 2, ("fisher", {"weight": [2.0, -1.0]}, REFUSED, ""))
+    nan = float("nan")
+    case(
+        "floor-zero",
+        "nothing is known of the first entry, and there is no floor: 0 / 0; (2 + 4) / 2",
+        [[2.0, 2.0], [4.0, 4.0]],
+        [[0.0, 1.0], [0.0, 1.0]],
+        ("fisher", {"floor": 0.0}, [nan, 3.0], ""),
+    )
+    case(
+        "nothing-known-of-an-entry",
+        "nothing is known of the first entry: the first model's 2, which alone has the floor; lifted in both, the mean "
+        "with the weights 3 and 1, (3 2 + 4) / 4 = 5/2, which those of the second entry give too",
+        [[2.0, 2.0], [4.0, 4.0]],
+        [[0.0, 1.0], [0.0, 1.0]],
+        ("fisher", {"weight": [3.0, 1.0]}, [2.0, 2.5], ""),
+        ("fisher", {"weight": [3.0, 1.0], "favor_target": False}, [2.5, 2.5], ""),
+    )
+    case("negative", "no mean of squares", [[2.0], [4.0]], [[1.0], [-1.0]], ("fisher", {}, REFUSED, ""))
+    case(
+        "nan",
+        "NaN in the first entry of a model; (2 + 4) / 2",
+        [[nan, 2.0], [4.0, 4.0]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        ("fisher", {}, [nan, 3.0], ""),
+    )
+    case(
+        "nan-in-fisher",
+        "NaN in the first entry of a diagonal; (2 + 4) / 2",
+        [[2.0, 2.0], [4.0, 4.0]],
+        [[nan, 1.0], [1.0, 1.0]],
+        ("fisher", {}, [nan, nan], "it is in the norm"),
+        ("fisher", off, [nan, 3.0], "no norm"),
+    )
     return h

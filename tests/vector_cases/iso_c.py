@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, Test, i64
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, Test, i64
+from vector_cases.low_rank_residual import terms
 
 CODE = {
     "official:iso_c": "danielm1405/iso-merging@d34010a src/utils/iso.py:iso_c",
@@ -15,6 +17,28 @@ CODE = {
 TOOLS = ("fusion_bench",)
 PAPER = {"iso_c-official-00": Paper({}, comment="no sum of less than full rank")}
 SLACK = 1e-6  # singular vectors are rounded
+
+STAGED = (
+    "iso_c-example", "iso_c-other-shares", "iso_c-lambda", "iso_c-one-model", "iso_c-rank", "iso_c-tolerance",
+    "iso_c-tolerance-2", "iso_c-row", "iso_c-vector",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    Delta, scale = [theta - given.base for theta in given.models], Fraction(given.params.get("lambda_", 1.0))
+    if given.base.ndim != 2:
+        return {1: {"result": given.base + scale * sum(Delta) / Fraction(len(Delta))}}
+    M = sum(Delta)
+    found = spanned(M, given.params.get("tolerance", 1e-5))
+    S, polar = [s for s, _ in found], sum(term / s for s, term in found)
+    result = given.base + scale * (sum(S) / Fraction(len(S))) * polar
+    return {2: {"M": M}, 3: {"S": np.array(S, object)}, 4: {"result": result}}
+
+
+def spanned(M: Any, tolerance: float) -> list[tuple[Fraction, Any]]:
+    """The terms of M without those that count as zero."""
+    found = terms(M)
+    return [(s, term) for s, term in found if s > Fraction(tolerance) * found[0][0]]
 
 
 def accepts(test: Test) -> bool:
@@ -131,4 +155,50 @@ def hand() -> Hand:
         case(id, "outside of the domain", [zeros], zeros, ("iso_c", {"tolerance": t}, REFUSED, ""))
     case("no-base", "a task vector is a difference from a base", [zeros], None, ("iso_c", {}, REFUSED, ""))
     case("no-models", "nothing to merge", [], zeros, ("iso_c", {}, REFUSED, ""))
+    case(
+        "equal",
+        "diag(6, 2) twice: the sum diag(12, 4), the mean 8",
+        [[[6.0, 0.0], [0.0, 2.0]]] * 2,
+        zeros,
+        ("iso_c", {}, [[8.0, 0.0], [0.0, 8.0]], "twice the diag(4, 4) of one of them"),
+    )
+    case(
+        "low-rank",
+        "6 e_1 e_1^T and 2 e_2 e_2^T in a 3 x 3 matrix: two directions, the mean 4",
+        [np.diag([6.0, 0.0, 0.0]).tolist(), np.diag([0.0, 2.0, 0.0]).tolist()],
+        [[0.0] * 3] * 3,
+        ("iso_c", {}, np.diag([4.0, 4.0, 0.0]).tolist(), "nothing where nothing was"),
+        flags="IsoRank",
+    )
+    case(
+        "column",
+        "a 2 x 1 matrix",
+        [[[3.0], [4.0]], [[1.0], [0.0]]],
+        [[0.0], [0.0]],
+        ("iso_c", {}, [[4.0], [4.0]], "the sum itself"),
+    )
+    case(
+        "opposite-up-to-rounding",
+        "diag(4, 1) and diag(-4 + 2^-20, -1): the sum diag(2^-20, 0) is the largest singular value there is",
+        [[[4.0, 0.0], [0.0, 1.0]], [[-4.0 + 2.0**-20, 0.0], [0.0, -1.0]]],
+        zeros,
+        ("iso_c", {}, [[2.0**-20, 0.0], [0.0, 0.0]], "itself, and as small"),
+    )
+    case(
+        "vector",
+        "base 1; changes (2, -4) and (4, 2) of mean (3, -1); half of it",
+        [[3.0, -3.0], [5.0, 3.0]],
+        [1.0, 1.0],
+        ("iso_c", {"lambda_": 0.5}, [2.5, 0.5], ""),
+        tolerance=0.0,
+    )
+    nan, inf = float("nan"), float("inf")
+    case(
+        "vector-not-finite",
+        "the mean of (NaN, infinity, 1) and (1, 1, 3)",
+        [[nan, inf, 1.0], [1.0, 1.0, 3.0]],
+        [0.0] * 3,
+        ("iso_c", {}, [nan, inf, 2.0], ""),
+        tolerance=0.0,
+    )
     return h

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, Test, i64
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, Test, i64
 
 CODE = {
     "official:iso_cts": "danielm1405/iso-merging@d34010a src/utils/iso.py:iso_cts",
@@ -22,6 +24,41 @@ LEFT_OUT = (
     "iso_cts-dcmerge_lora-03",  # float32: U has the condition 23000, and this code itself differs by 5e-5 between machines
 )
 SLACK = 1e-6  # singular vectors are rounded
+
+STAGED = (
+    "iso_cts-lambda", "iso_cts-all-common", "iso_cts-rank", "iso_cts-equal", "iso_cts-rounded-up",
+    "iso_cts-one-dimension-each", "iso_cts-six-dimensions", "iso_cts-in-the-common-space", "iso_cts-vector",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """Of diagonal matrices, whose terms are their entries."""
+    Delta, T = [theta - given.base for theta in given.models], len(given.models)
+    scale = Fraction(given.params.get("lambda_", 1.0))
+    if given.base.ndim != 2:
+        return {1: {"result": given.base + scale * sum(Delta) / Fraction(T)}}
+    M, tolerance = sum(Delta), Fraction(given.params.get("tolerance", 1e-5))
+    S, places = leading(M, [], tolerance, Fraction(0))
+    r, fraction = len(S), given.params.get("common_space_fraction", 0.8)
+    n = min(round((r - int(fraction * r)) / T), r // T)
+    c = r - n * T
+    found: dict[int, dict[str, Any]] = {2: {"M": M, "S": np.array(S, object), "c": c, "n": n}}
+    own = [tuple(x[:n] for x in leading(Delta_t, places[:c], tolerance, S[0])) for Delta_t in Delta if n]
+    own.append((S[:c], places[:c]))
+    S, places = (list(chain(*x)) for x in zip(*own))
+    polar = 0 * M
+    for i in places:
+        polar[i, i] = Fraction(int(np.sign(sum(Delta_t[i, i] for Delta_t in Delta))))
+    result = given.base + scale * (sum(S) / Fraction(len(S))) * polar
+    return found | {4: {"S": np.array(S, object)}, 5: {"result": result}}
+
+
+def leading(M: Any, without: list[int], tolerance: Fraction, least: Fraction) -> tuple[list[Fraction], list[int]]:
+    """The singular values of a diagonal matrix without some places, and where they are."""
+    size = [Fraction(0) if i in without else abs(x) for i, x in enumerate(np.diag(M))]
+    places = sorted(range(len(size)), key=lambda i: -size[i])
+    places = [i for i in places if size[i] > tolerance * max(max(size), least)]
+    return [size[i] for i in places], places
 
 
 def accepts(test: Test) -> bool:
@@ -168,4 +205,58 @@ def hand() -> Hand:
         case(id, "outside of the domain", [zero], zero, ("iso_cts", params, REFUSED, ""))
     case("no-base", "a task vector is a difference from a base", [zero], None, ("iso_cts", {}, REFUSED, ""))
     case("no-models", "nothing to merge", [], zero, ("iso_cts", {}, REFUSED, ""))
+    case(
+        "five-dimensions",
+        "diag(5, 4, 3, 2, 1) twice; int(0.8 5) = 4 leave half a dimension for a task, 0: the mean of 10, 8, 6, 4, 2",
+        [diag(5.0, 4.0, 3.0, 2.0, 1.0)] * 2,
+        diag(*[0.0] * 5),
+        ("iso_cts", {}, diag(*[6.0] * 5), "Iso-C"),
+    )
+    case(
+        "six-dimensions",
+        "the sum diag(24, 20, 16, 12, 4, 3), of which int(0.8 6) = 4 are common; beside these 5 of one task and 6 of "
+        "the other: the mean of 5, 6, 24, 20, 16, 12",
+        [diag(12.0, 10.0, 8.0, 6.0, 5.0, -3.0), diag(12.0, 10.0, 8.0, 6.0, -1.0, 6.0)],
+        diag(*[0.0] * 6),
+        ("iso_cts", {}, diag(*[83 / 6] * 6), "Iso-C has 79/6"),
+    )
+    case(
+        "one-model",
+        "diag(6, 2)",
+        [diag(6.0, 2.0)],
+        diag(0.0, 0.0),
+        ("iso_cts", {}, diag(4.0, 4.0), "int(0.8 2) = 1 is common, the other its own"),
+        ("iso_cts", none, diag(4.0, 4.0), "both are its own"),
+    )
+    case(
+        "in-the-common-space",
+        "diag(9, 0, 0) and diag(0, 4, 3): one of three dimensions is common, 9 e_1 e_1^T; the first task has nothing else, "
+        "the second 4",
+        [diag(9.0, 0.0, 0.0), diag(0.0, 4.0, 3.0)],
+        diag(0.0, 0.0, 0.0),
+        ("iso_cts", none, diag(6.5, 6.5, 0.0), "the mean of 4 and 9"),
+    )
+    case(
+        "left-alone",
+        "diag(9, 4, 3), and a task that left the matrix alone: one of three dimensions is common, 4 the first task's own",
+        [diag(9.0, 4.0, 3.0), diag(0.0, 0.0, 0.0)],
+        diag(0.0, 0.0, 0.0),
+        ("iso_cts", none, diag(6.5, 6.5, 0.0), "the mean of 4 and 9"),
+    )
+    case(
+        "vector",
+        "base 1; changes (2, -4) and (4, 2) of mean (3, -1); half of it",
+        [[3.0, -3.0], [5.0, 3.0]],
+        [1.0, 1.0],
+        ("iso_cts", {"lambda_": 0.5}, [2.5, 0.5], ""),
+        tolerance=0.0,
+    )
+    case(
+        "vector-not-finite",
+        "the mean of (NaN, infinity, 1) and (1, 1, 3)",
+        [[math.nan, math.inf, 1.0], [1.0, 1.0, 3.0]],
+        [0.0] * 3,
+        ("iso_cts", {}, [math.nan, math.inf, 2.0], ""),
+        tolerance=0.0,
+    )
     return h

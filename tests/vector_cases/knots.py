@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, Tensors, Test, i64, origin
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, Tensors, Test, i64, origin, sign
+from vector_cases.low_rank_residual import terms
+from vector_cases.ties import agreeing_mean, trim
 
 OFFICIAL = "official:knots"
 CODE = {
@@ -20,6 +23,32 @@ FLAGS = {
 PAPER = {
     "knots-official-00": Paper({"trim": 1.0}, comment="nothing is trimmed, and no sum is zero"),
 }
+
+STAGED = (
+    "knots-trim", "knots-lambda", "knots-zero-coordinates", "knots-mean", "knots-dare", "knots-tolerance",
+    "knots-tolerance-zero", "knots-zero-sum", "knots-ranks-differ",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """Without the coordinates and what follows of them: their signs are free."""
+    asked, tau = given.params, [theta - given.base for theta in given.models]
+    found = terms(np.concatenate(tau, axis=1))
+    found = [(s, term) for s, term in found if s > Fraction(asked.get("tolerance", 1e-5)) * found[0][0]]
+    S, U = [s for s, _ in found], np.stack([left(term) for _, term in found], axis=1)
+    C = [np.where(abs(x) > Fraction(1e-10) * S[0], x, Fraction(0)) for x in (U.T @ tau_t for tau_t in tau)]
+    if given.masks:
+        C = [m[: len(S)] * C_t / p for m, C_t, p in zip(given.masks, C, given.each("density", 1.0))]
+    C = [trim(C_t, int(asked.get("trim", 0.2) * C_t.size)) for C_t in C]
+    merged = U @ agreeing_mean(C, sign(sum(C)))
+    result = given.base + Fraction(asked.get("lambda_", 1.0)) * merged
+    return {1: {"tau": tau}, 2: {"S": np.array(S, object)}, 7: {"result": result}}
+
+
+def left(term: Any) -> Any:
+    """u of s u v^T, of either sign."""
+    u = max(term.T, key=lambda column: column @ column)
+    return u / Fraction(math.hypot(*u))
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -218,4 +247,29 @@ def hand() -> Hand:
     h.case("dare-all", "1 / 0", [[[1.0]]], [[0.0]], (OFFICIAL, {"dare": True, "dare_pruning_coeffs": 1.0}, REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[[1.0]]], None, ("knots", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [[0.0]], ("knots", {}, REFUSED, ""))
+    case(
+        "one-at-base",
+        "one row; the second model is the base: 0 is in no mean",
+        [[[5.0, 4.0]], [[1.0, 1.0]]],
+        [[1.0, 1.0]],
+        ("knots", {"trim": 1.0}, [[5.0, 4.0]], ""),
+    )
+    case(
+        "nothing-kept",
+        "one row; (4, 3) and (2, -1)",
+        [[[5.0, 4.0]], [[3.0, 0.0]]],
+        [[1.0, 1.0]],
+        ("knots", {"trim": 0.0}, [[1.0, 1.0]], "the base"),
+        ("knots", {"density": 0.0, "trim": 1.0}, [[1.0, 1.0]], "the base"),
+        ("knots", {"trim": 1.0, "lambda_": 0.0}, [[1.0, 1.0]], "the base"),
+    )
+    case(
+        "ranks-differ",
+        "in the basis (1, 1), (1, -1) over sqrt2 the coordinates are sqrt2 times (4, 0, 3; 0, 2, 0), of rank 2, and "
+        "(-2, 5, 1; 0, 0, 0), of rank 1: 4 wins against -2, (3 + 1) / 2",
+        [turned([4.0, 0.0, 3.0], [0.0, 2.0, 0.0]), turned([-2.0, 5.0, 1.0], [0.0, 0.0, 0.0])],
+        zeros,
+        ("knots", {"trim": 1.0}, turned([4.0, 5.0, 2.0], [0.0, 2.0, 0.0]), ""),
+    )
+    h.case("infinite", "it has no singular values", [[[math.inf, 1.0]]], [[0.0, 0.0]], ("knots", {}, REFUSED, ""))
     return h

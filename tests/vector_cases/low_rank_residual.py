@@ -3,14 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Tensors, Test, i64, origin
+from vector_cases import REFUSED, Exact, Hand, Tensors, Test, i64, origin
 
 STEMS = ("lora_extraction",)
 SLACK = 1e-6  # singular vectors are rounded
+
+STAGED = (
+    "low_rank_residual-rank-one", "low_rank_residual-rank-two", "low_rank_residual-rank-zero",
+    "low_rank_residual-transposed", "low_rank_residual-diagonal", "low_rank_residual-convolution",
+    "low_rank_residual-vector-rank-zero", "low_rank_residual-unchanged",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    (theta,), base = given.models, given.base
+    R = (theta - base).reshape(len(base) if base.ndim > 1 else 1, -1)
+    found = terms(R)
+    R_r = sum((term for _, term in found[: given.params["rank"]]), 0 * R)
+    return {
+        1: {"R": R},
+        2: {"S": np.array([s for s, _ in found], object)},
+        3: {"R_r": R_r},
+        4: {"result": base + R_r.reshape(base.shape)},
+    }
+
+
+def terms(M: Any) -> list[tuple[Fraction, Any]]:
+    """(s, s u v^T) for each singular value, the largest first: of a diagonal matrix its entries, and of one of two rows from
+    the eigenvalues a + h and a - h of the 2 x 2 matrix G = M M^T, whose projectors are (G - (a -+ h)) / (+-2 h)."""
+    if len(M) > len(M.T):
+        return [(s, term.T) for s, term in terms(M.T)]
+    if len(M) == 1:
+        return [(root(np.sum(M * M)), M)]
+    if not np.any(M[~np.eye(*M.shape, dtype=bool)]):
+        alone = [(abs(M[i, i]), np.where(np.arange(len(M))[:, None] == i, M, Fraction(0))) for i in range(len(M))]
+        return sorted(alone, key=lambda term: -term[0])
+    G, one = M @ M.T, np.eye(2, dtype=int) * Fraction(1)
+    a, h = (G[0, 0] + G[1, 1]) / 2, root(((G[0, 0] - G[1, 1]) / 2) ** 2 + G[0, 1] ** 2)
+    return [(root(a + h), (G - (a - h) * one) @ M / (2 * h)), (root(a - h), ((a + h) * one - G) @ M / (2 * h))]
+
+
+def root(x: Fraction) -> Fraction:
+    """The square root: itself where it is a fraction, else to a float64."""
+    exact = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
+    return exact if exact * exact == x else Fraction(math.sqrt(x))
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -143,5 +185,22 @@ def hand() -> Hand:
         [np.zeros((0, 3))],
         np.zeros((0, 3)),
         ("low_rank_residual", {}, {"x": np.zeros((0, 3))}, ""),
+    )
+    case(
+        "vector-of-many",
+        "a vector of four entries is one row, of one term, which rank 1 keeps",
+        [4.0, -1.0, 3.0, 2.0],
+        [1.0] * 4,
+        1,
+        [4.0, -1.0, 3.0, 2.0],
+        flags="LowRankVector",
+    )
+    case(
+        "integers-differ",
+        "integers are the base's",
+        {"w": [[2.0, 0.0], [0.0, 1.0]], "ids": i64(7)},
+        {"w": [[0.0, 0.0], [0.0, 0.0]], "ids": i64(3)},
+        1,
+        {"w": [[2.0, 0.0], [0.0, 0.0]], "ids": i64(3)},
     )
     return h

@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, numbered
+from vector_cases import REFUSED, Exact, Hand, numbered
 
 TOOLS = ("mats",)
 CODE = {
     "mats:mats": "r-three/mats@cb52c38 src/merging/conjugateGradient_fisherMerging.py:conjugateGradient_fisherMerging",
 }
 FLAGS = {"mats-mats-06": ["MatsHead"], "mats-mats-09": ["MatsBaseTurned"]}
+
+STAGED = (
+    "mats-one-step", "mats-converged", "mats-task-arithmetic-start", "mats-dead-input", "mats-dead-input-2", "mats-kfac-2",
+    "mats-fisher-2",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    asked, base, W = given.params, given.base, given.models
+
+    def C(one: dict[str, Any], X: Any) -> Any:
+        if asked.get("objective") == "fisher":
+            return one["l.weight.fisher"] * X
+        return (one["l.gradient_gram"] @ X if asked.get("objective", "kfac") == "kfac" else X) @ one["l.gram"]
+
+    B = sum(C(one, W_n) for one, W_n in zip(given.stats, W))
+    X = {
+        "average": lambda: sum(W) / Fraction(len(W)),
+        "task_arithmetic": lambda: base + Fraction(asked.get("lambda_", 0.3)) * sum(W_n - base for W_n in W),
+        "zero": lambda: 0 * B,
+    }[asked.get("start", "average")]()
+    merged = solved(lambda X: sum(C(one, X) for one in given.stats), B, X, asked.get("iterations", 100))
+    return {3: {"B": B}, 5: {"X": X}, 6: {"merged": merged, "result": merged}}
+
+
+def solved(A: Any, B: Any, X: Any, iterations: int) -> Any:
+    """Conjugate gradients, which reach the solution in exact numbers: nothing is then left of R."""
+    R = B - A(X)
+    P = R
+    for _ in range(iterations):
+        if not np.any(R):
+            break
+        step = np.sum(R * R) / np.sum(P * A(P))
+        X, R, before = X + step * P, R - step * A(P), np.sum(R * R)
+        P = R + np.sum(R * R) / before * P
+    return X
 
 
 def hand() -> Hand:
@@ -238,6 +275,40 @@ def hand() -> Hand:
         ("mats", {"objective": "fisher"}, {"l.weight": [[0.75]], "m.weight": [[2.0]]}, "the average"),
         dtype="F64",
         stats=[{"l.weight.fisher": np.array([[3.0]])}, {"l.weight.fisher": np.array([[1.0]])}],
+        tolerance=1e-12,
+    )
+    case(
+        "task-arithmetic-no-base",
+        "nothing to start from",
+        W,
+        G,
+        ("mats", {"objective": "gram", "start": "task_arithmetic"}, REFUSED, ""),
+    )
+    case(
+        "not-symmetric",
+        "1 and 2",
+        [[[1.0, 2.0]]],
+        [{"l.gram": [[2.0, 1.0], [2.0, 2.0]]}],
+        ("mats", {"objective": "gram"}, REFUSED, ""),
+    )
+    case(
+        "not-finite",
+        "NaN",
+        [[[1.0, 2.0]]],
+        [{"l.gram": [[float("nan"), 0.0], [0.0, 1.0]]}],
+        ("mats", {"objective": "gram"}, REFUSED, ""),
+    )
+    h.case(
+        "half-of-kfac",
+        "l has both matrices, weights 6 and 2: (6 * 4 + 2 * 0) / 8; m lacks one, and a bias is a vector: the means",
+        [{"l.weight": [[x]], "m.weight": [[x]], "l.bias": [x]} for x in (4.0, 0.0)],
+        None,
+        ("mats", {}, {"l.weight": [[3.0]], "m.weight": [[2.0]], "l.bias": [2.0]}, ""),
+        dtype="F64",
+        stats=[
+            {"l.gram": np.array([[3.0]]), "l.gradient_gram": np.array([[2.0]]), "m.gram": np.array([[3.0]])},
+            {"l.gram": np.array([[2.0]]), "l.gradient_gram": np.array([[1.0]]), "m.gram": np.array([[2.0]])},
+        ],
         tolerance=1e-12,
     )
     return h

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper, i64
+import numpy as np
+
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
+from vector_cases.low_rank_residual import root, terms
 
 TOOL = "fusion_bench:opcm"
 CODE = {TOOL: "tanganke/fusion_bench@54c9e8c fusion_bench/method/opcm/opcm_general.py:OPCM"}
@@ -15,6 +19,39 @@ PAPER = {
     "opcm-fusion_bench-03": Paper({"alpha": 0.9}, comment="no singular value is 0, and all matrices are linear layers'"),
 }
 NAME = "fc.weight"
+
+STAGED = (
+    "opcm-diagonal", "opcm-order", "opcm-order-reversed", "opcm-block", "opcm-block-transposed", "opcm-alpha-between",
+    "opcm-rank-one", "opcm-first-is-base", "opcm-equal",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    D, *rest = tau
+    for tau_t in rest:
+        D = D + tau_t - used(tau_t, D, Fraction(given.params.get("alpha", 0.5)))
+    squares, square = [np.sum(x * x) for x in tau], np.sum(D * D)
+    mean = sum(root(x) for x in squares) / len(tau)
+    return {
+        1: {"tau": tau},
+        2: {"D": D},
+        3: {"squares": squares, "square": square, "mean": mean},
+        4: {"result": given.base + mean / root(square) * D},
+    }
+
+
+def used(tau_t: Any, D: Any, alpha: Fraction) -> Any:
+    """U E V^T, with projectors in place of vectors: u v^T = T / s of a term T, u u^T = T T^T / s^2, v v^T = T^T T / s^2."""
+    found = [(s, term) for s, term in terms(D) if s]
+    share, r = Fraction(0), 0
+    for s, _ in found:
+        share += s
+        r += share <= alpha * sum(s for s, _ in found)
+    gone = sum((np.sum(term * tau_t) / s**2 * term for s, term in found[r:]), 0 * D)
+    if r:
+        gone = gone + sum(x @ x.T / s**2 for s, x in found[:r]) @ tau_t @ sum(x.T @ x / s**2 for s, x in found[:r])
+    return gone
 
 
 def hand() -> Hand:
@@ -199,4 +236,70 @@ def hand() -> Hand:
     h.case("alpha", "a share above 1", [[[1.0]]], [[0.0]], ("opcm", {"alpha": 1.5}, REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[[1.0]]], None, ("opcm", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [[0.0]], ("opcm", {}, REFUSED, ""))
+    case(
+        "equal",
+        "diag(4, 3) twice, of length 5: the second is on the diagonal of the first, and goes",
+        [layer([[4.0, 0.0], [0.0, 3.0]])] * 2,
+        layer([[0.0, 0.0], [0.0, 0.0]]),
+        ("opcm", {}, layer([[4.0, 0.0], [0.0, 3.0]]), ""),
+        (TOOL, {}, layer([[4.0, 0.0], [0.0, 3.0]]), ""),
+    )
+    case(
+        "alpha-zero",
+        f"{six}: the diagonal of tau_2, (5, 0), goes, and no block",
+        [layer(tau_1), layer(tau_2)],
+        layer(zeros),
+        ("opcm", {"alpha": 0.0}, layer(result), "3/4 of (4, 5, 5; 5, 3, 0)"),
+    )
+    case(
+        "block-transposed",
+        "the transposed matrices of block, at alpha 1: what leads to a new output stays, as what a new input brings",
+        [layer([list(column) for column in zip(*tau_1)]), layer([list(column) for column in zip(*tau_2)])],
+        layer([[0.0] * 2] * 3),
+        (
+            "opcm",
+            {"alpha": 1.0},
+            layer([[x * 7.5 / length for x in row] for row in ([4.0, 0.0], [0.0, 3.0], [5.0, 0.0])]),
+            "(4, 0; 0, 3; 5, 0), from sqrt(50) to 7.5",
+        ),
+    )
+    case(
+        "block-of-two",
+        "tau_1 = diag(8, 2, 1), whose shares are 8/11, 10/11 and 1; at alpha 15/16 the block of the first two, (1, 2; 3, 4) "
+        "of tau_2, goes, and the 9 on the diagonal; of lengths sqrt(69) and sqrt(1 + 4 + 9 + 16 + 25 + 36 + 49 + 64 + 81)",
+        [layer(np.diag([8.0, 2.0, 1.0]).tolist()), layer([[1.0, 2.0, 5.0], [3.0, 4.0, 6.0], [7.0, 8.0, 9.0]])],
+        layer([[0.0] * 3] * 3),
+        (
+            "opcm",
+            {"alpha": 0.9375},
+            layer(
+                [
+                    [x * (math.sqrt(69) + math.sqrt(285)) / 2 / math.sqrt(243) for x in row]
+                    for row in ([8.0, 0.0, 5.0], [0.0, 2.0, 6.0], [7.0, 8.0, 1.0])
+                ]
+            ),
+            "(8, 0, 5; 0, 2, 6; 7, 8, 1), of length sqrt(69 + 25 + 36 + 49 + 64)",
+        ),
+    )
+    case(
+        "matrices-cancel",
+        "(3, 4), and its negative, which is on its diagonal and goes: the first stays. With no layer to project they cancel",
+        [layer([[4.0, 5.0]]), layer([[-2.0, -3.0]])],
+        layer([[1.0, 1.0]]),
+        ("opcm", {}, layer([[4.0, 5.0]]), ""),
+        ("opcm", {"layers": []}, layer([[1.0, 1.0]]), "the base"),
+    )
+    h.case("infinite", "it has no singular values", [[[math.inf, 1.0]]], [[0.0, 0.0]], ("opcm", {}, REFUSED, ""))
+    e = 2.0**-20
+    mean = (math.hypot(4, e) + math.sqrt(30)) / 2
+    kept = mean / math.sqrt(16 + 1 + 4 + (4 + e) ** 2)
+    gone = mean / math.sqrt(16 + 1 + 4 + e**2)
+    case(
+        "rounded-rank-one",
+        "tau_1 = diag(4, 2^-20), tau_2 = (3, 1; 2, 4): 2^-20 is less than 1e-5 of 4",
+        [layer([[4.0, 0.0], [0.0, e]]), layer([[3.0, 1.0], [2.0, 4.0]])],
+        layer([[0.0, 0.0], [0.0, 0.0]]),
+        ("opcm", {}, layer([[4 * kept, kept], [2 * kept, (4 + e) * kept]]), "3 goes, and 4 stays"),
+        ("opcm", {"tolerance": 1e-12}, layer([[4 * gone, gone], [2 * gone, e * gone]]), "4 goes too"),
+    )
     return h

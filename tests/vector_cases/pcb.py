@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Tensors, Test, i64, origin
+from vector_cases import REFUSED, Exact, Hand, Tensors, Test, i64, origin
 
 CODE = {
     "official:pcb": "duguodong7/pcb-merging@5897888 nlp_source_code/utils/merge_utils.py:task_para_att_merge",
@@ -18,6 +19,25 @@ CODE = {
 }
 FLAGS = {"pcb-official_readme-03": ["PcbConstant"]}
 SLACK = 1e-6
+
+STAGED = ("pcb-scores", "pcb-by-hand", "pcb-clamp", "pcb-density-one", "pcb-lambda", "pcb-two-of-two")
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    beta = [np.array([Fraction(x) for x in b], object) for b in scores([[float(x) for x in t] for t in tau])]
+    k = int(given.params.get("density", 0.1) * given.base.size)
+    dropped = [np.array([x if i in best(b, k) else Fraction(0) for i, x in enumerate(b)], object) for b in beta]
+    divisor = sum(dropped)
+    merged = sum(b * w * x for b, w, x in zip(dropped, given.each("weight", 1.0), tau)) / np.where(
+        divisor == 0, Fraction(1), divisor
+    )
+    result = given.base + Fraction(given.params.get("lambda_", 1.0)) * merged
+    return {1: {"tau": tau}, 3: {"beta": beta}, 4: {"beta": dropped}, 5: {"result": result}}
+
+
+def best(beta: Any, k: int) -> list[int]:
+    return sorted(range(beta.size), key=lambda i: (-beta[i], i))[:k]
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -216,6 +236,45 @@ def hand() -> Hand:
         ("pcb", {}, [0.0] * 9 + [16.0], "density is 0.1 by default"),
         dtype="F64",
         tolerance=1e-14,
+    )
+    h.case(
+        "density-below-one-entry",
+        "a quarter of three entries is none",
+        [[3.0, -1.0, 5.0]],
+        [1.0, 2.0, 3.0],
+        ("pcb", plain(0.25), [1.0, 2.0, 3.0], "the base"),
+    )
+    shared = [(b_1[i] * one[i] + b_2[i] * two[i]) / (b_1[i] + b_2[i]) for i in range(4)]
+    h.case(
+        "two-of-two",
+        "base 0; tau = (-1/2, -1/4, 1, 3/4), (3/2, 0, -2, 1); nothing is dropped",
+        [one, two],
+        [0.0] * 4,
+        ("pcb", plain(1.0), shared, "the means with the weights beta"),
+        tolerance=SLACK,
+    )
+    h.case(
+        "one-magnitude",
+        "tau = (-2, 2, 2), of which the agreement (-10, 2, 8) with (5, 1, 4) decides: its third entry stays. Of the other "
+        "model the first does, with e^2 (e / 5.59 + 1 / 5.67) = 4.9 against e^1.25 (e^0.625 / 5.59 + e / 5.67) = 2.8",
+        [[-2.0, 2.0, 2.0], [5.0, 1.0, 4.0]],
+        [0.0] * 3,
+        ("pcb", plain(0.34), [5.0, 0.0, 2.0], ""),
+        tolerance=SLACK,
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, -0.0],
+        ("pcb", plain(0.5), [0.0, 2.0], ""),
+    )
+    h.case(
+        "integers-not-counted",
+        "two floating entries, int(2 * 0.5) = 1 stays; the integers that differ are not among them",
+        [{"ids": i64(9, 9, 9, 9), "x": [1.0, 2.0]}],
+        {"ids": i64(3, 4, 5, 6), "x": [0.0, 0.0]},
+        ("pcb", plain(0.5), {"ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
     )
     return h
 

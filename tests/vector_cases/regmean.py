@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, numbered
+from vector_cases import REFUSED, Exact, Hand, numbered, sole
 
 STEMS = ("regmean", "regmean_mats")
 TOOLS = ("fusion_bench", "dataless", "mats")
@@ -19,6 +20,30 @@ CODE = {
     "mats:regmean": "r-three/mats@cb52c38 src/merging/regmean.py:regmean",
 }
 FLAGS = {"regmean_mats-mats-03": ["RegMeanSingular"]}
+
+STAGED = (
+    "regmean-solved", "regmean-off-diagonal", "regmean-off-diagonal-2", "regmean-layout", "regmean-two-rank-one",
+    "regmean-three-axes", "regmean-columns-weighted",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    turned, shape = given.params.get("layout") == "in_out", given.models[0].shape
+    W = [theta.reshape(shape[0], -1) for theta in given.models]
+    W = [W_n.T for W_n in W] if turned else W
+    G = [sole(one) for one in given.stats]
+    alpha = Fraction(given.params.get("off_diagonal", 0.9))
+    shrunk = [np.where(np.eye(len(G_n), dtype=bool), G_n, alpha * G_n) for G_n in G]
+    S = sum(shrunk)
+    merged = sum(W_n @ G_n for W_n, G_n in zip(W, shrunk)) @ inverse(S)
+    result = (merged.T if turned else merged).reshape(shape)
+    return {1: {"G": G}, 3: {"G": shrunk}, 4: {"S": S, "merged": merged, "result": result}}
+
+
+def inverse(S: Any) -> Any:
+    """Of a 2 x 2 matrix."""
+    (a, b), (c, d) = S
+    return np.array([[d, -b], [-c, a]], object) / (a * d - b * c)
 
 
 def hand() -> Hand:
@@ -197,5 +222,40 @@ def hand() -> Hand:
         [np.zeros((1, 0))],
         [np.zeros((0, 0))],
         ("regmean", {}, np.zeros((1, 0)), ""),
+    )
+    ones = [[1.0, 1.0], [1.0, 1.0]]
+    case(
+        "shrinking-makes-regular",
+        "both inputs are always the same, a Gram matrix of rank 1",
+        [[[1.0, 2.0]]],
+        [ones],
+        ("regmean", {"off_diagonal": 1.0}, REFUSED, "no weight of either is better than another"),
+        ("regmean", {"off_diagonal": 0.5}, [[1.0, 2.0]], "(1, 1/2; 1/2, 1) is regular"),
+    )
+    case(
+        "columns-weighted",
+        "the diagonals 3, 1 and 1, 3 alone: (3 * 4 + 1 * 0) / 4 and (1 * 4 + 3 * 0) / 4",
+        [[[4.0, 4.0]], [[0.0, 0.0]]],
+        [[[3.0, 1.0], [1.0, 1.0]], [[1.0, -1.0], [-1.0, 3.0]]],
+        ("regmean", {"off_diagonal": 0.0}, [[3.0, 1.0]], ""),
+    )
+    names = ("embedding.weight", "head.weight", "l.weight")
+    for id, layer in (("tied", "head"), ("tied-left-out", "l")):
+        h.case(
+            id,
+            f"one array under three names, the numbers of solved; Gram matrices of {layer} alone: the others are the mean",
+            [dict.fromkeys(names, w) for w in W],
+            None,
+            ("regmean", {"off_diagonal": 1.0}, {key: [[0.0, 2.0]] for key in names} | {f"{layer}.weight": [[0.0, 3.0]]}, ""),
+            dtype="F64",
+            stats=[{f"{layer}.gram": np.array(g)} for g in G],
+            tolerance=1e-12,
+        )
+    case(
+        "nan-in-a-weight",
+        "one model; the second row comes back",
+        [[[float("nan"), 2.0], [1.0, 1.0]]],
+        [S],
+        ("regmean", {}, [[float("nan"), float("nan")], [1.0, 1.0]], ""),
     )
     return h

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Tensors, Test, i64, origin
+from vector_cases import REFUSED, Exact, Hand, Tensors, Test, i64, origin
+from vector_cases.low_rank_residual import terms
 
 CODE = {
     "official:svc": "lyymuwu/SVC@6ad2b31 merge_func.py:Align",
@@ -16,6 +18,42 @@ CODE = {
     ":subspace_consistency_spectral_calibration_accelerated",
 }
 SLACK = 1e-6  # singular vectors are rounded
+
+STAGED = (
+    "svc-example", "svc-equal", "svc-one-task", "svc-at-least-alpha", "svc-negative", "svc-left", "svc-no-response",
+    "svc-zero-task", "svc-of-no-task", "svc-vector",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    merged, *tasks = given.models
+    if given.base.ndim != 2:
+        return {1: {"result": merged}}
+    alpha, tolerance = Fraction(given.params.get("alpha", 0.1)), given.params.get("tolerance", 1e-5)
+    M = merged - given.base
+    found = terms(M)
+    s = [[coefficient(E, M, theta - given.base, tolerance) for E in projectors(found)] for theta in tasks]
+    gamma = [len(tasks) / sum(max(x, alpha) for x in of_direction) for of_direction in zip(*s)]
+    result = given.base + sum(g * term for g, (_, term) in zip(gamma, found))
+    return {
+        2: {"S": np.array([x for x, _ in found], object)},
+        3: {"s": np.array(s, object)},
+        4: {"gamma": np.array(gamma, object)},
+        5: {"result": result},
+    }
+
+
+def projectors(found: list[tuple[Fraction, Any]]) -> list[Any]:
+    """u u^T of each term s u v^T, which has no sign: T T^T / s^2, and of one s = 0 what the others leave of the identity."""
+    E = [term @ term.T / s**2 if s else None for s, term in found]
+    rest = np.eye(len(found), dtype=int) * Fraction(1) - sum(x for x in E if x is not None)
+    return [rest if x is None else x for x in E]
+
+
+def coefficient(E: Any, M: Any, Delta: Any, tolerance: float) -> Fraction:
+    """<a, b> / <b, b> of the responses u^T M and u^T Delta, as traces of E M Delta^T and of E Delta Delta^T."""
+    square, length = np.trace(E @ Delta @ Delta.T), math.sqrt(np.sum(Delta * Delta))
+    return np.trace(E @ M @ Delta.T) / square if math.sqrt(square) > tolerance * length else Fraction(0)
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -233,4 +271,36 @@ def hand() -> Hand:
     case("alpha-above-one", "the authors' code takes it", [diag(1.0, 1.0), diag(1.0, 1.0)], zero,
          ("official:svc", {"alpha": 2.0}, diag(0.5, 0.5), ""),
          ("fusion_bench:svc", {"alpha": 2.0}, diag(0.5, 0.5), ""))  # fmt: skip
+    case(
+        "of-no-task",
+        "merged as diag(4, 2), of which the task has diag(4, 0): s = (1, 0)",
+        [diag(4.0, 2.0), diag(4.0, 0.0)],
+        diag(0.0, 0.0),
+        ("svc", {"alpha": 0.5}, diag(4.0, 4.0), "2 / (1/2)"),
+    )
+    case(
+        "merged-is-base",
+        "tasks of which nothing was merged",
+        [diag(1.0, 1.0), diag(5.0, 3.0)],
+        diag(1.0, 1.0),
+        ("svc", {}, diag(1.0, 1.0), "the base"),
+    )
+    case("vector", "as it is merged, whatever the tasks have", [[5.0, -1.0], [3.0, 3.0], [2.0, 4.0]], [1.0, 1.0],
+         ("svc", {}, [5.0, -1.0], ""), tolerance=0.0)  # fmt: skip
+    case(
+        "vector-not-finite",
+        "as it is merged",
+        [[math.nan, math.inf, 1.0], [1.0, math.nan, 2.0]],
+        [0.0] * 3,
+        ("svc", {}, [math.nan, math.inf, 1.0], ""),
+        tolerance=0.0,
+    )
+    case(
+        "integers-differ",
+        "ids of 7 in the task",
+        [{"b": [5.0], "ids": i64(3)}, {"b": [5.0], "ids": i64(7)}],
+        {"b": [0.0], "ids": i64(3)},
+        ("svc", {}, REFUSED, ""),
+        options={"integers": "equal"},
+    )
     return h

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, Test, i64
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, Test, i64
+from vector_cases.low_rank_residual import terms
 
 CODE = {
     "official:tsvm": "AntoAndGar/task_singular_vectors@a6c9718 src/utils/TSVM_utils.py:compute_and_sum_svd_mem_reduction",
@@ -22,6 +24,38 @@ PAPER = {
 }
 LEFT_OUT = ("tsvm-official-03", "tsvm-official-06", "tsvm-fusion_bench-00")  # large, and of what the others show
 SLACK = 1e-6  # singular vectors are rounded
+
+STAGED = (
+    "tsvm-example", "tsvm-lambda", "tsvm-orthogonal", "tsvm-shared-on-one-side", "tsvm-equal", "tsvm-zero-task",
+    "tsvm-low-rank", "tsvm-tolerance", "tsvm-tolerance-2", "tsvm-many-tasks", "tsvm-vector",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """Without P and Q, whose columns have free signs."""
+    Delta, scale = [theta - given.base for theta in given.models], Fraction(given.params.get("lambda_", 1.0))
+    if given.base.ndim != 2:
+        return {1: {"result": given.base + scale * sum(Delta) / Fraction(len(Delta))}}
+    k, tolerance = max(1, min(given.base.shape) // len(Delta)), given.params.get("tolerance", 1e-5)
+    kept = [(s, term) for of_task in map(terms, Delta) for s, term in of_task[:k] if s > Fraction(tolerance) * of_task[0][0]]
+    S = [s for s, _ in kept]
+    U = np.stack([unit(max(term.T, key=lambda x: x @ x)) for _, term in kept], axis=1)
+    V = np.stack([unit(term.T.astype(float) @ u) for (_, term), u in zip(kept, U.T)], axis=1)
+    merged = orthogonal(U, tolerance) * np.array(S, float) @ orthogonal(V, tolerance).T
+    result = given.base + scale * np.array([[Fraction(x) for x in row] for row in merged], object)
+    return {2: {"k": k, "S": np.array(S, object)}, 4: {"result": result}}
+
+
+def unit(x: Any) -> Any:
+    x = np.asarray(x, float)
+    return x / np.linalg.norm(x)
+
+
+def orthogonal(X: Any, tolerance: float) -> Any:
+    """X (X^T X)^(-1/2) on what the columns of X span: sigma^2 are the eigenvalues of X^T X."""
+    values, B = np.linalg.eigh(X.T @ X)
+    spans = values > tolerance**2 * values[-1]
+    return X @ (B[:, spans] / np.sqrt(values[spans])) @ B[:, spans].T
 
 
 def accepts(test: Test) -> bool:
@@ -203,6 +237,46 @@ def hand() -> Hand:
          zeros, ("tsvm", {"tolerance": 0.1}, [[64.0, 0.0], [0.0, 0.0]], ""))  # fmt: skip
     case("no-base", "a task vector is a difference from a base", [zeros], None, ("tsvm", {}, REFUSED, ""))
     case("no-models", "nothing to merge", [], zeros, ("tsvm", {}, REFUSED, ""))
+    case(
+        "one-model",
+        "a matrix of rank 2, both terms of which are kept",
+        [[[2.0, -1.0, 0.0], [1.0, 3.0, 5.0]]],
+        [[0.0] * 3] * 2,
+        ("tsvm", {}, [[2.0, -1.0, 0.0], [1.0, 3.0, 5.0]], "it comes back"),
+    )
+    case(
+        "equal-of-low-rank",
+        "diag(4, 1, 0, 0) twice: two triplets each, which are all",
+        [np.diag([4.0, 1.0, 0.0, 0.0]).tolist()] * 2,
+        [[0.0] * 4] * 4,
+        ("tsvm", {}, np.diag([4.0, 1.0, 0.0, 0.0]).tolist(), ""),
+    )
+    case(
+        "nearly-equal",
+        "4 (1, x) and 2 (1, -x) with x = 2^-12 as 1 x 2 matrices, u = 1 for both, v = (1, +-x) but for 3e-8",
+        [[[4.0, 2.0**-10]], [[2.0, -(2.0**-11)]]],
+        [[0.0, 0.0]],
+        ("tsvm", {}, [[3.0, 1.0]], "Q = (1, +-1)/sqrt(2): 4/2 (1, 1) + 2/2 (1, -1)"),
+        ("tsvm", {"tolerance": 1e-3}, [[3.0, 0.0]], "they share (1, 0): 4/2 + 2/2"),
+        flags="TsvmDependent",
+    )
+    case(
+        "vector",
+        "base 1; changes (2, -4) and (4, 2) of mean (3, -1); half of it",
+        [[3.0, -3.0], [5.0, 3.0]],
+        [1.0, 1.0],
+        ("tsvm", {"lambda_": 0.5}, [2.5, 0.5], ""),
+        tolerance=0.0,
+    )
+    nan, inf = float("nan"), float("inf")
+    case(
+        "vector-not-finite",
+        "the mean of (NaN, infinity, 1) and (1, 1, 3)",
+        [[nan, inf, 1.0], [1.0, 1.0, 3.0]],
+        [0.0] * 3,
+        ("tsvm", {}, [nan, inf, 2.0], ""),
+        tolerance=0.0,
+    )
     return h
 
 

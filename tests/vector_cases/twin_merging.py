@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Hand, Tensors, Test, i64, origin
+from vector_cases import OPEN, REFUSED, Exact, Hand, Tensors, Test, i64, origin
+from vector_cases.low_rank_residual import terms
+from vector_cases.ties import trim
 
 CODE = {"official:twin_merging": "LZY-the-boys/Twin-Merging@f481c60 discriminative/twin_merge.py:run_twin_vector"}
 SLACK = 1e-6  # singular vectors are rounded
+
+STAGED = (
+    "twin_merging-svd", "twin_merging-two-of-four", "twin_merging-all", "twin_merging-magnitude",
+    "twin_merging-magnitude-weights", "twin_merging-nothing-kept", "twin_merging-bernoulli",
+    "twin_merging-bernoulli-three-quarters", "twin_merging-average",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    density, scale = given.params["density"], Fraction(given.params["lambda_"])
+    theta = given.base + scale * sum(theta_n - given.base for theta_n in given.models)
+    v = [theta_n - theta for theta_n in given.models]
+    found: dict[int, dict[str, Any]] = {1: {"theta": theta}, 2: {"v": v}}
+    if density < 1:
+        how = given.params.get("sparsify", "svd")
+        if how == "bernoulli":
+            v = [m * x / Fraction(density) for m, x in zip(given.masks, v)]
+        elif how == "magnitude":
+            v = [trim(x, int(density * x.size)) for x in v]
+        else:
+            v = [sum((term for _, term in terms(x)[: int(density * min(x.shape))]), Fraction(0)) for x in v]
+        found[3] = {"v": v}
+    return found | {4: {"result": theta + sum(w * x for w, x in zip(given.each("weight", None), v))}}
 
 
 def several(id: str, tensors: Tensors, meta: dict[str, str]) -> list[Test]:
@@ -283,6 +309,50 @@ def hand() -> Hand:
         [[[float("nan"), 1.0], [1.0, 1.0]]],
         [[0.0, 0.0], [0.0, 0.0]],
         ("twin_merging", {"weight": 1.0, "density": 1.0, "lambda_": 0.5}, [[float("nan"), 1.0], [1.0, 1.0]], ""),
+    )
+    for id, scale in (("average", 0.5), ("average-of-another-shared", 2.0)):
+        h.case(
+            id,
+            f"base 1; 5 and 9 with weights 1/4 and 3/4, not compressed; lambda {scale}: 5/4 + 27/4, whatever is shared",
+            [[[5.0, 1.0]], [[9.0, 5.0]]],
+            [[1.0, 1.0]],
+            ("twin_merging", plain([0.25, 0.75], density=1.0, scale=scale), [[8.0, 4.0]], ""),
+        )
+    h.case(
+        "vector-density-zero",
+        "base 0; of the matrix nothing but the shared (4 + 2) / 2; the vector and the number are the first model's",
+        [{"w": [[4.0]], "b": [4.0], "s": 4.0, "ids": i64(7)}, {"w": [[2.0]], "b": [2.0], "s": 2.0, "ids": i64(8)}],
+        {"w": [[0.0]], "b": [0.0], "s": 0.0, "ids": i64(3)},
+        (
+            "twin_merging",
+            plain([1.0, 0.0], "magnitude", 0.0),
+            {"w": [[3.0]], "b": [4.0], "s": 4.0, "ids": i64(3)},
+            "",
+        ),
+    )
+    h.case(
+        "weights-zero",
+        "base 1, tau = 4 and 2: the shared model, 1 + 3",
+        [[[5.0]], [[3.0]]],
+        [[1.0]],
+        ("twin_merging", plain([0.0, 0.0], density=1.0), [[4.0]], ""),
+        ("twin_merging", plain(0.0, "magnitude"), [[4.0]], ""),
+    )
+    h.case(
+        "unchanged",
+        "models that equal the base",
+        [[[1.0, 2.0], [3.0, 4.0]]] * 2,
+        [[1.0, 2.0], [3.0, 4.0]],
+        ("twin_merging", plain([0.75, 0.5], "magnitude"), [[1.0, 2.0], [3.0, 4.0]], "the base"),
+    )
+    inf = float("inf")
+    h.case(
+        "infinity",
+        "the shared model has it too, and infinity less infinity is NaN, kept or not; elsewhere 1/2 of the change is shared",
+        [[[inf, 1.0, 4.0, 2.0]]],
+        [[0.0] * 4],
+        ("twin_merging", plain(1.0, "magnitude", 1.0), [[nan, 1.0, 4.0, 2.0]], "kept"),
+        ("twin_merging", plain(1.0, "magnitude", 0.0), [[nan, 0.5, 2.0, 1.0]], "dropped, as everything"),
     )
     return h
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, fraction, i64
 
 CODE = {
     "official:widen": "yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.widen_merging",
@@ -28,6 +32,40 @@ PAPER = {
         {"above_average_value_ratio": 0.0}, names=WIDEN_NAMES, comment="without the transposed embedding"
     ),
 }
+
+STAGED = (
+    "widen-vectors-unranked", "widen-vectors-strictly-above", "widen-odd-columns", "widen-softmax", "widen-directions",
+    "widen-directions-3", "widen-model-at-base",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    t, s = Fraction(given.params.get("above_average_value_ratio", 1.0)), given.params.get("score_calibration_value", 1.0)
+    D = [W - given.base for W in given.models]
+    if given.base.ndim < 2:
+        R = np.stack([abs(x) for x in D])
+        mean = np.sum(R, axis=1, keepdims=True) / Fraction(given.base.size)
+        w = score(R, np.greater(R, t * mean), s)
+        return {1: {"D": D}, 2: {"R": R, "w": w}, 5: {"result": given.base + sum(w * D)}}
+    a, b = (np.array(x, object) for x in zip(*(changes(given.base, W) for W in given.models)))
+    C = Fraction(a.shape[1])
+    r = [fraction(np.argsort(np.argsort(x.astype(float), axis=1, kind="stable"), axis=1)) for x in (a, b)]
+    w = sum(score(x / C, 2 * x > t * (C - 1), s) for x in r) / Fraction(2)
+    result = given.base + sum(w_n * x for w_n, x in zip(w, D))
+    return {1: {"D": D}, 3: {"a": a, "b": b}, 4: {"w": w}, 5: {"result": result}}
+
+
+def changes(W_0: Any, W: Any) -> tuple[list[float], list[float]]:
+    """How far the length and the direction of each column moved."""
+    columns = [[[float(x) for x in column] for column in M.T] for M in (W_0, W)]
+    pairs = [(x, y, math.hypot(*x), math.hypot(*y)) for x, y in zip(*columns)]
+    return [abs(n - m) for _, _, m, n in pairs], [1 - sum(map(float.__mul__, x, y)) / (m * n) for x, y, m, n in pairs]
+
+
+def score(R: Any, above: Any, s: float) -> Any:
+    """Softmax over the models, and s where an entry is above."""
+    e = np.array([[Fraction(math.exp(x)) for x in row] for row in R], object)
+    return np.where(above, Fraction(s), e / np.sum(e, axis=0))
 
 
 def hand() -> Hand:
@@ -271,4 +309,75 @@ def hand() -> Hand:
         tolerance=1e-14,
     )
     h.case("number", "a number of one model, none of whose entries is above its average", [3.0], 1.0, ("widen", {}, 3.0, ""))
+    for id, ratio, w, why in (
+        ("ratio-zero", 0.0, [1.0, 3.0, 3.0, 3.0, 3.0], "2 r > 0 for all but the lowest, of both"),
+        ("ratio-negative", -1.0, [3.0] * 5, "2 r > -4 for all"),
+        ("ratio-two", 2.0, [1.0] * 5, "2 r > 8 for none"),
+    ):
+        h.case(
+            id,
+            "the five columns of directions, whose magnitudes rank 0 1 2 3 4, directions 0 1 2 4 3",
+            [moved],
+            fixed,
+            ("widen", {"score_calibration_value": 3.0, "above_average_value_ratio": ratio}, weighed(w), why),
+            dtype="F64",
+            tolerance=1e-14,
+        )
+    h.case(
+        "one-column",
+        "of one column neither model is above its average, 0: the softmax of 0 and 0, 1/2; deltas (1, 0) and (2, 8)",
+        [[[5.0], [0.0]], [[6.0], [8.0]]],
+        [[4.0], [0.0]],
+        ("widen", {"score_calibration_value": 3.0}, [[5.5], [4.0]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "model-at-base",
+        "columns (6, 8), (5, 0) and (4, 0), (4, 0) against (4, 0): ranks 1 0, and 0 1 in the order of the columns. The "
+        "first column of the first model is marked, 3; its second has softmax(0, 1/2) = 0.3775. The other has no delta",
+        [[[6.0, 5.0], [8.0, 0.0]], [[4.0, 4.0], [0.0, 0.0]]],
+        [[4.0, 4.0], [0.0, 0.0]],
+        ("widen", {"score_calibration_value": 3.0}, [[10.0, 4 + low], [24.0, 0.0]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    grown = [[4.25, 4.5, 4.75, 5.0], [k * 2.0**-20 for k in (4, 3, 2, 1)]]
+    h.case(
+        "growth-and-turn",
+        "columns (m, k 2^-20) for m = 17/4, 9/2, 19/4, 5 and k = 4 3 2 1 against (4, 0), grown by up to a quarter and "
+        "turned by a millionth: magnitudes rank 0 1 2 3, directions 3 2 1 0, so that all have (1 + 3) / 2",
+        [grown],
+        [[4.0] * 4, [0.0] * 4],
+        (
+            "widen",
+            {"score_calibration_value": 3.0},
+            [[2 * x - 4 for x in grown[0]], [2 * x for x in grown[1]]],
+            "",
+        ),
+        tolerance=2.0**-22,
+    )
+    h.case(
+        "nan-in-a-matrix",
+        "columns (NaN, 0), (5, 0), (6, 8) against (4, 0): ranks 2 0 1, of both; the last would be marked without the first",
+        [[[math.nan, 5.0, 6.0], [0.0, 0.0, 8.0]]],
+        fours,
+        ("widen", {"score_calibration_value": 3.0}, [[math.nan, 5.0, 6.0], [0.0, 0.0, 8.0]], ""),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "nan-in-a-vector",
+        "tau = (NaN, 1, 5): nothing is above a mean of NaN, where 5 is above that of 1 and 5",
+        [[math.nan, 1.0, 5.0]],
+        [0.0] * 3,
+        ("widen", {"score_calibration_value": 3.0}, [math.nan, 1.0, 5.0], ""),
+    )
+    h.case(
+        "empty-zero-and-integers",
+        "no entries; -0.0 + 0 = 0.0, which runners do not tell from -0.0; integers are the base's",
+        [{"e": [], "z": [-0.0], "ids": i64(7)}],
+        {"e": [], "z": [-0.0], "ids": i64(3)},
+        ("widen", {}, {"e": [], "z": [0.0], "ids": i64(3)}, ""),
+    )
     return h

@@ -47,13 +47,13 @@ def svc(
 
 
 def shorter_side(M, name):
-    """The singular values of M and, by columns, its left singular vectors, or the right ones where M is higher than wide: by
-    the eigenvalues of M M^T or M^T M. UsageError where these are beyond the range."""
+    """The singular values of M, descending, and, by columns, its left singular vectors, or the right ones where M is higher
+    than wide: by the eigenvalues of M M^T or M^T M. UsageError where these are beyond the range."""
     G = M @ M.T if len(M) <= M.shape[1] else M.T @ M
     if not np.all(np.isfinite(G)):
         raise UsageError(f"svc: tensor {name!r}: a change above 1e150 has a square beyond the range; no option allows it")
     squares, W = np.linalg.eigh(G)
-    return np.sqrt(np.maximum(squares, 0.0)), W
+    return np.sqrt(np.maximum(squares[::-1], 0.0)), W[:, ::-1]
 
 
 def of_rows(W, M):
