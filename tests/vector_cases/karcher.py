@@ -228,9 +228,8 @@ def hand() -> Hand:
     length = (2 * math.hypot(1, 60) + 0.002) / 2.002
     h.case(
         "default-steps",
-        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per "
-        "cent of what "
-        "is left, and the hundredth is the last",
+        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per cent of "
+        "what is left, and the hundredth is the last",
         wide,
         None,
         ("karcher", {"weight": light}, [length * x for x in walked(wide, light, 100)], "in coordinates"),
