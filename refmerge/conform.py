@@ -519,9 +519,7 @@ def fuzz(other: Answers, entry: str, examples: int, seed: int = 0) -> Difference
     return _search(other, entry, examples, seed, _of_numbers) or _search(other, entry, examples, seed, _disagree)
 
 
-def _search(
-    other: Answers, entry: str, examples: int, seed: int, compare: Callable[[Any, Any], str]
-) -> Difference | None:
+def _search(other: Answers, entry: str, examples: int, seed: int, compare: Callable[[Any, Any], str]) -> Difference | None:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from hypothesis import strategies as st
