@@ -71,6 +71,7 @@ KNOWN = {
     "mergelm:ties": EMPTY,
     "mergekit:ties": "which of several equal magnitudes are kept depends on the tool's sort: TiesThresholdTies",
     "official:breadcrumbs": SORT,
+    "official:consensus": "a model without entries and k below 100, an error there",
     "official:dc_merge": EMPTY,
     "official:emr": "a tensor without entries, the mean of which is NaN there: EmrEmpty",
     "official:iso_c": f"{RANK}: IsoRank",
@@ -113,7 +114,8 @@ def page(found: Mapping[str, tuple[Conformance, list[Difference]]]) -> str:
 
 
 def _linked(method: str) -> str:
-    return f"[{method}]({pages.page(method).family}/{method}.md)" if method in testing.names() else method
+    name, space, entry = method.partition(" ")
+    return f"[{name}]({pages.page(name).family}/{name}.md){space}{entry}" if name in testing.names() else method
 
 
 def main(arguments: list[str]) -> None:
