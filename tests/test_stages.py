@@ -271,9 +271,25 @@ def test_results_that_are_kept(folder):
     with pytest.raises(UsageError, match="mean': exists; overwrite=True"):
         run_recipe("r.yml", "again", intermediates="deep/kept")
     assert not (folder / "again").exists()
+    assert "stack" not in (folder / "deep/kept/mean/mergekit_config.yml").read_text()
+    for name in ("mean", "stack"):  # each has a recipe of its own, to be run as it stands
+        assert verify(f"deep/kept/{name}").exact
     before = (folder / "deep/kept/mean/model.safetensors").read_bytes()
     run_recipe("r.yml", "again", intermediates="deep/kept", overwrite=True)
     assert (folder / "deep/kept/mean/model.safetensors").read_bytes() == before
+
+
+def test_recipes_of_kept_results_are_native_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_models()
+    (tmp_path / "sub").mkdir()
+    names = (("name: x\n", "../b"), ("name: y\n", "x"), ("", "y"))
+    texts = [f"refmerge: 1\n{n}merge_method: linear\nmodels: [{{model: {m}}}]\n" for n, m in names]
+    (tmp_path / "sub/r.yml").write_text("---\n".join(texts))
+    run_recipe("sub/r.yml", "out", intermediates="deep/kept")
+    monkeypatch.chdir("sub")
+    for name in ("out", "deep/kept/x", "deep/kept/y"):
+        assert verify(f"../{name}").exact
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
     python -m tests.reliability [PART ...] [--mutants 1000000] [--signals 100] [--write]
 
-PART is any of files, agreement, limits, folders, crashes, kinds, signals; all of them take about an hour of one core. Results are
-kept in tests/data/reliability.json, and --write alone writes the page from what is there. `agreement` installs five releases
-of the safetensors package into a temporary folder, or into --releases FOLDER and uses them again from there.
+PART is any of files, agreement, limits, folders, crashes, kinds, signals; all of them take about an hour of one core.
+Results are kept in tests/data/reliability.json, and --write alone writes the page from what is there. `agreement` installs
+five releases of the safetensors package into a temporary folder, or into --releases FOLDER and uses them again from there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.reliability import agreement, containment, corpus, crashes, fuzz, limits, recipes, signals
 
-EVERY = 9  # calls of which one is stopped at, in recipes of all kinds
+EVERY = 29  # calls of which one is stopped at, in recipes of all kinds
 ROOT = Path(__file__).parents[2]
 STORE = ROOT / "tests" / "data" / "reliability.json"
 PAGE = ROOT / "spec" / "reliability.md"
