@@ -9,8 +9,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from refmerge.checkpoint import CheckpointWriter, open_checkpoint, save
+from refmerge.cli import main
 from refmerge.errors import InputError, RecipeError, ResourceError, UsageError
 from refmerge.plan import Plan
 from refmerge.recipe.plan import parse_recipe, parse_recipes
@@ -308,3 +310,15 @@ def test_one_merge_has_none_to_keep(folder):
     (folder / "r.yml").write_text(f"{MEAN}[{{model: a}}]")
     with pytest.raises(UsageError, match="there are none"):
         run_recipe("r.yml", "out", intermediates="kept")
+
+
+def test_the_command_keeps_them(folder):
+    (folder / "r.yml").write_text(THREE)
+    done = CliRunner().invoke(main, ["merge", "r.yml", "out", "-I", "kept", "--quiet"])
+    assert done.exit_code == 0 and (folder / "kept/mean/README.md").exists()
+    done = CliRunner().invoke(main, ["merge", "r.yml", "out2", "--intermediate-dir", "kept"])
+    assert done.exit_code == 2 and "exists; overwrite=True (--overwrite) replaces it" in done.output
+    (folder / "one.yml").write_text(f"{MEAN}[{{model: a}}]")
+    done = CliRunner().invoke(main, ["merge", "one.yml", "out2", "-I", "kept"])
+    assert done.exit_code == 2 and "results of merges before the last one, and there are none" in done.output
+    assert {p.name for p in folder.iterdir()} == {"a", "b", "r.yml", "one.yml", "out", "kept"}
