@@ -32,7 +32,7 @@ from refmerge.errors import RefmergeError, UsageError
 __all__ = ["Answers", "Conformance", "Difference", "NotSupported", "Row", "ToolError", "conform", "fuzz", "tools"]
 
 Verdict = Literal["equal", "within rounding", "differs", "unknown difference"]
-Ask = Callable[[testing.Case], Mapping[str, Any]]
+Ask = Callable[[testing.Case], Any]  # a mapping name -> array, or that and its steps
 TOOL_WORDS = {"sd_mecha": "sd-mecha"}  # as the flags name them
 
 
@@ -100,6 +100,12 @@ class Answers:
         stats: Sequence[Mapping[str, Any]] | None, params: Mapping[str, Any],
     ) -> dict[str, np.ndarray]:  # fmt: skip
         """What the other side merges. NotSupported, ToolError."""
+        return {name: _decoded(x) for name, x in self._answer(id, entry, models, base, stats, params)["tensors"].items()}
+
+    def _answer(
+        self, id: str, entry: str, models: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None,
+        stats: Sequence[Mapping[str, Any]] | None, params: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
         request = {
             "id": id, "entry": entry, "params": _plain(params), "models": [_coded(m) for m in models],
             "base": None if base is None else _coded(base), "stats": None if stats is None else [_coded(s) for s in stats],
@@ -117,13 +123,19 @@ class Answers:
             raise NotSupported(str(answer["unsupported"]))
         if "error" in answer:
             raise ToolError(str(answer["error"]))
-        return {name: _decoded(x) for name, x in answer["tensors"].items()}
+        return answer
 
-    def case(self, case: testing.Case) -> dict[str, np.ndarray]:
-        """What the other side makes of a vector."""
+    def case(self, case: testing.Case) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What the other side makes of a vector, and the steps that it gives beside."""
         if case.options.keys() - {"integers", "nonfinite"}:
             raise NotSupported(f"asks for {', '.join(case.options)}")
-        return self.ask(case.id, case.entry, case.models, case.base, case.stats, case.params)
+        answer = self._answer(case.id, case.entry, case.models, case.base, case.stats, case.params)
+        try:
+            given = answer.get("stages", {}).items()
+            stages = {step: {name: _value(x) for name, x in values.items()} for step, values in given}
+        except (AttributeError, KeyError, ValueError):
+            raise UsageError(f"{self._command}: its stages of {case.id} are not step -> name -> array or list") from None
+        return {name: _decoded(x) for name, x in answer["tensors"].items()}, stages
 
 
 def _plain(value: Any) -> Any:
@@ -150,6 +162,13 @@ def _decoded(x: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(x["data"]), DTYPES[x["dtype"]]).reshape(x["shape"])
 
 
+def _value(x: Any) -> Any:
+    """A value of a step: an array, a number, or a list of these."""
+    if isinstance(x, list):
+        return [_value(one) for one in x]
+    return _decoded(x) if isinstance(x, Mapping) else x
+
+
 # ------------------------------------------------------------------------------------------------------------ the verdicts
 
 
@@ -158,7 +177,7 @@ class Row:
     """One method against one semantics, `entry`: the paper's, or what refmerge says that the tool computes.
 
     equal, close: ids of the cases whose result is expected to the bit, and within the case's tolerance. off: id -> (what is
-    wrong, the flags that name it). skipped: id -> why.
+    wrong, the flags that name it). steps: id -> the first step that differs, of who gives steps. skipped: id -> why.
     """
 
     method: str
@@ -166,6 +185,7 @@ class Row:
     equal: list[str] = field(default_factory=list)
     close: list[str] = field(default_factory=list)
     off: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    steps: dict[str, testing.StepDiffers] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -192,7 +212,10 @@ class Row:
         return {
             "method": self.method, "entry": self.entry, "verdict": self.verdict, "equal": len(self.equal),
             "within_rounding": len(self.close), "flags": self.flags, "unknown": self.unknown, "skipped": self.skipped,
-            "differs": {id: {"what": what, "flags": list(flags)} for id, (what, flags) in self.off.items()},
+            "differs": {
+                id: {"what": what, "flags": list(flags)} | ({"step": vars(self.steps[id])} if id in self.steps else {})
+                for id, (what, flags) in self.off.items()
+            },
         }  # fmt: skip
 
 
@@ -229,6 +252,8 @@ class Conformance:
             count = "" if paper is None else f" ({len(paper.equal) + len(paper.close)} of {_asked(paper)})"
             verdict = "not asked" if paper is None or paper.verdict is None else f"{paper.verdict}{count}"
             named = [] if paper is None else [*paper.flags, *(f"unexplained: {id}" for id in paper.unknown)]
+            first = {(at.step, at.title) for at in paper.steps.values()} if paper is not None else ()
+            named += [f"first differing step: {step}, {title}" for step, title in sorted(first)]
             said = "" if own is None or not _asked(own) else f"{len(own.equal) + len(own.close)} of {_asked(own)}"
             rows.append((method, verdict, ", ".join(named), said))
         return rows
@@ -241,7 +266,7 @@ class Conformance:
         lines = [f"{self.tool} {self.version}", ""]
         lines += ["  ".join([*(x.ljust(w) for x, w in zip(r, widths)), r[3]]).rstrip() for r in rows]
         for row in (*self.own, *self.papers):
-            lines += [f"{id}: {row.off[id][0]}" for id in row.unknown]
+            lines += [f"{id}: {what}" for id, (what, flags) in row.off.items() if not flags or id in row.steps]
         return "\n".join(lines)
 
     def html(self) -> str:
@@ -313,9 +338,9 @@ def conform(
     """Run the vectors against somebody's implementation.
 
     target: a tool that has an adapter (see `tools`); "module:function" or a function (models, base, **params) -> mapping,
-    for one method; or, with `command`, a command line that answers requests. methods: None is all that have vectors. entry:
-    whose semantics a function or a command claims; None is the paper's. python: the interpreter in which the tool is
-    installed.
+    with or without its steps (see `testing.check`), for one method; or, with `command`, a command line that answers
+    requests. methods: None is all that have vectors. entry: whose semantics a function or a command claims; None is the
+    paper's. python: the interpreter in which the tool is installed.
     UsageError where the other side cannot be asked at all.
     """
     wanted = list(methods) if methods else testing.names()
@@ -430,7 +455,9 @@ def _note(row: Row, case: testing.Case, ask: Ask, flags: tuple[str, ...]) -> Non
     problem = testing.outcome(case, partial(_given, got, case), error=ToolError)
     if problem:
         row.off[case.id] = (problem, flags)
-    elif case.result == "valid" and not _same(got, case.expect):
+        if first := testing.first_differing(case, testing.answered(got)[1]):
+            row.steps[case.id] = first
+    elif case.result == "valid" and not _same(testing.answered(got)[0], case.expect):
         row.close.append(case.id)
     else:
         row.equal.append(case.id)

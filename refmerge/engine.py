@@ -194,6 +194,11 @@ class _Group:
             self._paused.append(self.places[place.ordinal])
 
     @property
+    def asked(self) -> frozenset[str]:
+        """The kinds of questions that were answered."""
+        return frozenset(question.asked.kind for log in self._logs for question in log.answered)
+
+    @property
     def wave_is_over(self) -> bool:
         return not self.running and not any(self.waiting.values())
 
@@ -265,11 +270,13 @@ def _groups(work: Work, elements: int) -> list[_Group]:
 
 @dataclass
 class Ran:
-    """What a run took: the passes of the group that took most, the bytes of weights read in all passes, and of samples."""
+    """What a run took: the passes of the group that took most, the bytes of weights read in all passes, and of samples; and
+    the kinds of questions that groups of several blocks were asked."""
 
     passes: int = 0
     bytes_read: int = 0
     bytes_sampled: int = 0
+    asked: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -364,6 +371,7 @@ class Scheduler:
             group.end_of_wave()
             self.ran.passes = max(self.ran.passes, group.passes)
             if group.wave_is_over:  # nothing was left to queue
+                self.ran.asked |= group.asked
                 del self._groups[task.group]
                 for begun in self._begun.values():
                     if group in begun:

@@ -9,6 +9,7 @@ pages read nothing else.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import typing
@@ -152,13 +153,13 @@ class Method:
         if not callable(self.view):
             return self.view
         facts = {**params, "ndim": ndim}
-        return self.view(**{key: facts[key] for key in inspect.signature(self.view).parameters})
+        return self.view(**{key: facts[key] for key in _names(self.view)})
 
     def least_for(self, params: Mapping[str, Any]) -> str | None:
         """`least` for these bound parameters."""
         if not callable(self.least):
             return self.least
-        return self.least(**{key: params[key] for key in inspect.signature(self.least).parameters})
+        return self.least(**{key: params[key] for key in _names(self.least)})
 
     def check_models(self, count: int, has_base: bool) -> None:
         """UsageError unless `count` models, with or without a base, can be merged by this method."""
@@ -190,6 +191,11 @@ class Method:
                 raise UsageError(f"{self.name}: {key} has {len(values)} values for {count} models")
             bound[key] = tuple(param.check(v, self.name) for v in values)
         return bound
+
+
+@functools.cache
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _param(p: inspect.Parameter, hint: Any, where: str) -> Param:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import array_api_compat
@@ -71,9 +72,14 @@ def clamp(x: float, low: float, high: float) -> float:
 
 def at_precision(value: Any, x: Any) -> Any:
     """A host number (or NumPy array of them) rounded to the dtype of x, for tools that hold such numbers in tensors."""
-    kind = str(x.dtype).rpartition(".")[2]
-    rounded = np.asarray(value, dtype=np.float64).astype(np.dtype(kind)).astype(np.float64)
+    rounded = np.asarray(value, dtype=np.float64).astype(_in_numpy(x.dtype)).astype(np.float64)
     return rounded if isinstance(value, np.ndarray | np.generic) else float(rounded)
+
+
+@cache
+def _in_numpy(dtype: Any) -> np.dtype:
+    """NumPy's dtype of the same name as a library's."""
+    return np.dtype(str(dtype).rpartition(".")[2])
 
 
 def divided(x: Any, number: float) -> Any:

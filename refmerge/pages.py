@@ -17,7 +17,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from textwrap import wrap
@@ -27,7 +27,7 @@ from refmerge.errors import UsageError
 from refmerge.method import Method
 from refmerge.registry import get
 
-__all__ = ["SECTIONS", "SECTIONS_OF", "Example", "Page", "draw", "example_for", "names", "page"]
+__all__ = ["SECTIONS", "SECTIONS_OF", "Example", "Page", "Place", "draw", "example_for", "names", "page"]
 
 SECTIONS = (
     "Purpose",
@@ -50,6 +50,7 @@ SECTIONS_OF = {
 }
 OPTIONS = ("seed", "over", "stats", "name", "dtype")  # of refmerge.call, beside the method's own parameters
 STEP = re.compile(r"^(\d+)\. \*\*(.+?)\*\*", re.MULTILINE)
+END = re.compile(r"(?<![.])[.?!][)`\"*]*$")  # of a sentence: not the dots of 1 ... N
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ class Example:
     params: dict[str, Any] = field(default_factory=dict)
     result: Any = None
     picture: str = "steps"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a test vector can point to: "given", "step 2", or a sentence of the edge cases; its text, and its line."""
+
+    key: str
+    text: str
+    line: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,43 @@ class Page:
     def steps(self) -> list[tuple[int, str]]:
         """Numbers and titles of the steps in the Definition."""
         return [(int(number), title) for number, title in STEP.findall(self.sections.get("Definition", ""))]
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """What test vectors can point to: what the definition is given, its steps, each sentence of the edge cases."""
+        found: list[Place] = []
+        section, bullet, words, line = "", False, list[str](), 0
+
+        def end() -> None:
+            if words and words[0] != "See":
+                found.append(Place(" ".join(words), " ".join(words), line))
+            words.clear()
+
+        for number, text in enumerate(self.text.splitlines(), 1):
+            if text.startswith("## "):
+                section, bullet = text[3:].strip(), False
+            elif section == "Definition" and (step := STEP.match(text)):
+                found.append(Place(f"step {step[1]}", step[2], number))
+            elif section == "Definition" and text and not found:
+                found.append(Place("given", text, number))
+            elif section == "Edge cases":
+                bullet = bool(text) and (bullet or text.startswith("- "))
+                if not bullet or text.startswith("- "):
+                    end()
+                for word in text.removeprefix("- ").split() if bullet else ():
+                    line = line if words else number
+                    words.append(word)
+                    if END.search(word) and word not in ("e.g.", "i.e."):
+                        end()
+        return found
+
+    def place(self, words: str) -> Place:
+        """The one place with this key, or whose sentence begins with these words. UsageError where there is not just one."""
+        exact = [p for p in self.places if p.key == words]
+        found = exact or [p for p in self.places if p.key.startswith(words)]
+        if len(found) != 1:
+            raise UsageError(f"page {self.name}: {words!r} begins {len(found)} of its steps and edge sentences, not one")
+        return found[0]
 
     @property
     def example(self) -> Example:

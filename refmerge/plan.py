@@ -19,12 +19,11 @@ from array_api_compat import is_numpy_array
 from refmerge.checkpoint import Checkpoint, CheckpointWriter, itemsize, open_checkpoint, parse_size, refuse_input
 from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.engine import MASKS, Ran, block_elements, run
-from refmerge.errors import ResourceError, UsageError
+from refmerge.errors import RefmergeError, ResourceError, UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
 from refmerge.identity import of_merge
 from refmerge.memory import of_block, of_whole
-from refmerge.method import Method, Over
 from refmerge.registry import is_ours
 from refmerge.sources import ArraySink, ArraySource, DiskSink, HostSink, Source, StagedSink
 from refmerge.work import Tensor, Work, stat_name
@@ -35,6 +34,11 @@ ARRAYS_BLOCK_BYTES = 1 << 19  # of arrays in memory, where no backend says more
 # Threads of one interpreter wait for each other more than they compute in smaller ones; and whole rows end where they do,
 # so that each border of blocks cuts a stretch of a sum.
 LARGER_BLOCK_BYTES = 1 << 20
+# A program makes no arrays on the way, so that what counts is what each block costs beside its numbers: running the text,
+# and the notes that are kept of every block of a group. Where a group is a tensor and is asked for sums alone, which need
+# none either, most tensors of a language model are one block, and are read once.
+COMPILED_BLOCK_BYTES = 1 << 22
+SUMMED_BLOCK_BYTES = 1 << 24
 WORTH_COMPILING = 1 << 25  # entries; fewer are merged before a compiler has started
 INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
@@ -250,8 +254,11 @@ class Plan:
             return self.elements
         block_bytes = self.block_bytes
         rows = any(work.view(t) == "rows" for t in work.tensors)
-        if rows or self.is_fused or (self.threads > 1 and not processes):
+        if rows or (self.threads > 1 and not processes):
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
+        if self.is_fused and work.tensors:
+            sums = work.over == "tensor" and _trial(work).asked == {"sum"}
+            block_bytes = max(block_bytes, SUMMED_BLOCK_BYTES if sums else COMPILED_BLOCK_BYTES)
         return block_elements(work.method, len(work.models), block_bytes, self.threads, self.max_memory)
 
     def fill(self, sinks: Mapping[str, Any], done: frozenset[str] = frozenset()) -> None:
@@ -331,7 +338,7 @@ def _both(a: Ran, b: Ran) -> Ran:
 def _expected(work: Work, elements: int) -> Ran:
     """What a work will take, from the questions that its method asks of small arrays."""
     tensors = work.tensors
-    passes = _passes(work.method, tensors[0], len(work.models), work.over) if tensors else 0
+    passes = _trial(work).passes if tensors else 0
     one_block = [work.over == "tensor" and t.size <= elements * 3 // 2 for t in tensors]
     read = (work.bytes_of(t, t.size) * (1 if one else passes) for t, one in zip(tensors, one_block))
     return Ran(1 if all(one_block) else passes, sum(read))
@@ -342,10 +349,12 @@ def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
     return math.prod(shape) * itemsize(dtype)
 
 
-def _passes(method: Method, tensor: Tensor, models: int, over: Over) -> int:
-    """How often a method passes over a group of several blocks, counted on small random arrays with these parameters."""
-    if method.view_for(tensor.params, len(tensor.shape)) in ("tensor", "model"):
-        return 1
+def _trial(like: Work) -> Ran:
+    """What a method asks of a group of several blocks, and how often it passes over it: seen on small random arrays, with
+    the parameters of the first tensor."""
+    method, tensor, models, over = like.method, like.tensors[0], len(like.models), like.over
+    if like.view(tensor) in ("tensor", "model"):
+        return Ran(1)
     draw = np.random.default_rng(0)
     arrays = [{"x": draw.standard_normal((48, 64)).astype(np.float32)} for _ in range(models + 1)]
     sources = [ArraySource(a, "") for a in arrays]
@@ -353,9 +362,13 @@ def _passes(method: Method, tensor: Tensor, models: int, over: Over) -> int:
     keys = [key for key, kind in method.stats.items() if kind == "element"]
     stats = [ArraySource({stat_name("x", key): draw.random((48, 64)) for key in keys}, "") for _ in range(models + 1)]
     of = stats if method.needs == "base and models" else stats[1:]
-    work = Work(method, sources[1:], sources[0], [small], "model" if over != "tensor" else over, stats=of if keys else None)
+    over = "model" if over != "tensor" else over
+    work = Work(method, sources[1:], sources[0], [small], over, stats=of if keys else None, nonfinite="propagate")
     sinks = {o: ArraySink({"x": ("F32", (48, 64))}, arrays[0]["x"]) for o in method.outputs or ("",)}
-    return run(work, sinks, elements=1024, threads=1).passes
+    try:
+        return run(work, sinks, elements=1024, threads=1)
+    except RefmergeError:  # the merge itself will say it, with a tensor's own name
+        return Ran(1)
 
 
 def _whole_stats(work: Work, t: Tensor) -> int:

@@ -5,9 +5,10 @@
         return my_ties(case.models, case.base, **case.params)
 
 becomes one test for each vector of the method. What the function returns, a mapping name -> array, or raises is compared
-with what the vector expects. `entry="mergekit:ties"` takes another tool's semantics; `options=("over", "stats")` says that
-the function looks at these of `case` too, where vectors that need more than `case.params` are skipped otherwise. `ulps` and
-`tolerance` are those of `refmerge.testing.check`.
+with what the vector expects; returned with its own steps, `(mapping, {2: {"tau": [...]}})`, a failure names the first that
+differs (see `refmerge.testing.check`). `entry="mergekit:ties"` takes another tool's semantics; `options=("over", "stats")`
+says that the function looks at these of `case` too, where vectors that need more than `case.params` are skipped otherwise.
+`ulps` and `tolerance` are those of `refmerge.testing.check`.
 """
 
 from __future__ import annotations

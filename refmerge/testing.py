@@ -25,20 +25,34 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 __all__ = [
-    "Case", "Failure", "Report", "assert_close", "assert_same", "check", "checkpoints", "flags", "keywords", "names",
-    "outcome", "ulps_between", "vectors",
+    "Case", "Failure", "Report", "Stage", "StepDiffers", "answered", "assert_close", "assert_same", "check", "checkpoints",
+    "first_differing", "flags", "keywords", "names", "outcome", "ulps_between", "vectors", "version",
 ]  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
 Merge = Callable[..., Mapping[str, Any]]
+NO_VECTORS = (".schema.json", "collection.json")  # JSON beside the vectors
 
 
 # --- The vectors ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What a numbered step of the page gives, by the names that the page's code assigns: an array, or a list of them."""
+
+    step: int
+    title: str
+    values: dict[str, np.ndarray | list[np.ndarray]]
+
+
+@dataclass(frozen=True)
 class Case:
-    """One vector: what goes in, what must come out, and which ways of going wrong it shows (`flags`)."""
+    """One vector: what goes in, what must come out, and which ways of going wrong it shows (`flags`).
+
+    stages: what the steps of the page give on the way, for some small cases. page: what of the page it tests, "step 2" or
+    the first words of a sentence of its edge cases.
+    """
 
     id: str
     entry: str
@@ -55,6 +69,8 @@ class Case:
     registered: bool = True
     reason: str = ""
     source: dict[str, str] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    page: tuple[str, ...] = ()
 
     @property
     def call(self) -> dict[str, Any]:
@@ -89,7 +105,12 @@ def _paste(value: Any) -> str:
 def names() -> list[str]:
     """The methods that have vectors."""
     found = (path.name for path in _folder().iterdir())
-    return sorted(name[:-5] for name in found if name.endswith(".json") and not name.endswith(".schema.json"))
+    return sorted(name[:-5] for name in found if name.endswith(".json") and not name.endswith(NO_VECTORS))
+
+
+def version() -> str:
+    """The semantic version of the collection of vectors, as spec/vectors/collection.json has it."""
+    return json.loads((_folder() / "collection.json").read_text(encoding="utf-8"))["version"]
 
 
 def flags(method: str) -> dict[str, dict[str, Any]]:
@@ -125,6 +146,8 @@ def vectors(method: str, entry: str | None = None) -> Iterator[Case]:
                 registered=group.get("registered", True),
                 reason=group.get("reason", ""),
                 source=dict(group["source"]),
+                stages=tuple(_stage(x, twin) for x in test.get("stages", ())),
+                page=tuple(test.get("page", ())),
             )
 
 
@@ -162,6 +185,14 @@ def _tensors(value: Mapping[str, Any], twin: Tensors) -> Tensors:
     return {name: _array(x, twin) for name, x in value.items()}
 
 
+def _stage(stage: Mapping[str, Any], twin: Tensors) -> Stage:
+    values = {
+        name: [_array(x, twin) for x in value] if isinstance(value, list) else _array(value, twin)
+        for name, value in stage["values"].items()
+    }
+    return Stage(stage["step"], stage["title"], values)
+
+
 def _array(value: Mapping[str, Any], twin: Tensors) -> np.ndarray:
     if "$ref" in value:
         return twin[value["$ref"]]
@@ -191,7 +222,8 @@ class Failure:
     def __str__(self) -> str:
         case = self.case
         flagged = f" [{', '.join(case.flags)}]" if case.flags else ""
-        return f"{case.id}{flagged}: {self.message}\n  {case.comment}\n" + _indent(case.reproducer())
+        page = f"  of the page: {'; '.join(case.page)}\n" if case.page else ""
+        return f"{case.id}{flagged}: {self.message}\n  {case.comment}\n{page}" + _indent(case.reproducer())
 
 
 @dataclass
@@ -225,6 +257,8 @@ def check(
 ) -> Report:
     """Run the vectors of `method` against `fn(models, base, **params) -> {name: array}`.
 
+    `fn` may give its own steps beside the result, `({name: array}, {2: {"tau": [array, array]}})`: by the number of the
+    page's step, the names that `Case.stages` has. Where the result is wrong, the failure then says which step differs first.
     `entry` says whose semantics `fn` claims: the paper's (the default, `method` itself), or say "mergekit:ties". What a
     case needs beyond models, base and parameters (recorded draws in `stats`, or options such as `over`) is passed by
     keyword to a function that takes it; for one that does not, the case is skipped. `tolerance` (relative to a tensor's
@@ -255,9 +289,12 @@ def outcome(
     ulps: int | None = None,
     error: type[Exception] = Exception,
 ) -> str:
-    """What is wrong with the outcome of `run` as an answer to `case`; nothing where it is right."""
+    """What is wrong with the outcome of `run` as an answer to `case`; nothing where it is right.
+
+    `run` gives a mapping name -> array, or that and its steps (see `check`).
+    """
     try:
-        got = run()
+        got, stages = answered(run())
     except error as exception:
         return "" if case.result != "valid" else f"raised {type(exception).__name__}: {exception}"
     if case.result == "invalid":
@@ -265,7 +302,7 @@ def outcome(
     if case.result == "acceptable":
         return ""
     if not isinstance(got, Mapping):
-        return f"returned {type(got).__name__}, not a mapping name -> array"
+        return f"returned {type(got).__name__}, not a mapping name -> array, with or without its steps"
     for name, expected in case.expect.items():
         if name not in got:
             return f"{name} is missing from the result"
@@ -275,8 +312,74 @@ def outcome(
             else:
                 assert_close(_host(got[name]), expected, case.tolerance if tolerance is None else tolerance)
         except AssertionError as exception:
-            return f"{name}: {exception}"
+            first = first_differing(case, stages, tolerance)
+            return f"{name}: {exception}" + (f"; {first}" if first else "")
     return ""
+
+
+def answered(got: Any) -> tuple[Any, Mapping[Any, Any]]:
+    """A result, and the steps that were given beside it, if any."""
+    match got:
+        case (Mapping(), Mapping() as stages) if all(isinstance(x, Mapping) for x in stages.values()):
+            return got
+    return got, {}
+
+
+@dataclass(frozen=True)
+class StepDiffers:
+    """The first step whose value is not the page's, and where."""
+
+    step: int
+    title: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"first differing step: {self.step}, {self.title} ({self.what})"
+
+
+def first_differing(
+    case: Case, stages: Mapping[Any, Mapping[str, Any]], tolerance: float | None = None
+) -> StepDiffers | None:
+    """The first of the case's steps of which `stages`, number of the step -> {name: value}, has another value.
+
+    A value is an array or numbers, or a list of them, one a model; entries are compared in C order, within `tolerance`,
+    that of the case where it is None. Steps and names that are not given are passed over. None where all is right that is
+    given.
+    """
+    allowed = case.tolerance if tolerance is None else tolerance
+    for stage in case.stages:
+        given = stages.get(stage.step, stages.get(str(stage.step), {}))
+        for name, expected in stage.values.items():
+            if name in given and (what := _differs(name, given[name], expected, allowed)):
+                return StepDiffers(stage.step, stage.title, what)
+    return None
+
+
+def _differs(name: str, got: Any, expected: np.ndarray | list[np.ndarray], tolerance: float) -> str:
+    """What is wrong with a value of a step: "tau of model 1, entry 3: 4.0 where 0.0 is right", both counted from 0."""
+    if isinstance(expected, list):
+        try:
+            each = list(got)
+        except TypeError:
+            return f"{name}: no list, where one of {len(expected)} is right"
+        if len(each) != len(expected):
+            return f"{name}: a list of {len(each)} where {len(expected)} is right"
+        pairs = ((f"{name} of model {n}", x, y) for n, (x, y) in enumerate(zip(each, expected)))
+        return next(filter(None, (_differs(where, x, y, tolerance) for where, x, y in pairs)), "")
+    try:
+        x, y = np.ravel(_host(got)).astype(np.float64), np.ravel(expected).astype(np.float64)
+    except (TypeError, ValueError):
+        return f"{name}: no numbers"
+    if x.size != y.size:
+        return f"{name}: of size {x.size} where {y.size} is right"
+    off = np.where(np.isnan(x), np.inf, np.abs(x - y))
+    wrong = off > tolerance * np.max(np.abs(y), initial=0.0)
+    if not wrong.any():
+        return ""
+    first = int(np.argmax(wrong))
+    at = [int(i) for i in np.unravel_index(first, expected.shape)]
+    entry = f", entry {at[0] if len(at) == 1 else tuple(at)}" if at else ""
+    return f"{name}{entry}: {x[first]} where {y[first]} is right"
 
 
 def keywords(fn: Callable[..., Any]) -> Callable[[str], bool]:

@@ -2,8 +2,9 @@
 
 RESULTS_DIR holds what the authors' code and other tools gave on small inputs, one safetensors file per case
 (`base/<name>`, `model<k>/<name>`, `stat<k>/<name>`, `out/<name>`; header: registry, source, params, notes, tolerance).
-Cases by hand, flags and what to make of the results are in vector_cases/. Nothing here calls refmerge. The output is the
-same bytes for the same input; an id, once published, is never reused.
+Cases by hand, flags and what to make of the results are in vector_cases/, as is what of the page each case tests. Nothing
+here calls refmerge, but to read the pages. The output is the same bytes for the same input; an id, once published, is never
+reused. Afterwards `python -m tests.matrix` counts the tests and lists which sentence is tested by which.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vector_cases import CODES, DTYPES, Paper, Tensors, Test, origin
+from vector_cases import CODES, DTYPES, Exact, Paper, Tensors, Test, origin
+
+from refmerge.pages import Page, page
 
 OUT = Path(__file__).parent.parent / "spec" / "vectors"
 CASES = Path(__file__).with_name("vector_cases")
@@ -101,7 +104,7 @@ def paper(test: Test, how: Paper) -> Test:
     def chosen(tensors: Tensors) -> Tensors:
         return {name: x for name, x in tensors.items() if name in how.names} if how.names else tensors
 
-    stats = test.stats
+    stats = None if how.without_stats else test.stats
     if how.drop_masks:
         assert stats
         stats = [{f"{name}.mask": np.asarray(1 - x, np.uint8) for name, x in one.items()} for one in stats]
@@ -123,6 +126,46 @@ def paper(test: Test, how: Paper) -> Test:
     )
 
 
+# --- What they show ---------------------------------------------------------------------------------------------------
+
+
+def staged(test: Test, stages: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Values of steps as arrays of the case's dtype. They are exact, unless the case has a tolerance."""
+    ((name, expect),) = test.expect.items()
+
+    def array(value: Any) -> np.ndarray:
+        exact = np.asarray(value, dtype=object)
+        x = exact.astype(np.float64).astype(expect.dtype if exact.shape else np.float64)
+        assert test.tolerance or np.array_equal(exact, x.astype(object)), f"{test.id}: a step's value is not exact"
+        return x
+
+    found = {
+        step: {key: [array(x) for x in value] if isinstance(value, list) else array(value) for key, value in values.items()}
+        for step, values in stages.items()
+    }
+    x, y = found[max(found)]["result"].astype(np.float64), expect.astype(np.float64)
+    assert x.shape == y.shape and np.all(abs(x - y) <= test.tolerance * np.max(abs(y), initial=0)), f"{test.id}: {name}"
+    return found
+
+
+def pointers(cases: dict[str, list[str]], page: Page, tests: list[Test]) -> dict[str, list[str]]:
+    """Id -> what of the page it tests. The other entries' answers to the same input test the same."""
+    steps = [f"step {number}" for number, _ in page.steps]
+    plain = {test.id for test in tests if test.entry == page.name}
+    found: dict[str, list[str]] = {}
+    for words, ids in cases.items():
+        for id in ids:
+            assert id in plain, f"{page.name}.toml: no case {id} under the plain name"
+            found.setdefault(id, []).extend(steps if words == "all steps" else [words])
+    order = [place.key for place in page.places]
+    for test in tests:
+        tool = test.entry.rpartition(":")[0]
+        twins = (test.id, re.sub(rf"-{tool}(-\d+)?$", "", test.id), f"{test.id}-paper")
+        words = next((found[id] for id in twins if id in found), [])
+        found[test.id] = sorted(dict.fromkeys(words), key=lambda w: order.index(page.place(w).key))
+    return found
+
+
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +184,8 @@ def number(x: Any) -> Any:
 class Writer:
     """Turns tests into the document, moving larger arrays into the twin; equal arrays are stored once."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: Page, tests: list[Test], cases: dict[str, list[str]]) -> None:
+        self.titles, self.pointers = dict(page.steps), pointers(cases, page, tests)
         self.twin: Tensors = {}
         self.stored: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
@@ -163,7 +207,20 @@ class Writer:
             out["stats"] = [self.tensors(x, f"{t.id}/stat{k}") for k, x in enumerate(t.stats)]
         out["expect"] = self.tensors(t.expect, f"{t.id}/expect")
         out["tolerance"] = t.tolerance
+        if t.stages:
+            out["stages"] = [self.stage(t.id, step, values) for step, values in sorted(t.stages.items())]
+        if pointers := self.pointers[t.id]:
+            out["page"] = pointers
         return out
+
+    def stage(self, id: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        written = {
+            name: [self.tensor(x, f"{id}/{step}/{name}/{n}") for n, x in enumerate(value)]
+            if isinstance(value, list)
+            else self.tensor(value, f"{id}/{step}/{name}")
+            for name, value in values.items()
+        }
+        return {"step": step, "title": self.titles[step], "values": written}
 
     def groups(self, tests: list[Test]) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
@@ -209,7 +266,12 @@ def write(method: str, folder: Path) -> str:
     cases = importlib.import_module(f"vector_cases.{method}")
     tests = [*cases.hand().tests, *results(folder, cases)]
     notes = tomllib.loads((CASES / f"{method}.toml").read_text(encoding="utf-8"))
-    writer = Writer()
+    hit = notes.pop("cases", {})
+    notes.pop("untested", None)
+    for id in getattr(cases, "STAGED", ()):
+        test = next(t for t in tests if t.id == id and t.entry == method)
+        test.stages = staged(test, cases.stages(Exact.of(test)))
+    writer = Writer(page(method), tests, hit)
     document = {
         "method": method,
         "schema": "vectors.schema.json",

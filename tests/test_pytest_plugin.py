@@ -48,6 +48,22 @@ def test_a_wrong_one_is_told_why(tmp_path):
     assert "1 skipped" in said, "integers are an option that it does not take"
 
 
+def test_one_that_shows_its_steps_is_told_which_differs_first(tmp_path):
+    status, said = run(
+        tmp_path,
+        """
+@pytest.mark.refmerge("ties")
+def test_ties(case):
+    right = refmerge.merge(case.models, "ties", base=case.base, nonfinite="propagate", integers="base", **case.params)
+    if case.id != "ties-vote-by-count":
+        return right, {}
+    return case.models[0], {2: {"tau": [1.0, 1.0, -3.0]}, 3: {"gamma": 1.0}}
+""",
+    )
+    assert status == 1 and "1 failed" in said, said
+    assert "first differing step: 3, elect sign (gamma, entry 0: 1.0 where -1.0 is right)" in said
+
+
 @pytest.mark.parametrize(
     "mark, said",
     [

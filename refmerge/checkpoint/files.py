@@ -11,12 +11,14 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from refmerge.errors import InputError
 
+CACHED = 1e9  # bytes a second; what is read faster was in memory already
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -48,19 +50,21 @@ class PositionedFile:
         self._file = io.FileIO(descriptor, mode)
         self._descriptor = descriptor
         self._lock = threading.Lock()
+        self._waited = True  # whether the last read had to wait for the disk
 
     def stat(self) -> os.stat_result:
         return os.fstat(self._descriptor)
 
     def read_at(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` (bytes) from `offset` on; returns how many bytes there were, fewer only at the file's end."""
-        done = 0
+        done, began = 0, time.perf_counter()
         while done < len(buffer):
             # One call may give less than asked: Linux stops at 2 GiB.
             got = self._read_some(buffer[done:], offset + done)
             if not got:
                 break
             done += got
+        self._waited = done < CACHED * (time.perf_counter() - began)
         return done
 
     def write_at(self, data: memoryview, offset: int) -> None:
@@ -84,8 +88,9 @@ class PositionedFile:
             return self._file.write(data)
 
     def will_read(self, offset: int, size: int) -> None:
-        """Let the system fetch these bytes before they are asked for: several reads are then in flight at a time."""
-        if hasattr(os, "posix_fadvise"):
+        """Let the system fetch these bytes before they are asked for: several reads are then in flight at a time. Bytes that
+        it has are not worth the call, which looks at each page."""
+        if self._waited and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 

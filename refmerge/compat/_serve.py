@@ -2,8 +2,9 @@
 
 This file and the adapters beside it run in the tool's own Python, where refmerge need not be installed: they import torch
 and the tool. A request is {"id", "entry", "params", "models", "base", "stats"}, arrays are {"dtype", "shape", "data"} with a
-safetensors dtype and base64 of little-endian bytes. An answer is {"id"} with "tensors", "error" or "unsupported". The first
-line, unasked, is {"tool", "version", "entries"}.
+safetensors dtype and base64 of little-endian bytes. An answer is {"id"} with "tensors", "error" or "unsupported". Beside
+"tensors" it may have "stages", what the steps of the method's page give: {"2": {"tau": [array, array]}}, by the names of the
+vectors; an array may be a list of numbers there. The first line, unasked, is {"tool", "version", "entries"}.
 """
 
 import base64

@@ -14,12 +14,20 @@ TOLERANCE: id of a result in 16 bits -> its tolerance, where the tool's rounding
 EVIDENCE: ids of results of tools that have no entry, kept because they show a disagreement.
 several: function (id, arrays, header) -> Tests, of a result that is no merge of tensors into tensors: several outputs, say.
 accepts: function Test -> whether a result belongs to this method, where the file's name does not tell.
+STAGED: ids of cases under the plain name, of one tensor each, that get the values of the page's steps.
+stages: function Exact -> {step: {name: value}}, the page's definition in exact numbers, written from the page and apart from
+the methods. A value is an array, a number, or a list of them; `result`, in the last step, must be what the case expects.
+
+`<method>.toml` has the flags, and two tables more. [cases]: "given" (what the definition begins with), "step 2", "all
+steps", or the first words of a sentence of the page's edge cases -> the ids of the cases under the plain name that test it.
+[untested]: such a sentence -> why no vector can test it.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
@@ -57,6 +65,44 @@ class Test:
     stats: list[Tensors] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     registered: bool = True
+    stages: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Exact:
+    """A case of one tensor in exact numbers: arrays of Fractions. stats: one mapping name -> array a model."""
+
+    base: Any
+    models: list[Any]
+    params: dict[str, Any]
+    stats: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, test: Test) -> Exact:
+        def fractions(tensors: Tensors) -> dict[str, Any]:
+            return {name: fraction(x.astype(np.float64)) for name, x in tensors.items()}
+
+        base, *models = (sole(fractions(x)) for x in (test.base or test.models[0], *test.models))
+        return cls(base if test.base else None, models, test.params, [fractions(x) for x in test.stats or ()])
+
+    @property
+    def masks(self) -> list[Any]:
+        """Recorded draws, 0 or 1, one array a model."""
+        return [sole(x) for x in self.stats]
+
+    def each(self, name: str, default: Any) -> list[Fraction]:
+        """A parameter of which each model has one, or all have the same."""
+        value = self.params.get(name, default)
+        return [Fraction(x) for x in value] if isinstance(value, list) else [Fraction(value)] * len(self.models)
+
+
+def sole(tensors: dict[str, Any]) -> Any:
+    (x,) = tensors.values()
+    return x
+
+
+fraction = np.frompyfunc(Fraction, 1, 1)
+sign = np.frompyfunc(lambda x: Fraction((x > 0) - (x < 0)), 1, 1)
 
 
 def origin(text: str) -> dict[str, str]:
@@ -83,7 +129,7 @@ class Paper:
 
     names: of the tensors that agree; all, if empty. base_first: the tool's base is the first model. entry: the plain name,
     where it is not the tool's. drop_masks: recorded masks say what is dropped; keep_masks: they say what is kept, and bear
-    the tensor's own name.
+    the tensor's own name. without_stats: what was recorded follows from the models.
     """
 
     params: dict[str, Any]
@@ -91,6 +137,7 @@ class Paper:
     base_first: bool = False
     drop_masks: bool = False
     keep_masks: bool = False
+    without_stats: bool = False
     comment: str = ""
     entry: str = ""
 
@@ -115,9 +162,11 @@ class Hand:
         masks: list[Any] | None = None,
         stats: list[Tensors] | None = None,
         options: dict[str, Any] | None = None,
+        ran: str = "",
     ) -> None:
         """One input and what each entry makes of it: answers of (entry, params, expected, why). Where an entry has several,
-        those after the first have a number in their ids. masks: of what is kept."""
+        those after the first have a number in their ids. masks: of what is kept. ran: the code whose results are expected,
+        where they are not by hand; how it was asked for what the paper means is said in the comment."""
         before: list[str] = []
         for entry, params, expect, why in answers:
             before.append(entry)
@@ -126,6 +175,8 @@ class Hand:
             source = {"how": "by hand"}
             if tool:
                 source = origin(self.code.get(entry, FAMILY)) | source
+            if ran:
+                source = origin(ran)
             given = stats
             if masks is not None:
                 given = [arrays(mask, "U8") for mask in masks]

@@ -83,6 +83,15 @@ def hand() -> Hand:
         mergekit(tiny, "all softmaxes are 1/2 in float32, all importances 0, all reach the threshold 0"),
         flags="ArceeRounding",
     )
+    v = 2.0**-30
+    h.case(
+        "rounding-of-one",
+        "base 0, rows (v, 0, 0) with v = 2^-30 and three times 19/16 of it: K = v^2/9, importances v^3/9, 1 and 1.67 times the "
+        "first, and eight zeros; quartiles 0, 0 and the first, threshold 1.5",
+        [[[v, 0.0, 0.0], *[[v * 19 / 16, 0.0, 0.0]] * 3]],
+        [[0.0] * 3] * 4,
+        paper([[0.0] * 3, *[[v * 19 / 16, 0.0, 0.0]] * 3], "the other three rows"),
+    )
     h.case(
         "many-axes",
         "base 0, shape (1, 2, 2), rows (3, 3) and (2, -1)",

@@ -122,6 +122,14 @@ def hand() -> Hand:
         masks=keep,
     )
     h.case(
+        "masks-not-looked-at",
+        "tau = (2, 3) with density 1 and (4, 5) with density 0, and masks that say otherwise",
+        [[2.0, 3.0], [4.0, 5.0]],
+        [0.0, 0.0],
+        ("dare_linear", {"density": [1.0, 0.0]}, [2.0, 3.0], "all of the first, nothing of the second"),
+        masks=[[0, 1], [1, 0]],
+    )
+    h.case(
         "average",
         "tau = (2, 4) and (6, 8), keeping the first of each with 1/2: (4, 0) and (12, 0), times 1/2",
         [[2.0, 4.0], [6.0, 8.0]],

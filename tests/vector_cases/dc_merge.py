@@ -92,6 +92,69 @@ def hand() -> Hand:
         flags="DcMergeSmoothing",
     )  # fmt: skip
     case(
+        "smoothing-halves",
+        "one task, diag(5, 4, 2), whose first is 2.5 times the last; all entries of M",
+        [diag(5.0, 4.0, 2.0)],
+        diag(0.0, 0.0, 0.0),
+        ("dc_merge", plain(1.0, smoothing="linear", rho=100.0), diag(110 / 21, 77 / 21, 44 / 21), "11 (2.5, 1.75, 1)/5.25"),
+        flags="DcMergeSmoothing",
+    )
+    case(
+        "smoothing-default",
+        "one task, diag(16, 2), whose first is 8 times the last",
+        [diag(16.0, 2.0)],
+        diag(0.0, 0.0),
+        ("dc_merge", plain(1.0, smoothing="linear"), diag(15.0, 3.0), "5 times: 18 (5, 1)/6"),
+        flags="DcMergeSmoothing",
+    )
+    wide, nothing = [[*row, 0.0] for row in [*two[0], [0.0] * 3]], [[0.0] * 4] * 3
+    also = [[*row, 0.0] for row in [*two[1], [0.0] * 3]]
+    case(
+        "more-rows",
+        "the task vectors 50 u_1 v_1^T and 25 u_2 v_2^T in a 3 x 4 matrix: one triplet each, and r = 3",
+        [wide, also],
+        nothing,
+        (
+            "dc_merge",
+            plain(0.5),
+            [[18.75, 0.0, -6.0, 0.0], [-6.0, 0.0, 18.75, 0.0], [0.0] * 4],
+            "int(4.5) entries of each M_t, which has no more",
+        ),
+        (
+            "dc_merge",
+            plain(0.375),
+            [[36.75, 0.0, -12.25, 0.0], [-12.25, 0.0, 36.75, 0.0], [0.0] * 4],
+            "int(3.375): 49, 7 and 7, of which the first is in a block",
+        ),
+        (
+            "dc_merge",
+            plain(1.0),
+            [[18.75, 0.0, -6.0, 0.0], [-6.0, 0.0, 18.75, 0.0], [0.0] * 4],
+            "9 entries are more than there are",
+        ),
+    )
+    case(
+        "low-rank",
+        "one task, diag(4, 2, 0), has two of three triplets, so that r = 2: one entry of 2 x 2, not two of 3 x 3",
+        [diag(4.0, 2.0, 0.0)],
+        diag(0.0, 0.0, 0.0),
+        ("dc_merge", plain(0.25), diag(4.0, 0.0, 0.0), ""),
+        flags="DcMergeRank",
+    )
+    for id, unit in (("nearly-zero", 1.0), ("nearly-zero-small", 2.0**-40)):
+        first = unit * np.array([[1e6, 1e3], [1e3, 1.0]])
+        case(
+            id,
+            "(1000, 1) and (1, 1000) times themselves, which are turned to e_1 and e_2, so that each M_t is its task "
+            "vector; its "
+            "entry in the other's block is a millionth of its largest",
+            [first, first[::-1, ::-1].copy()],
+            [[0.0, 0.0]] * 2,
+            ("dc_merge", plain(1.0), diag(1e6 * unit, 1e6 * unit), "it counts as zero"),
+            ("dc_merge", plain(1.0, tolerance=1e-8), diag(500000.5 * unit, 500000.5 * unit), "averaged with the other's"),
+            dtype="F64",
+        )
+    case(
         "ties",
         "one task, diag(3, 3), smoothed or not: two entries of the same size, of which one is asked for",
         [diag(3.0, 3.0)],

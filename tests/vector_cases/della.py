@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Paper
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, i64, sign
+from vector_cases.ties import agreeing_mean
 
 CODE = {
     "official:della": "declare-lab/della@8067515 mergekit/mergekit/sparsify.py:rank_magnitude",
@@ -21,6 +26,38 @@ PAPER = {
     ),
     "della-official-06": Paper({"density": 1.0, "lambda_": 1.0}, comment="nothing is dropped"),
 }
+
+STAGED = (
+    "della-rescale", "della-no-rescale", "della-window", "della-rows", "della-ties", "della-elect-and-fuse", "della-weights",
+    "della-zero-sum", "della-density-one", "della-certain", "della-epsilon-zero", "della-zero-entry",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    delta = [theta - given.base for theta in given.models]
+    density, epsilon = given.each("density", 0.7), given.each("epsilon", 0.07)
+    masks = given.masks or [None] * len(delta)
+    dropped = [
+        drop(*of_model, rescale=given.params.get("rescale", True)) for of_model in zip(delta, masks, density, epsilon)
+    ]
+    gamma = sign(sum(dropped))
+    return {
+        1: {"delta": delta},
+        2: {"delta": dropped},
+        3: {"gamma": gamma},
+        4: {"result": given.base + Fraction(given.params.get("lambda_", 1.1)) * agreeing_mean(dropped, gamma)},
+    }
+
+
+def drop(delta: Any, mask: Any, density: Fraction, epsilon: Fraction, rescale: bool) -> Any:
+    if density in (0, 1):
+        return density * delta
+    q = np.full(delta.shape, density, object)
+    for row, of_row in zip(delta.reshape(-1, delta.shape[-1]), q.reshape(-1, delta.shape[-1])):
+        ranked = sorted(range(row.size), key=lambda i: (abs(row[i]), i))
+        for r, i in enumerate(ranked if row.size > 1 else ()):
+            of_row[i] = (density - epsilon) + 2 * epsilon / (row.size - 1) * r
+    return mask * delta / q if rescale else mask * delta
 
 
 def hand() -> Hand:
@@ -228,5 +265,67 @@ def hand() -> Hand:
         [0.0, 0.0],
         ("della", plain(0.25, 0.5), REFUSED, ""),
         masks=[[1, 1]],
+    )
+    h.case(
+        "epsilon-zero",
+        "density 1/2 and epsilon 0: every entry stays with 1/2; tau = (1, -3, 2) keeping the first and the last",
+        [[1.0, -3.0, 2.0]],
+        [0.0] * 3,
+        ("della", plain(0.5, 0.0), [2.0, 0.0, 4.0], "as in DARE"),
+        masks=[[1, 0, 1]],
+    )
+    h.case(
+        "zero-entry",
+        f"{steps}; tau = (2, 0, 3), all kept: the zero has the lowest rank",
+        [[3.0, 1.0, 4.0]],
+        [1.0] * 3,
+        ("della", plain(0.5, 0.25), [5.0, 1.0, 5.0], "1 + 2 / (1/2), 1 + 0 / (1/4), 1 + 3 / (3/4)"),
+        masks=[[1, 1, 1]],
+    )
+    h.case(
+        "zero-row",
+        f"{steps}; rows (0, 0, 0) and (3, 1, 2), all kept",
+        [[[1.0, 1.0, 1.0], [4.0, 2.0, 3.0]]],
+        [[1.0] * 3] * 2,
+        ("della", plain(0.5, 0.25), [[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]], "0 / q is 0"),
+        masks=[[[1, 1, 1], [1, 1, 1]]],
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[2.0]],
+        [-0.0],
+        ("della", plain(0.0, 0.0), [0.0], ""),
+        masks=[[0]],
+    )
+    h.case(
+        "nan-ranks-highest",
+        f"{steps}; tau = (inf, NaN, 1), all kept: 1 has the lowest rank",
+        [[math.inf, math.nan, 1.0]],
+        [0.0] * 3,
+        ("della", plain(0.5, 0.25), [math.inf, math.nan, 4.0], "1 / (1/4)"),
+        masks=[[1, 1, 1]],
+    )
+    h.case(
+        "dropped-infinity",
+        f"{steps}; tau = (inf, NaN, 1), all dropped",
+        [[math.inf, math.nan, 1.0]],
+        [0.0] * 3,
+        ("della", plain(0.5, 0.25), [math.nan, math.nan, 0.0], "0 times infinity, 0 times NaN"),
+        masks=[[0, 0, 0]],
+    )
+    h.case(
+        "nan-at-density-zero",
+        "tau = (NaN, inf) and (2, 3), densities 0 and 1: the first model is 0, and not 0 times anything",
+        [[math.nan, math.inf], [2.0, 3.0]],
+        [0.0, 0.0],
+        ("della", plain([0.0, 1.0], 0.0), [2.0, 3.0], ""),
+    )
+    h.case(
+        "integers",
+        "0 + (3 - 0) = 3; the integers are the base's",
+        [{"x": [3.0], "ids": i64(1, 2)}],
+        {"x": [0.0], "ids": i64(1, 2)},
+        ("della", plain(1.0, 0.0), {"x": [3.0], "ids": i64(1, 2)}, ""),
     )
     return h

@@ -7,12 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Hand, i64
+from vector_cases import OPEN, REFUSED, Hand, Paper, i64
 
 TOOL = "fusion_bench:doge"
 CODE = {TOOL: "tanganke/fusion_bench@54c9e8c fusion_bench/method/doge_ta/doge_ta.py:DOGE_TA_Algorithm"}
 TOOLS = ("fusion_bench",)
 FLAGS = {"doge-fusion_bench-00": ["DogeOneMore", "DogeNames"]}
+PAPER = {
+    "doge-fusion_bench-00": Paper(
+        {"density": 0.305},
+        names=("encoder.layers.0.attn.weight", "encoder.layers.0.mlp.weight"),
+        without_stats=True,
+        comment="the two matrices that the tool merges; its 30 per cent of 200 entries are 61",
+    )
+}
 NAME = "encoder.weight"
 SMALL = 1e-7  # Adam's 1e-8 beside the gradient
 
@@ -137,6 +145,62 @@ def hand() -> Hand:
         [layer([[3.0, 4.0]])],
         layer([[0.0, 0.0]]),
         ("doge", plain | {"density": 1.0, "steps": 1}, layer([[0.7, 0.9]]), "(3.5, 4.5) / 5"),
+    )
+    case(
+        "default-subspace",
+        "diag(2, 1, 1, 1, 1, 1) of length 3: of six directions, all shared alike, the largest is left alone; the "
+        "others' entries "
+        "make one step of 1/2",
+        [np.diag([2.0, 1.0, 1.0, 1.0, 1.0, 1.0])],
+        np.zeros((6, 6)),
+        (
+            "doge",
+            {"density": 1.0, "lambda_": 1.0, "steps": 1, "lr": 0.5},
+            (np.diag([2.0, 1.5, 1.5, 1.5, 1.5, 1.5]) / 3).tolist(),
+            "2 / 3 and 1.5 / 3",
+        ),
+        flags="DogeSharedAlike",
+    )
+    # Each row has one entry in each model, so that the gradients have the signs of what is left over: T (T - rest) > 0.
+    for id, a, b, third, left_alone, why in (
+        ("shared-first", 4.0, 5.0, 0.0, (0, 2), "the first row's, which both have, comes first, though it is small; then 5"),
+        ("shared-first-too", 5.0, 4.0, 0.0, (0, 1), "the same the other way round"),
+        ("two-each", 5.0, 4.5, 3.0, (0, 1), "5, since the first model's 3 in the third row is its third direction"),
+    ):
+        e = np.eye(4)
+        small = third + 1
+        rows = np.outer(e[1], e[0]) * a + np.outer(e[0], e[1]) * small + np.outer(e[2], e[2]) * third
+        others = np.outer(e[2], e[0]) * b + np.outer(e[0], e[1]) * small
+        lengths = np.linalg.norm(rows), np.linalg.norm(others)
+        step = np.where((rows != 0) | (others != 0), 0.5, 0.0)
+        step[list(left_alone)] = 0.0
+        case(
+            id,
+            f"one entry in a row: {a:g} in the second and {b:g} in the third, each in one of two models, and "
+            f"{small:g} in the first "
+            "in both; two directions of each count, two of four are left alone, and the others' entries make one step "
+            "of 1/2",
+            [rows, others],
+            np.zeros((4, 4)),
+            (
+                "doge",
+                {"subspace": 2, "density": 1.0, "lambda_": 0.5, "steps": 1, "lr": 0.5},
+                (0.5 * ((rows + step) / lengths[0] + (others + step) / lengths[1])).tolist(),
+                why,
+            ),
+            flags="DogeSharedAlike",
+        )
+    case(
+        "zeros-before-vectors",
+        f"{two}; all six entries, zeros too, come before any of the vector; the step is that of one-step",
+        [{"a": [9.0] * 4, "b": tau_1}, {"a": [9.0] * 4, "b": tau_2}],
+        {"a": [0.0] * 4, "b": zeros},
+        (
+            "doge",
+            half | {"density": 1.0},
+            {"a": [0.0] * 4, "b": [[0.75, 0.0, 0.95], [0.6, 0.8, 0.0]]},
+            "(3 + 1/2) / 5 + (0 + 1/2) / 10; (4 + 1/2) / 5 + (0 + 1/2) / 10",
+        ),
     )
     case(
         "recorded-coefficients",

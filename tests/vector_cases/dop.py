@@ -5,14 +5,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vector_cases import REFUSED, Hand, i64
+import numpy as np
+
+from vector_cases import REFUSED, Hand, Paper, i64
 
 TOOL = "fusion_bench:dop"
 CODE = {TOOL: "tanganke/fusion_bench@54c9e8c fusion_bench/method/dop/dop_general.py:DOPMerging"}
 TOOLS = ("fusion_bench",)
 FLAGS = {"dop-fusion_bench-00": ["DopCrossing"]}
+PAPER = {
+    "dop-fusion_bench-00": Paper(
+        {"energy": 0.97, "balance": "fixed", "steps": 50, "lr": 0.001},
+        comment="seven of eight terms, which the tool takes for less than 0.99999, are the fewest that have 0.97",
+    )
+}
+RUN = f"{CODE[TOOL]}._optimize_weight"
 NAME = "fc.weight"
 SMALL = 1e-7  # Adam's 1e-8 beside the gradient
+RUNS = 1e-10  # float64 in another order
+
+
+def second_step(g_1: float, g_2: float, lr: float) -> float:
+    """Adam's second step, after gradients g_1 and g_2."""
+    m = (0.9 * 0.1 * g_1 + 0.1 * g_2) / (1 - 0.9**2)
+    v = (0.999 * 0.001 * g_1**2 + 0.001 * g_2**2) / (1 - 0.999**2)
+    return -lr * m / (math.sqrt(v) + 1e-8)
 
 
 def hand() -> Hand:
@@ -78,6 +95,103 @@ def hand() -> Hand:
         [layer([[4.0, 0.0], [0.0, 0.0]]), layer([[1.0, 0.0], [0.0, 0.0]])],
         layer([[0.0, 0.0], [0.0, 0.0]]),
         ("dop", one | {"beta": 0.0, "alpha": 0.0}, layer([[3.0, 0.0], [0.0, 0.0]]), "up: 48 against 3"),
+    )
+    tiny = 2.0**-18
+    three = [
+        np.array([[4.0, 1.0, 0.0, -2.0], [1.0, 3.0, 2.0, 0.0], [5.0, 4.0, 2.0, -2.0 + tiny]]),
+        np.array([[1.0, -2.0, 3.0, 0.0], [0.0, 2.0, 1.0, 1.0], [1.0, -4.0, 2.0, -1.0 + tiny]]),
+        np.array([[0.0, 3.0, -1.0, 1.0], [2.0, 0.0, 1.0, -1.0], [2.0 + tiny, 3.0, 0.0, 0.0]]),
+    ]
+    start = np.array([[1.0, 0.0, -1.0, 2.0], [0.0, 1.0, 1.0, 0.0], [-2.0, 1.0, 0.0, 1.0]])
+    case(
+        "defaults",
+        "two task vectors of rank 2, but for 2^-18 in a corner: two terms have 0.9999997 of their sum and are enough; "
+        "the tool "
+        "takes as many for svd_epsilon 0.9999999",
+        [start + three[0], start + three[1]],
+        start,
+        (
+            "dop",
+            {},
+            [
+                [3.5195817217499847, -0.4805690459381791, 0.5203019711202729, 0.980443321548255],
+                [0.5196626917765035, 3.5197264142275424, 2.518963418147866, 0.48039696942532484],
+                [1.0196326356507925, 1.019500041862779, 2.019881919485754, -0.5196367159819208],
+            ],
+            "",
+        ),
+        tolerance=RUNS,
+        ran=RUN,
+    )
+    many = {"alpha": 0.25, "steps": 20, "lr": 0.01, "energy": 0.9}
+    case(
+        "three-in-turn",
+        "the same and a third, each of which, and the merged model's change, has 0.9 in two terms; the tool takes as "
+        "many for "
+        "svd_epsilon 0.9999999",
+        [start + tau_t for tau_t in three],
+        start,
+        (
+            "dop",
+            many | {"beta": 0.5},
+            [
+                [2.5455294476799466, 1.5240726753766143, -0.48999240187388293, 1.7812781387793029],
+                [1.1526900682366423, 2.1647711556453495, 2.4813602075595527, -0.4732779146805481],
+                [0.7951896678923817, 2.7431688830993664, 1.2447241181202175, 0.00695644096647016],
+            ],
+            "",
+        ),
+        (
+            "dop",
+            many | {"balance": "fixed"},
+            [
+                [2.249781686147629, 1.3497652115723713, -0.8426201802870074, 2.101951868635924],
+                [1.1616221023174957, 2.154062283664879, 2.35905931524158, -0.5421527712790419],
+                [0.784606758736442, 2.5990850052037926, 0.9039329477203769, 0.3438775042460823],
+            ],
+            "with fixed weights",
+        ),
+        tolerance=RUNS,
+        ran=RUN,
+    )
+    case(
+        "energy-reached",
+        "diag(2, 1, 1) and the base, energy 1/2: the first term has it, 2 of 4, and alone sees what was lost",
+        [layer(np.diag([2.0, 1.0, 1.0])), layer(np.zeros((3, 3)))],
+        layer(np.zeros((3, 3))),
+        ("dop", one | {"energy": 0.5, "balance": "fixed"}, layer(np.diag([1.5, 0.5, 0.5])), "one step at the first entry"),
+    )
+    free = {"steps": 2, "lr": 6.0, "beta": 0.0}
+    past = (
+        "from 2.5 the weight 1/2 and a step of 6 lead to 8.5, past both; there the gradients over the losses, 2 / 4.5 "
+        "from 4 and "
+        "2 / 7.5 from 1, point one way, and the shorter one has the weight 0.999"
+    )
+    for id, first, second, w in (("end-new", 4.0, 1.0, 0.001), ("end-old", 1.0, 4.0, 0.999)):
+        g_1 = 4 * (first**2 * (2.5 - first) + second**2 * (2.5 - second)) / 2
+        g_2 = 4 * (w * first**2 * (8.5 - first) + (1 - w) * second**2 * (8.5 - second))
+        case(
+            id,
+            past,
+            [[[first]], [[second]]],
+            [[0.0]],
+            ("dop", free, [[8.5 + second_step(g_1, g_2, 6.0)]], f"gradients {g_1:g} and {g_2:g}"),
+        )
+    case(
+        "end-old-zero",
+        "the base loses nothing, and its gradient over that counts as 0: the shortest there is, of weight 0.999; the "
+        "new model's, "
+        "with the rest, pulls at the entry 2 of 4",
+        [layer(zeros), layer(tau_1)],
+        layer(zeros),
+        ("dop", one | {"beta": 0.0}, layer([[2.5, 0.0, 0.0], [0.0, 0.0, 0.0]]), ""),
+    )
+    case(
+        "end-new-zero",
+        "the same with the base as the new model: 0.001 is left for the old one's",
+        [layer(tau_1), layer(zeros)],
+        layer(zeros),
+        ("dop", one | {"beta": 0.0}, layer([[2.5, 0.0, 0.0], [0.0, 0.0, 0.0]]), ""),
     )
     case(
         "same-models",

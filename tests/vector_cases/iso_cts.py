@@ -68,6 +68,15 @@ def hand() -> Hand:
         ("fusion_bench:iso_cts", official(0.5), spaces, ""),
     )
     case(
+        "nearly-common",
+        "4 dimensions, 2 common, 8 e_1 e_1^T and 4 e_2 e_2^T; one task has 3 e_3 e_3^T, the other 2^-14 e_4 e_4^T "
+        "beside them",
+        [diag(4.0, 2.0, 3.0, 2.0), diag(4.0, 2.0, 0.0, 2.0**-14)],
+        diag(0.0, 0.0, 0.0, 0.0),
+        ("iso_cts", half, diag(5.0, 5.0, 5.0, 0.0), "2^-14 < 1e-5 * 8 counts as zero: the mean of 3, 8 and 4"),
+        flags="IsoCtsRank",
+    )
+    case(
         "lambda",
         "base 1, changes diag(4, 0) and diag(2, -2): the sum diag(6, -2); 0.8 of 2 leave half a dimension for a task, 0",
         [[[5.0, 1.0], [1.0, 1.0]], [[3.0, 1.0], [1.0, -1.0]]],

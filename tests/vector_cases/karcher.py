@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from vector_cases import REFUSED, Hand, Paper
 
 CODE = {
@@ -17,6 +19,22 @@ PAPER = {
     "karcher-mergekit-04": Paper({}, names=("allzero", "same", "zero"), comment="no short tensor among these"),
 }
 TOLERANCE = {"karcher-mergekit-bf16-01": 2.0**-6}  # mergekit walks in 8 bits
+
+
+def walked(models: list[list[float]], weights: list[float], steps: int) -> list[float]:
+    """The direction after so many steps, in coordinates: along the mean of the arcs by the sphere's maps, and in the last to
+    the sum of the w / sin w that the arcs are made of."""
+    U = np.array(models) / np.linalg.norm(models, axis=1, keepdims=True)
+    alpha = np.array(weights) / sum(weights)
+    u = alpha @ U
+    for _ in range(steps):
+        u /= np.linalg.norm(u)
+        angle = np.arccos(U @ u)
+        f = alpha * angle / np.sin(angle)
+        arc = f @ (U - np.outer(U @ u, u))
+        far = np.linalg.norm(arc)
+        u = math.cos(far) * u + math.sin(far) / far * arc
+    return (f @ U / np.linalg.norm(f @ U)).tolist()
 
 
 def hand() -> Hand:
@@ -205,6 +223,18 @@ def hand() -> Hand:
         ),
         dtype="F64",
         tolerance=1e-13,
+    )
+    wide, light = [[1.0, 60.0, 0.0], [1.0, -60.0, 0.0], [0.0, 0.0, 1.0]], [1.0, 1.0, 0.002]
+    length = (2 * math.hypot(1, 60) + 0.002) / 2.002
+    h.case(
+        "default-steps",
+        "(1, 60, 0) and (1, -60, 0), nearly opposite, and (0, 0, 1) with a weight of 0.002: each step covers 3 per cent of what "
+        "is left, and the hundredth is the last",
+        wide,
+        None,
+        ("karcher", {"weight": light}, [length * x for x in walked(wide, light, 100)], "by the sphere's maps, in coordinates"),
+        dtype="F64",
+        tolerance=1e-12,
     )
     h.case(
         "near-one-model",

@@ -97,6 +97,22 @@ def hand() -> Hand:
         flags="KnotsZeroCoordinates",
     )
     case(
+        "nearly-zero-coordinate",
+        "one row; the first model's second coordinate, 2^-40, is about 2e-13 of the largest singular value, sqrt(17)",
+        [[[1.0, 2.0**-40]], [[0.0, 4.0]]],
+        [[0.0, 0.0]],
+        ("knots", {"trim": 1.0}, [[1.0, 4.0]], "it counts as 0, and is not averaged with 4"),
+        flags="KnotsZeroCoordinates",
+        tolerance=1e-15,
+    )
+    case(
+        "small",
+        "one row: (4, 3) and (2, -1), times 2^-40",
+        [[[4 * 2.0**-40, 3 * 2.0**-40]], [[2 * 2.0**-40, -(2.0**-40)]]],
+        [[0.0, 0.0]],
+        ("knots", {"trim": 1.0}, [[3 * 2.0**-40, 3 * 2.0**-40]], "what counts as 0 is so beside the largest singular value"),
+    )
+    case(
         "mean",
         "one row: coordinates are entries, but for a sign; 4 and 2 agree, 3 and -1 do not",
         [[[4.0, 3.0]], [[2.0, -1.0]]],

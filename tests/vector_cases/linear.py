@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from vector_cases import REFUSED, Hand, Paper, i64
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "fusion_bench:linear": "tanganke/fusion_bench@54c9e8c fusion_bench/method/simple_average.py and weighted_average",
@@ -23,6 +24,17 @@ PAPER = {
     "linear-mergekit-01": Paper({"weight": [0.6, 0.4], "normalize": True}),
     "weighted_average-fusion_bench-00": Paper({"weight": [0.5, 1.0, 2.5]}),
 }
+
+STAGED = (
+    "linear-uniform", "linear-normalizes", "linear-unnormalized", "linear-extrapolates",
+    "linear-zero-weight-sum-unnormalized", "linear-negative-sum",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    w = given.each("weight", 1.0)
+    c = [w_n / sum(w) for w_n in w] if given.params.get("normalize", True) else w
+    return {1: {"c": c}, 2: {"result": sum(c_n * theta for c_n, theta in zip(c, given.models))}}
 
 
 def hand() -> Hand:
@@ -179,5 +191,63 @@ def hand() -> Hand:
         [[4.0], [8.0]],
         None,
         ("linear", {"weight": [1.0, -2.0]}, [12.0], "any sum but 0 divides"),
+    )
+    h.case(
+        "sum-that-should-be-zero",
+        "0.1 + 0.2 - 0.3 = 2^-54 in float64; divided by that, 0.1 + 0.2 = 0.30000000000000004 is 5404319552844596",
+        [[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]],
+        None,
+        ("linear", {"weight": [0.1, 0.2, -0.3]}, [1.0, 5404319552844596.0], "it is not 0, and it divides"),
+        dtype="F64",
+    )
+    h.case(
+        "one-model-weighted",
+        "0.3 / 0.3 = 1",
+        [[0.1, -3.0]],
+        None,
+        ("linear", {"weight": [0.3]}, [0.1, -3.0], "to the bit"),
+        dtype="F64",
+    )
+    h.case(
+        "one-model-unnormalized",
+        "4 / 2 = 2",
+        [[4.0]],
+        None,
+        ("linear", {"weight": [0.5], "normalize": False}, [2.0], "a factor"),
+    )
+    for count, x, expect, why in (
+        (2, 0.1, 0.1, "to the bit"),
+        (3, 7.0, 6.999999999999999, "7/3 is rounded down, and so are the sums"),
+        (4, 1.9999999999999998, 1.9999999999999998, "3/4 of 53 ones is rounded, and the last sum rounds back"),
+        (8, 1.1, 1.0999999999999999, "3/8, 5/8 and 7/8 of it are rounded"),
+    ):
+        h.case(
+            f"equal-{count}",
+            f"{count} times {x!r}",
+            [[x]] * count,
+            None,
+            ("linear", {}, [expect], why),
+            dtype="F64",
+        )
+    h.case(
+        "equal-largest",
+        "ten times the largest float32, 2^128 - 2^104: a tenth is rounded up, and ten of them are above it",
+        [[2.0**128 - 2.0**104]] * 10,
+        None,
+        ("linear", {}, [math.inf], ""),
+    )
+    h.case(
+        "subnormal",
+        "half of 2^-149, the least positive float32, is a tie that goes to 0; half of 2^-148 is exact",
+        [[2.0**-149, 2.0**-148], [2.0**-149, 2.0**-148]],
+        None,
+        ("linear", {}, [0.0, 2.0**-148], "each is scaled before it is added"),
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 - 0.0 = -0.0, -0.0 + 0.0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, -0.0], [-0.0, 0.0]],
+        None,
+        ("linear", {}, [-0.0, 0.0], ""),
     )
     return h

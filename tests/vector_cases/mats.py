@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,23 @@ def hand() -> Hand:
             {"objective": "gram", "start": "zero", "tolerance": 1.0},
             [[1.5]],
             "not less than 3/2: one step",
+        ),
+    )
+    # Eigenvalues of the matrix with 2 on the diagonal and -1 beside it, of 127 rows, and e_1 in its eigenvectors: each step of
+    # conjugate gradients solves for one row more, and x after k steps is (k, k - 1, ..., 1) / (k + 1), then zeros.
+    angle = np.arange(1, 128) * math.pi / 128
+    eigenvalues, eigenvectors = 2 - 2 * np.cos(angle), math.sqrt(2 / 128) * np.sin(np.outer(np.arange(1, 128), angle))
+    case(
+        "default-iterations",
+        "127 eigenvalues 2 - 2 cos(j pi / 128), right-hand side sqrt(1/64) sin(j pi / 128); after 100 steps x is the sum over i "
+        "of sqrt(1/64) sin(i j pi / 128) (101 - i) / 101, and the residual 1 / 101",
+        [(eigenvectors[0] / eigenvalues)[None]],
+        [{"l.weight.fisher": eigenvalues[None]}],
+        (
+            "mats",
+            {"objective": "fisher", "start": "zero"},
+            ((101 - np.arange(1, 101)) / 101 @ eigenvectors[:100])[None],
+            "100 by default",
         ),
     )
     case(

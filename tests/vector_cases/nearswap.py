@@ -45,6 +45,13 @@ def hand() -> Hand:
         *both(0.5, {"n": 1.5, "e": [], "m": [[0.5, 2], [4.5, 4]]}),
         **exact,
     )
+    h.case(
+        "rounded-difference",
+        "float32: 2^24 + 2 - 1 is rounded to 2^24 = t, and is near; the step would end at 2^24 + 1, rounded to 2^24",
+        [[2.0**24 + 2]],
+        [1.0],
+        ("nearswap", {"t": 2.0**24}, [2.0**24 + 2], "the model's"),
+    )
     t, difference = 2.0**-22, 2.0**-21
     h.case(
         "floor",

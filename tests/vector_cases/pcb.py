@@ -85,6 +85,20 @@ def hand() -> Hand:
         flags="PcbClamp PcbLeastScore",
         tolerance=SLACK,
     )  # fmt: skip
+    h.case(
+        "little-spread",
+        "base 0; tau = (1024, 1025), one model, whose squares differ by 2049: they are moved to 0 and 1 before powers are taken",
+        [[1024.0, 1025.0]],
+        [0.0, 0.0],
+        ("pcb", plain(1.0), [1024.0, 1025.0], "it comes back"),
+    )
+    h.case(
+        "many-models",
+        "base 0; tau = (2, 1) ninety times: the powers of the first entry are e^(90 (1 - 1)), of the second e^(90 (0 - 1))",
+        [[2.0, 1.0]] * 90,
+        [0.0, 0.0],
+        ("pcb", plain(0.5), [2.0, 0.0], "the first; e^90 is beyond float32"),
+    )
     nan, inf = float("nan"), float("inf")
     h.case(
         "one-kept",

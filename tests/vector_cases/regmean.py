@@ -160,6 +160,29 @@ def hand() -> Hand:
         [[[2.0**-60, 0.0], [0.0, 2.0**-60]]],
         ("regmean", {}, [[1.0, 2.0]], ""),
     )
+    case(
+        "symmetric-at-the-bound",
+        "entries that differ by 1e-4 of the largest, not more; none of what is off the diagonal is used",
+        [[[1.0, 2.0]]],
+        [[[1.0, 1e-4], [0.0, 1.0]]],
+        ("regmean", {"off_diagonal": 0.0}, [[1.0, 2.0]], ""),
+    )
+    case(
+        "regular",
+        "eigenvalues 1 and 2^-50, more than 2 * 2^-52 of the largest",
+        [[[1.0, 2.0]]],
+        [[[1.0, 0.0], [0.0, 2.0**-50]]],
+        ("regmean", {}, [[1.0, 2.0]], ""),
+    )
+    case(
+        "singular-at-the-bound",
+        "eigenvalues 1 and 2^-51, just 2 * 2^-52 of the largest",
+        [[[1.0, 2.0]]],
+        [[[1.0, 0.0], [0.0, 2.0**-51]]],
+        ("regmean", {}, REFUSED, ""),
+    )
+    case("column", "a column of ones is no square matrix", [[[1.0, 2.0]]], [np.ones((2, 1))], ("regmean", {}, REFUSED, ""))
+    case("cube", "three axes of length 1", [[[2.0]]], [np.ones((1, 1, 1))], ("regmean", {}, REFUSED, ""))
     v = np.array([1 / 3, 1 / 5])
     case(
         "singular-up-to-rounding",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, i64
+import math
+from fractions import Fraction
+from typing import Any
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "fusion_bench:task_arithmetic": "tanganke/fusion_bench@54c9e8c fusion_bench/method/task_arithmetic/task_arithmetic.py",
@@ -21,6 +25,17 @@ PAPER = {
     "task_arithmetic-mergekit-01": Paper({"weight": [0.6, 0.4]}),
     "task_arithmetic-fusion_bench-00": Paper({"lambda_": 0.3}),
 }
+
+STAGED = (
+    "task_arithmetic-add", "task_arithmetic-negate", "task_arithmetic-analogy", "task_arithmetic-normalize",
+    "task_arithmetic-zero-weight-sum", "task_arithmetic-one-model", "task_arithmetic-equal-models",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    added = sum(w * x for w, x in zip(given.each("weight", 1.0), tau))
+    return {1: {"tau": tau}, 2: {"result": given.base + Fraction(given.params.get("lambda_", 1.0)) * added}}
 
 
 def hand() -> Hand:
@@ -138,4 +153,26 @@ def hand() -> Hand:
     )
     h.case("no-base", "a task vector is a difference from a base", [[1.0]], None, ("task_arithmetic", {}, REFUSED, ""))
     h.case("no-models", "nothing to add", [], [1.0], ("task_arithmetic", {}, REFUSED, ""))
+    h.case(
+        "weights-zero",
+        "weights of 0 give the base",
+        [[3.0], [5.0]],
+        [1.0],
+        ("task_arithmetic", {"weight": [0.0, 0.0]}, [1.0], ""),
+    )
+    h.case("equal-models", "tau = 2, twice: 1 + 2 + 2", [[3.0], [3.0]], [1.0], ("task_arithmetic", {}, [5.0], "no mean"))
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[3.0]],
+        [-0.0],
+        ("task_arithmetic", {"lambda_": 0.0}, [0.0], ""),
+    )
+    h.case(
+        "nan-inf",
+        "weights 0 and 1: 0 inf + 2 = NaN, 0 NaN + 2 = NaN, inf - inf = NaN, 0 + inf = inf, 0 + 2 = 2",
+        [[math.inf, math.nan, 1.0, 1.0, 1.0], [2.0, 2.0, math.inf, math.inf, 2.0]],
+        [0.0, 0.0, math.inf, 0.0, 0.0],
+        ("task_arithmetic", {"weight": [0.0, 1.0]}, [math.nan, math.nan, math.nan, math.inf, 2.0], ""),
+    )
     return h

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, i64
+import numpy as np
+
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, i64, sign
 
 CODE = {
     "fusion_bench:ties": "tanganke/fusion_bench@54c9e8c fusion_bench/method/ties_merging/ties_merging_utils.py:ties_merging",
@@ -32,6 +36,40 @@ PAPER = {
     ),
     "ties-official-12": Paper({"density": 0.0011}, comment="official K=0 keeps one entry, and int(0.0011 * 926) = 1"),
 }
+
+STAGED = (
+    "ties-by-hand", "ties-keeps-one-more", "ties-zero-sum", "ties-zero-sum-majority", "ties-threshold-ties",
+    "ties-weights-elect", "ties-vote-by-count", "ties-sum-not-mean", "ties-mean-leaves-out-zeros", "ties-trim-first",
+    "ties-one-model", "ties-defaults",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    tau = [theta - given.base for theta in given.models]
+    k = int(given.params.get("density", 0.2) * given.base.size)
+    trimmed = [trim(x, k) for x in tau]
+    gamma = sign(sum(trimmed))
+    return {
+        1: {"tau": tau},
+        2: {"tau": trimmed},
+        3: {"gamma": gamma},
+        4: {"result": given.base + Fraction(given.params.get("lambda_", 1.0)) * agreeing_mean(trimmed, gamma)},
+    }
+
+
+def trim(x: Any, k: int) -> Any:
+    """The k entries of largest magnitude, of equal ones those with the lower index; else 0."""
+    kept = sorted(range(x.size), key=lambda i: (-abs(x.flat[i]), i))[:k]
+    return np.array([x.flat[i] if i in kept else Fraction(0) for i in range(x.size)], object).reshape(x.shape)
+
+
+def agreeing_mean(deltas: list[Any], gamma: Any) -> Any:
+    """At each entry the mean of the deltas of the elected sign, 0 where there is none."""
+    mean = np.full(gamma.shape, Fraction(0), object)
+    for i, elected in enumerate(gamma.flat):
+        agree = [x.flat[i] for x in deltas if elected * x.flat[i] > 0]
+        mean.flat[i] = sum(agree) / Fraction(len(agree)) if agree else Fraction(0)
+    return mean
 
 
 def official_ties(percent: float, merge: str = "dis-mean") -> dict[str, Any]:
@@ -326,5 +364,40 @@ def hand() -> Hand:
         [[5.0, 1.0, 2.0, 3.0, 4.0], [1.0, 2.0, -8.0, 3.0, 4.0]],
         [0.0] * 5,
         ("ties", {}, [5.0, 0.0, -8.0, 0.0, 0.0], "density is 0.2 and lambda 1 by default"),
+    )
+    h.case(
+        "one-model",
+        "base 1; tau = (4, -2, 1, 3) trimmed to (4, 0, 0, 3); half of it added",
+        [[5.0, -1.0, 2.0, 4.0]],
+        [1.0] * 4,
+        ("ties", {"density": 0.5, "lambda_": 0.5}, [3.0, 1.0, 1.0, 2.5], ""),
+    )
+    h.case(
+        "negative-zero",
+        "-0.0 + 0 = 0.0; comparing values, as runners do, does not tell the two apart",
+        [[-0.0, 2.0]],
+        [-0.0, -0.0],
+        ("ties", {"density": 0.5}, [0.0, 2.0], ""),
+    )
+    h.case(
+        "nan-is-largest",
+        "density 1/2 keeps NaN and 4 of (NaN, 4, 1, 2), 3 and 4 of (1, 2, 3, 4)",
+        [[math.nan, 4.0, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0]],
+        [0.0] * 4,
+        ("ties", {"density": 0.5}, [math.nan, 4.0, 3.0, 4.0], "2 is trimmed, as NaN takes a place"),
+    )
+    h.case(
+        "trimmed-infinity",
+        "two infinities for one place: the second one becomes 0 times infinity",
+        [[math.inf, math.inf]],
+        [0.0, 0.0],
+        ("ties", {"density": 0.5}, [math.inf, math.nan], ""),
+    )
+    h.case(
+        "infinities-of-both-signs",
+        "tau = (inf, 1) and (-inf, 1): inf - inf elects NaN",
+        [[math.inf, 1.0], [-math.inf, 1.0]],
+        [0.0, 0.0],
+        ("ties", {"density": 1.0}, [math.nan, 1.0], ""),
     )
     return h

@@ -138,6 +138,13 @@ def hand() -> Hand:
         tolerance=2.0**-24,
     )
     case(
+        "small",
+        "one model, diag(2^-20, 2^-22): what counts as zero is so beside the largest, not by its size",
+        [[[2.0**-20, 0.0], [0.0, 2.0**-22]]],
+        zeros,
+        ("tsvm", {}, [[2.0**-20, 0.0], [0.0, 2.0**-22]], "it comes back"),
+    )
+    case(
         "many-tasks",
         "(3, 4) and (3, -4) as 1 x 2 matrices: 5 v^T with v = (3, +-4)/5, u = 1 for both",
         [[[3.0, 4.0]], [[3.0, -4.0]]],

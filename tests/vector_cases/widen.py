@@ -48,6 +48,16 @@ def hand() -> Hand:
         tolerance=1e-14,
     )
     h.case(
+        "equal-lengths",
+        "columns (2^27, 1) and (1 + 2^-20, 0) against (2^27, 0) and (1, 0): magnitudes change by 2^-28, though float64 has one "
+        "number for both, and by 2^-20, directions by 2^-55 and 0; the larger of each is scored 0, the other 1",
+        [[[2.0**27, 1 + 2.0**-20], [1.0, 0.0]]],
+        [[2.0**27, 1.0], [0.0, 0.0]],
+        ("widen", {"score_calibration_value": 0.0}, [[2.0**27, 1 + 2.0**-21], [0.5, 0.0]], "half of both task vectors"),
+        dtype="F64",
+        tolerance=2.0**-52,
+    )
+    h.case(
         "one-model",
         "one model, s = 1: every score is 1, the model comes back",
         [columns],
@@ -63,6 +73,15 @@ def hand() -> Hand:
         [0.0] * 4,
         ("widen", {"score_calibration_value": 2.0}, [1.0, 1.0, 1.0, 10.0], ""),
         flags="WidenVectorsUnranked",
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "vectors-large",
+        "tau = (400, 500), one model: its share of the powers of e is 1, though e^800 is beyond float64",
+        [[400.0, 500.0]],
+        [0.0] * 2,
+        ("widen", {"score_calibration_value": 2.0}, [400.0, 1000.0], "500 is above the mean, 450"),
         dtype="F64",
         tolerance=1e-14,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from vector_cases import REFUSED, Hand, Paper, i64
 
 CODE = {
@@ -134,6 +136,31 @@ def hand() -> Hand:
         tolerance=1e-9,
     )
     h.case(
+        "tolerance-of-the-largest",
+        "inputs (1, 0) and (1, 1.5 2^-20): singular values near sqrt(2) and 1.5 2^-20 / sqrt(2), a part of 0.75 2^-20",
+        [[[1.0, 0.0]], [[3.0, 4.5 * 2.0**-20]]],
+        [[0.0, 0.0]],
+        ("wudi", {"solver": "exact", "tolerance": 2.0**-20}, [[2.0, 1.5 * 2.0**-20]], "less than 2^-20 does not count"),
+        dtype="F64",
+        tolerance=1e-9,
+    )
+    h.case(
+        "tolerance-of-less-than-one",
+        "diag(1, 1, 1, 1/8) over its length, about 1.74: the largest singular value is 0.57, the smallest an eighth of that",
+        [np.diag([1.0, 1.0, 1.0, 0.125])],
+        np.zeros((4, 4)),
+        ("wudi", {"solver": "exact", "tolerance": 0.1}, np.diag([1.0, 1.0, 1.0, 0.125]).tolist(), "a tenth and more counts"),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "tolerance-one",
+        "no singular value is more than the largest",
+        [[[3.0, 1.0]]],
+        [[1.0, 1.0]],
+        ("wudi", {"solver": "exact", "tolerance": 1.0}, [[1.0, 1.0]], "none counts: the base"),
+    )
+    h.case(
         "convolution",
         "shape (2, 1, 2): a 2 x 2 matrix",
         [[[[2.0, 0.0]], [[0.0, 0.0]]], [[[0.0, 0.0]], [[1.0, 1.0]]]],
@@ -148,6 +175,13 @@ def hand() -> Hand:
         [{"e": [], "v": [2.0], "ids": i64(3)}],
         {"e": [], "v": [1.0], "ids": i64(3)},
         ("wudi", {}, {"e": [], "v": [1.0], "ids": i64(3)}, ""),
+    )
+    h.case(
+        "number",
+        "a number is no matrix",
+        [{"s": 3.0, "w": [[3.0]]}],
+        {"s": 1.0, "w": [[1.0]]},
+        ("wudi", {}, {"s": 1.0, "w": [[3.0]]}, "it stays the base's"),
     )
     h.case("nan", "NaN has no length", [[[math.nan, 1.0]]], [[0.0, 0.0]], ("wudi", {}, REFUSED, ""))
     h.case("infinite", "infinity has no length", [[[math.inf, 1.0]]], [[0.0, 0.0]], ("wudi", {}, REFUSED, ""))
