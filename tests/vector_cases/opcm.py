@@ -103,6 +103,19 @@ def hand() -> Hand:
         ),
         flags="OpcmNullDirections",
     )
+    little, lengths = 2.0**-20, (math.sqrt(16 + 2.0**-40) + math.sqrt(30)) / 2
+    for id, tolerance, kept, comment in (
+        ("rounding", {}, 4 + little, "which counts as zero: only 3 goes, where the 4 of tau_1 is"),
+        ("above-the-tolerance", {"tolerance": 2.0**-23}, little, "which is above: 4 goes too"),
+    ):
+        by = lengths / math.sqrt(21 + kept**2)
+        case(
+            id,
+            "diag(4, 2^-20), whose second singular value is 2^-22 of the first, and (3, 1; 2, 4)",
+            [layer([[4.0, 0.0], [0.0, little]]), layer([[3.0, 1.0], [2.0, 4.0]])],
+            layer([[0.0, 0.0], [0.0, 0.0]]),
+            ("opcm", tolerance, layer([[4 * by, by], [2 * by, kept * by]]), comment),
+        )
     case(
         "first-is-base",
         "tau_1 = 0: nothing is used yet; the lengths are 0 and 5",
