@@ -328,11 +328,11 @@ class Plan:
         fused = self.is_fused and all(isinstance(s, DiskSink) for s in sinks.values())
         self.ran = self.ran or Ran()
         for work in self.works:
+            elements = self._block_elements(work, processes)
             for tensors, coming in self._batches(work, done):
                 part = replace(work, tensors=tensors, fused=fused)
                 part.recorded = work.recorded
                 with _held(coming):
-                    elements = self._block_elements(part, processes)
                     ran = run(part, sinks, elements=elements, threads=self.threads, processes=processes)
                 self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():
