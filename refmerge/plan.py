@@ -287,15 +287,6 @@ class Plan:
         done = frozenset().union(*(group for group in groups.values() if group <= finished))
         return done | (finished & self.copied.keys())
 
-    def _check_figures(self, out: str | Path | None, resume: bool) -> None:
-        """UsageError where there would be no report, or not all figures in it."""
-        if out is None or Path(out).suffix == ".safetensors" or self.work.method.outputs:
-            raise UsageError("figures are in the report, which lies beside the weights of one model: give a folder for it")
-        if any(w.view(t) == "model" for w in self.works for t in w.tensors):
-            raise UsageError(f"{self.work.method.name} sees whole models, and figures are made of blocks: leave figures out")
-        if resume:
-            raise UsageError("figures and resume exclude each other: of tensors that are finished nothing is read again")
-
     def _specs_of(self, output: str) -> Specs:
         """What is copied belongs to the model; one of several outputs holds what the method made."""
         return {n: spec for n, spec in self.specs.items() if not output or n not in self.copied}
@@ -390,13 +381,14 @@ class Plan:
         if self.work.nonfinite == POLICY:
             self._skip_models()
         for work in self.works:
+            elements = self._block_elements(work, processes)
             for tensors, coming in self._batches(work, done):
                 part = replace(work, tensors=tensors, fused=fused, figures=self.wants_figures)
                 part.recorded = work.recorded
                 with _held(coming):
                     ran = run(
-                        part, sinks, elements=self._block_elements(part, processes), threads=self.threads,
-                        processes=processes, max_memory=self.max_memory,
+                        part, sinks, elements=elements, threads=self.threads, processes=processes,
+                        max_memory=self.max_memory,
                     )  # fmt: skip
                 self.ran = _both(self.ran, ran)
         for name, source in self.copied.items():

