@@ -7,7 +7,7 @@ on a small one. Beside it stand the inputs, what LAPACK holds for itself, and th
 from __future__ import annotations
 
 import tracemalloc
-from functools import lru_cache
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -35,45 +35,36 @@ def of_whole(work: Work, t: Tensor) -> int:
     return int(inputs + _texts(work, t) * t.size + lapack + t.size * itemsize(t.out))
 
 
+_counts: dict[tuple[Any, ...], float] = {}
+
+
 def _texts(work: Work, t: Tensor) -> float:
-    """Bytes an entry that the method's arrays take where most of them are alive."""
-    try:
-        return _counted(_Key(work, t))
-    except Exception:  # on what it fails with made-up numbers, the merge itself may not, or says so
-        return float(of_block(work, t, 1))
+    """Bytes an entry that the method's arrays take where most of them are alive, counted once for each kind of tensor."""
+    globs = [v for v in t.params.values() if type(v) is tuple and all(isinstance(glob, str) for glob in v)]
+    named = tuple(any(fnmatchcase(t.name, glob) for glob in v) for v in globs)  # then others may be left alone
+    kind = (work.method.run, len(work.models), work.base is None, t.rows, len(t.shape), t.work, repr(t.params), named)
+    if kind not in _counts:
+        try:
+            _counts[kind] = _counted(work, t)
+        except Exception:  # on what it fails with made-up numbers, the merge itself may not, or says so
+            _counts[kind] = float(of_block(work, t, 1))
+    return _counts[kind]
 
 
-class _Key:
-    """A tensor and its work, equal for all of which the count is the same."""
-
-    def __init__(self, work: Work, t: Tensor) -> None:
-        self.work, self.tensor = work, t
-        self._same = (work.method.name, len(work.models), work.base is None, t.rows, len(t.shape), t.work, repr(t.params))
-
-    def __hash__(self) -> int:
-        return hash(self._same)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._same == other._same
-
-
-@lru_cache(maxsize=256)
-def _counted(key: _Key) -> float:
+def _counted(work: Work, t: Tensor) -> float:
     from refmerge.engine import run
 
-    work, t = key.work, key.tensor
     shape = _smaller(t)
     draw = np.random.default_rng(0)
     dtype = np.dtype("float64" if t.work == "float64" else "float32")
     arrays = [{t.name: draw.standard_normal(shape).astype(dtype)} for _ in range(len(work.models) + 1)]
     sources = [ArraySource(a, "") for a in arrays]
     base = sources[-1] if work.base is not None else None
+    # More steps of a descent hold no more.
     few = {k: min(v, 2) if k == "steps" and type(v) is int else v for k, v in t.params.items()}
     small = Tensor(t.name, shape, dtype.name, few)
     trial = Work(work.method, sources[:-1], base, [small], work.over)
-    sinks: dict[str, Any] = {
-        o: ArraySink({t.name: ("F64", shape)}, arrays[0][t.name]) for o in work.method.outputs or ("",)
-    }
+    sinks: dict[str, Any] = {o: ArraySink({t.name: ("F64", shape)}, arrays[0][t.name]) for o in work.method.outputs or ("",)}
     run(trial, sinks, elements=SMALL, threads=1)  # what is imported on the way does not count
     tracing = tracemalloc.is_tracing()
     if not tracing:

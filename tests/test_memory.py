@@ -101,3 +101,10 @@ def test_one_that_does_not_fit_is_named():
         ResourceError, match=r"iso_c needs tensor 'w' whole: about .* kB, more than the 1000 kB of --max-memory"
     ):
         merge(tuned, "iso_c", base=base, max_memory="1MB")
+
+
+def test_what_is_left_alone_says_nothing_about_the_others():
+    base, *tuned = models((150, 140), 2, names=("head", "mlp"))
+    work = prepare(tuned, "wudi", base=base, params={"layers": ("mlp",), "steps": 2}).work
+    head, mlp = sorted(work.tensors, key=lambda t: t.name)
+    assert of_whole(work, head) < of_whole(work, mlp) / 2

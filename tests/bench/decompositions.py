@@ -83,7 +83,7 @@ def main() -> None:
     a = parser.parse_args()
     print("| | LAPACK | refmerge | ratio |\n|---|---|---|---|")
     for name, lapack, ours in measured(a.methods or every, a.models, a.shrink):
-        print(f"| {name} | {lapack:.2f} | {ours:.2f} | {ours / lapack:.2f} |", flush=True)
+        print(f"| {name} | {lapack:.2f} | {ours:.2f} | {ours / max(lapack, 1e-9):.2f} |", flush=True)
 
 
 if __name__ == "__main__":
