@@ -21,7 +21,6 @@ from tests.test_vectors import CASES, DOCUMENTS, VECTORS, violations
 # Methods whose cases do not say what of the page they test. Each that goes from here needs [cases] in
 # tests/vector_cases/<method>.toml.
 UNMAPPED = {
-    "doge",
     "dop",
 }
 
