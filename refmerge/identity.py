@@ -47,8 +47,11 @@ def of_merge(plan: Plan, options: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def known(checkpoint: Checkpoint) -> bool:
-    """Whether all that its values depend on is known by its fingerprint: a kind of checkpoint must have its own."""
-    return type(checkpoint) is Checkpoint or "fingerprint" in vars(type(checkpoint))
+    """Whether all that its values depend on is known by its fingerprint: a kind of checkpoint must have its own, and what it
+    is a view of, too."""
+    of = getattr(checkpoint, "_of", None)
+    own = type(checkpoint) is Checkpoint or "fingerprint" in vars(type(checkpoint))
+    return own and (of is None or known(of))
 
 
 def _work(work: Work, checkpoints: dict[Checkpoint, int]) -> dict[str, Any] | None:

@@ -14,12 +14,14 @@ import os
 import pkgutil
 import warnings
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refmerge.errors import UsageError
 from refmerge.method import Method
 from refmerge.procedure import Procedure
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 
 def _modules(root: str) -> dict[tuple[str, str], str]:
@@ -63,6 +65,8 @@ def procedure(name: str) -> Procedure:
 
 @cache
 def _entry_points(group: str) -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # which takes as long to import as all of this package's core
+
     return {ep.name: ep for ep in entry_points(group=group)}
 
 

@@ -462,7 +462,7 @@ UNBOUNDED = {
     "dc_merge": "a singular value decomposition, but for vectors, which are averaged",
     "tsvm": "a singular value decomposition, but for vectors, which are averaged",
     "svc": "a singular value decomposition, but for vectors, which stay",
-    "karcher": "directions are divided by angles found by iteration",
+    "karcher": "coefficients are quotients of angles and their sines, found by iteration",
     "model_stock": "the ratio is a function of an angle, which is ill-conditioned where models are opposite",
     "multislerp": "directions are divided by the norm of their sum, which may cancel",
     "nuslerp": "coefficients are quotients of sines, of angles between whole vectors",
@@ -679,15 +679,16 @@ FOOT = """
 next to the base's. *bfloat16* and *float16*: how many entries in a million of the result are not the correctly rounded exact
 value, counted over {many} entries of such fine-tunes in that dtype. The coefficients are short decimals, such as 0.7, means
 of three models, and 1 / 0.6; *long* are their powers with exponent 1.0937. The probabilities q_n of `della` and
-`della_linear`, the scales of `ramplus_tl`, alpha of `bitdelta` and lambda_t of `emr` are of many digits everywhere. N is the
-number of models, three where a method takes so many; `lines` is shown for a tensor in no block.
+`della_linear`, alpha of `bitdelta` and lambda_t of `emr` are of many digits everywhere; the scales of `ramplus_tl`, mostly
+1.02, are taken as found in float64 everywhere, *as written* too. N is the number of models, three where a method takes so
+many; `lines` is shown for a tensor in no block.
 
 ## What has no bound here
 
 Coefficients that are functions of whole tensors (an angle, a norm, a share of squares: slerp, model_stock, sce) are computed
 in float64 by the rules for sums; quotients of sums of statistics (fisher) depend on these; decompositions and solvers state
-a tolerance on their pages. Given its coefficients, each of these is a sum as those above are, with the bound of one. One by
-one:
+a tolerance on their pages. Given their coefficients, those of the first kind are sums as the ones above, with the bound of
+one. Method by method:
 
 {unbounded}
 """

@@ -63,10 +63,15 @@ KNOWN = {
     "mergekit:nuslerp": "opposite directions, where the tool divides rounding by rounding: NuslerpOpposite",
     "mergekit:sce": "which of several equal variances are kept depends on the tool's sort",
     "mergekit:slerp": "opposite directions at the end of an arc, where rounding is all that is left",
+    "mergellm:breadcrumbs": EMPTY,
+    "mergellm:slerp": "a threshold of 1, of two parallel tensors: NaN there, the line here",
+    "mergellm:task_arithmetic": "one model, an error there: TaskArithmeticOneModel",
+    "mergellm:ties": EMPTY,
     "mergelm:task_arithmetic": "one model, an error there: TaskArithmeticOneModel",
     "mergelm:ties": EMPTY,
     "mergekit:ties": "which of several equal magnitudes are kept depends on the tool's sort: TiesThresholdTies",
     "official:breadcrumbs": SORT,
+    "official:consensus": "a model without entries and k below 100, an error there",
     "official:dc_merge": EMPTY,
     "official:emr": "a tensor without entries, the mean of which is NaN there: EmrEmpty",
     "official:iso_c": f"{RANK}: IsoRank",
@@ -76,6 +81,7 @@ KNOWN = {
     "official:tall_masks": "a model without entries and k below 100, an error there",
     "official:ties": EMPTY,
     "official:tsvm": "equal models, where eigenvalues that are 0 but for rounding divide (variant _2): TsvmDependent",
+    "official:widen": "a tensor without axes, or with more than two, an error there",
     "official_es:pcb": EMPTY,
     "official_lora:dc_merge": "a vector, an error there: adapters are matrices",
     "official_readme:pcb": EMPTY,
@@ -108,7 +114,8 @@ def page(found: Mapping[str, tuple[Conformance, list[Difference]]]) -> str:
 
 
 def _linked(method: str) -> str:
-    return f"[{method}]({pages.page(method).family}/{method}.md)" if method in testing.names() else method
+    name, space, entry = method.partition(" ")
+    return f"[{name}]({pages.page(name).family}/{name}.md){space}{entry}" if name in testing.names() else method
 
 
 def main(arguments: list[str]) -> None:

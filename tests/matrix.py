@@ -59,7 +59,8 @@ def section(method: str, untested: dict[str, str]) -> str:
         ids = ", ".join(id.removeprefix(f"{method}-") for id in ids_of[place.key])
         if ids or place.key in untested:
             label = f"{place.key}, {place.text}" if place.key.startswith("step ") else place.text
-            link = re.sub(r"([|\[\]])", r"\\\1", label)
+            words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", label)  # a link within a link is none
+            link = re.sub(r"([|\[\]])", r"\\\1", words)
             lines.append(f"| [{link}](../{page.family}/{method}.md#L{place.line}) | {ids or untested[place.key]} |")
     return "\n".join(lines) + "\n"
 

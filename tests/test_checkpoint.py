@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -428,7 +429,7 @@ def test_large_headers_are_read_as_small_ones(tmp_path, monkeypatch, content):
             with open_checkpoint(path) as checkpoint:
                 return checkpoint.tensors, checkpoint.metadata
         except InputError as error:
-            return str(error)
+            return re.sub("`[ab]`", "", str(error))  # of two tensors on the same bytes, safetensors names either
 
     for _ in range(2):
         small = outcome()

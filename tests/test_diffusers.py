@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
 from refmerge.foreign import single_names
 from refmerge.recipe.run import run_recipe
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -19,6 +17,7 @@ CLIP = {
     "bos_token_id": 0, "eos_token_id": 1, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2,
     "num_hidden_layers": 2, "vocab_size": 6, "max_position_embeddings": 16, "projection_dim": 8,
 }  # fmt: skip
+LOCAL = {"local_files_only": True}
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "sample_size": 8, "norm_num_groups": 2}
 
 
@@ -98,7 +97,7 @@ def test_merged_pipelines_load_and_run(tmp_path, monkeypatch, xl):
     for method, tensors in expected.items():
         run_recipe(f"{method}.yml", method)
         for load in (cls, diffusers.DiffusionPipeline):
-            loaded = load.from_pretrained(tmp_path / method, local_files_only=True)
+            loaded = load.from_pretrained(tmp_path / method, **LOCAL)
             assert type(loaded) is cls
         found = {f"{p}.{n}": x for p, m in networks(loaded.components).items() for n, x in m.state_dict().items()}
         assert found.keys() == tensors.keys()
@@ -113,14 +112,14 @@ def test_a_merge_of_variants_in_shards_loads(tmp_path):
     made = []
     for seed, name in enumerate("ab"):
         made.append(small(tmp_path / name, seed))
-        loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / name, torch_dtype=torch.float16)
+        loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / name, torch_dtype=torch.float16, **LOCAL)
         (tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors").unlink()
         loaded.unet.save_pretrained(tmp_path / name / "unet", variant="fp16", max_shard_size="20KB")
     assert list((tmp_path / "a" / "unet").glob("*.index.fp16.json"))
     (tmp_path / "recipe.yml").write_text("refmerge: 1\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\n")
     run_recipe(tmp_path / "recipe.yml", tmp_path / "out", max_shard_size="20KB")
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
-    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float16)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float16, **LOCAL)
     a, b = ({n.partition(".")[2]: x for n, x in m.items() if n.startswith("unet.")} for m in made)
     for name, x in loaded.unet.state_dict().items():
         assert torch.equal(x, ((a[name].half().float() + b[name].half().float()) / 2).half()), name

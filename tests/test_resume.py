@@ -179,7 +179,13 @@ def doubtful(text: bytes) -> bytes:
     return text + b'["c"'
 
 
-@pytest.mark.parametrize("damage", [torn, doubtful, lambda text: b"", lambda text: b"{}\n", lambda text: b"\xff\0\n[["])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        torn, doubtful, lambda text: b"", lambda text: b"{}\n", lambda text: b"\xff\0\n[[",
+        lambda text: text + b'{"made": "x"}\n["b"]\n', lambda text: text + b"3\n",
+    ],
+)  # fmt: skip
 def test_a_journal_counts_as_far_as_it_was_written(models, whole, tmp_path, monkeypatch, damage):
     interrupt(monkeypatch, models, tmp_path / "out")
     (path,) = journal.unfinished(tmp_path / "out")

@@ -9,8 +9,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from refmerge.checkpoint import CheckpointWriter, open_checkpoint, save
+from refmerge.cli import main
 from refmerge.errors import InputError, RecipeError, ResourceError, UsageError
 from refmerge.plan import Plan
 from refmerge.recipe.plan import parse_recipe, parse_recipes
@@ -271,9 +273,25 @@ def test_results_that_are_kept(folder):
     with pytest.raises(UsageError, match="mean': exists; overwrite=True"):
         run_recipe("r.yml", "again", intermediates="deep/kept")
     assert not (folder / "again").exists()
+    assert "stack" not in (folder / "deep/kept/mean/mergekit_config.yml").read_text()
+    for name in ("mean", "stack"):  # each has a recipe of its own, to be run as it stands
+        assert verify(f"deep/kept/{name}").exact
     before = (folder / "deep/kept/mean/model.safetensors").read_bytes()
     run_recipe("r.yml", "again", intermediates="deep/kept", overwrite=True)
     assert (folder / "deep/kept/mean/model.safetensors").read_bytes() == before
+
+
+def test_recipes_of_kept_results_are_native_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_models()
+    (tmp_path / "sub").mkdir()
+    names = (("name: x\n", "../b"), ("name: y\n", "x"), ("", "y"))
+    texts = [f"refmerge: 1\n{n}merge_method: linear\nmodels: [{{model: {m}}}]\n" for n, m in names]
+    (tmp_path / "sub/r.yml").write_text("---\n".join(texts))
+    run_recipe("sub/r.yml", "out", intermediates="deep/kept")
+    monkeypatch.chdir("sub")
+    for name in ("out", "deep/kept/x", "deep/kept/y"):
+        assert verify(f"../{name}").exact
 
 
 @pytest.mark.parametrize(
@@ -292,3 +310,15 @@ def test_one_merge_has_none_to_keep(folder):
     (folder / "r.yml").write_text(f"{MEAN}[{{model: a}}]")
     with pytest.raises(UsageError, match="there are none"):
         run_recipe("r.yml", "out", intermediates="kept")
+
+
+def test_the_command_keeps_them(folder):
+    (folder / "r.yml").write_text(THREE)
+    done = CliRunner().invoke(main, ["merge", "r.yml", "out", "-I", "kept", "--quiet"])
+    assert done.exit_code == 0 and (folder / "kept/mean/README.md").exists()
+    done = CliRunner().invoke(main, ["merge", "r.yml", "out2", "--intermediate-dir", "kept"])
+    assert done.exit_code == 2 and "exists; overwrite=True (--overwrite) replaces it" in done.output
+    (folder / "one.yml").write_text(f"{MEAN}[{{model: a}}]")
+    done = CliRunner().invoke(main, ["merge", "one.yml", "out2", "-I", "kept"])
+    assert done.exit_code == 2 and "results of merges before the last one, and there are none" in done.output
+    assert {p.name for p in folder.iterdir()} == {"a", "b", "r.yml", "one.yml", "out", "kept"}

@@ -173,7 +173,6 @@ def _parse(text: bytearray, path: Path, file_size: int) -> tuple[tuple[TensorInf
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{len(header)} tensors; at most {MAX_TENSORS} are accepted")
     start = 8 + len(text)
-    del text
     tensors = []
     while header:  # each goes as the other comes
         name, fields = header.popitem()

@@ -74,14 +74,16 @@ class Journal:
             entry = json.loads(line)
         except ValueError:
             return False
-        if not line.endswith(b"\n") or (first and not isinstance(entry, dict)):
+        if not line.endswith(b"\n"):
             return False
-        if first:
+        if first and isinstance(entry, dict):
             self.merge = entry.get("merge", {}) if entry.get("refmerge") == _FORMAT else {}
-        elif isinstance(entry, dict):
+        elif not first and isinstance(entry, list):
+            self.finished.update(entry)
+        elif not first and isinstance(entry, dict) and entry.keys() == {"made", "files"}:
             self.made[entry["made"]] = entry["files"]
         else:
-            self.finished.update(entry)
+            return False
         self._end += len(line)
         return True
 

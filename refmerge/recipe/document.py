@@ -15,6 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 from refmerge.errors import RecipeError
 
@@ -102,6 +103,11 @@ def _read(text: str, source: str, several: bool) -> list[Document]:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = ", ".join(part.strip() for part in (e.context, e.problem) if part)
         raise RecipeError(f"{source}: {place}{what or 'not YAML'}") from None
+    except ReaderError as e:
+        character = chr(e.character)
+        before = text.partition(character)[0].split("\n")
+        place = f"line {len(before)}, column {len(before[-1]) + 1}"
+        raise RecipeError(f"{source}: {place}: the character {quote(character)} is not allowed in YAML") from None
     except RecursionError:
         raise RecipeError(f"{source}: nested too deeply") from None
     except Exception as e:

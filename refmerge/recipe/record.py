@@ -11,6 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from refmerge.registry import get
 from refmerge.skipping import POLICY
 from refmerge.sources import Source, StitchedSource
 
-__all__ = ["keep_record"]
+__all__ = ["alone", "keep_record"]
 
 SMALL = 1 << 28  # bytes of inputs and outputs, so few that their hashes are made without being asked for
 _CHUNK = 1 << 22
@@ -93,11 +94,16 @@ def keep_record(
             **({} if plan.work.nonfinite != POLICY else {"skipped": _skipped(plan, models)}),
             **({} if plan.arranged is None else {"components": _components(plan.arranged, models)}),
         }  # fmt: skip
+        # A merge whose own inputs are kept names them by where they are; the last one has all merges in its recipe.
+        stays = [(m, c) for m, c in models.items() if c.coming and c.files and len(recipes) == 1]
+        kept = {m: c.directory for m, c in stays if c.directory is not None}
         if resolved.semantics == "refmerge":  # whose paths are relative to the recipe's folder, and this will be another one
             names = {r.content.name for r in recipes}
             moved = [_moved(d, source, folder, names) for d in filled]
+            kept = {m: Path(os.path.relpath(path, folder)) for m, path in kept.items()}
         else:
             moved = filled
+        moved = [_renamed(d, kept) for d in moved]
         config = "---\n".join(map(_yaml, moved))
         return {"refmerge_config.yaml": config.encode(), "refmerge_report.json": json_bytes(found)}
 
@@ -128,6 +134,20 @@ def _filled(recipe: Recipe, plan: Plan | None) -> dict[str, Any]:
 
 
 _PATHS = ("model", "base_model", "base_stats", "stats", "to", "source", "tokenizer_source")
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """One of several recipes in a file, with a text of its own."""
+    return replace(recipe, text=_yaml(recipe.document.data))
+
+
+def _renamed(value: Any, paths: Mapping[str, Path], key: str = "") -> Any:
+    """A recipe with these paths in place of names of other merges."""
+    if isinstance(value, dict):
+        return {k: v if k == "parameters" else _renamed(v, paths, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_renamed(v, paths, key) for v in value]
+    return str(paths[value]) if key in _PATHS and isinstance(value, str) and value in paths else value
 
 
 def _moved(value: Any, source: Path, to: Path, names: Collection[str | None], key: str = "") -> Any:

@@ -18,7 +18,7 @@ from refmerge.plan import Plan, Stage
 from refmerge.recipe.assemble import assemble, layer_config, tied_heads
 from refmerge.recipe.moe import prepare_moe
 from refmerge.recipe.plan import Alignment, Module, Resolved, Slice, load_recipes, pieces, resolve_all
-from refmerge.recipe.record import keep_record
+from refmerge.recipe.record import alone, keep_record
 from refmerge.recipe.stages import ComingCheckpoint, why_written
 from refmerge.recipe.templates import template_for
 from refmerge.recipe.tokenizers import (
@@ -81,7 +81,7 @@ def prepare_recipe(
         opened = {m: models.open(m) for m in dict.fromkeys(named)}
         inputs = {**inputs, **opened}
         keep_record(
-            recipes if last else [one],
+            recipes if last else [alone(one)],
             resolved,
             plan,
             opened,

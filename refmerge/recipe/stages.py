@@ -86,6 +86,8 @@ class ComingCheckpoint(Checkpoint):
         if {n: (t.dtype, t.shape) for n, t in made.tensors.items()} != self._plan.specs:
             raise ResourceError(f"{folder}: is not what {self.path} makes: remove it, or leave --resume out to start anew")
         self._made, self._kept = made, kept
+        if kept:
+            self.directory = folder
         return made
 
     @contextmanager

@@ -2,9 +2,9 @@
 
     python -m tests.reliability [PART ...] [--mutants 1000000] [--signals 100] [--write]
 
-PART is any of files, agreement, limits, folders, crashes, signals; all of them take about an hour of one core. Results are
-kept in tests/data/reliability.json, and --write alone writes the page from what is there. `agreement` installs five releases
-of the safetensors package into a temporary folder, or into --releases FOLDER and uses them again from there.
+PART is any of files, agreement, limits, folders, crashes, kinds, signals; all of them take about an hour of one core.
+Results are kept in tests/data/reliability.json, and --write alone writes the page from what is there. `agreement` installs
+five releases of the safetensors package into a temporary folder, or into --releases FOLDER and uses them again from there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.reliability import agreement, containment, corpus, crashes, fuzz, limits, recipes, signals
 
+EVERY = 29  # calls of which one is stopped at, in recipes of all kinds
 ROOT = Path(__file__).parents[2]
 STORE = ROOT / "tests" / "data" / "reliability.json"
 PAGE = ROOT / "spec" / "reliability.md"
@@ -66,6 +67,17 @@ def crashed(arguments: argparse.Namespace) -> Any:
     return found
 
 
+def kinds(arguments: argparse.Namespace) -> Any:
+    found: dict[str, Counter[str]] = {}
+    for kind in crashes.RECIPES:
+        for what, stop in (("killed", crashes.kill), ("a call fails", crashes.fail)):
+            with crashes.fast_folder() as folder:
+                points = crashes.points(folder, stop, kind=kind, every=EVERY)
+                found[f"{kind}, {what}"] = Counter(outcome for _, outcome in points)
+            print(kind, what, dict(found[f"{kind}, {what}"]), flush=True)
+    return found
+
+
 def interrupted(arguments: argparse.Namespace) -> Any:
     with crashes.fast_folder() as folder:
         return signals.run(folder, arguments.signals)
@@ -77,13 +89,14 @@ PARTS = {
     "limits": lambda arguments: limits.measure(),
     "folders": folders,
     "crashes": crashed,
+    "kinds": kinds,
     "signals": interrupted,
 }
 
 
 def page(found: dict[str, Any]) -> str:
     """The page, from results."""
-    f, a, c, s = (found[part]["found"] for part in ("files", "agreement", "crashes", "signals"))
+    f, a, c, k, s = (found[part]["found"] for part in ("files", "agreement", "crashes", "kinds", "signals"))
     looser = sorted({what for release in a.values() for what in release["looser"]})
     stricter = sorted({what for release in a.values() for what in release["only refmerge accepts"]})
     values = {
@@ -96,7 +109,8 @@ def page(found: dict[str, Any]) -> str:
         "cases": found["folders"]["found"]["cases"],
         "refused": found["folders"]["found"]["refused"],
         "recipes": len(recipes.REFUSED),
-        "points": sum(sum(outcomes.values()) for outcomes in c.values()),
+        "points": sum(sum(outcomes.values()) for outcomes in (*c.values(), *k.values())),
+        "every": EVERY,
         "signals": s["signals"],
         "met": s["met"],
         "stop": f"{s['longest']:.2f}",
@@ -120,15 +134,18 @@ def page(found: dict[str, Any]) -> str:
               *(f"{n[key] / n['header']:.1f}" if key in n and n["header"] > 1e6 else "" for key in parts)]
              for name, n in found["limits"]["found"].items()],
         ),
-        "crashes": _table(
-            ["stopped how", "points", "old or no output", "new output"],
-            [[what, sum(n.values()), n.get("absent", 0) + n.get("old", 0), n.get("new", 0)] for what, n in c.items()],
-        ),
+        "crashes": _stops("stopped how", c),
+        "kinds": _stops("recipe, stopped how", k),
     }  # fmt: skip
     text = Path(__file__).with_name("page.md").read_text("utf-8")
     for key, value in {**values, **tables}.items():
         text = text.replace(f"<{key}>", str(value))
     return text
+
+
+def _stops(what: str, found: dict[str, dict[str, int]]) -> str:
+    rows = [[how, sum(n.values()), n.get("absent", 0) + n.get("old", 0), n.get("new", 0)] for how, n in found.items()]
+    return _table([what, "points", "old or no output", "new output"], rows)
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

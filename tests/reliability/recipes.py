@@ -34,6 +34,7 @@ REFUSED = [
     _with("out_dtype: float8"), _with("out_dtype: 16"), _with("work_dtype: bfloat16"), _with("over: layer"),
     _with("merge_method: ties"), _with("models: []"), _with("? [a]\n: b"), _with("1: a"), _with("true: a"),
     _with("!x y: 1"), _with("align: git_rebasin"), _with("align: {}"), _with("align: {method: ties}"),
+    _with("components: {}"), _with("components: {vae: 3}"),
     _with("align: {method: no_such}"), _instead("refmerge: 1", "refmerge: '1'"), _instead("refmerge: 1", "refmerge: 1.0"),
     _instead("refmerge: 1", "refmerge: yes"), _instead("task_arithmetic", "task_arithmetics"),
     _instead("task_arithmetic", "[ties]"), _instead("task_arithmetic", "''"),

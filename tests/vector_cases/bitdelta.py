@@ -114,14 +114,15 @@ def hand() -> Hand:
         flags="BitDeltaBias BitDeltaColumns",
     )
     norm = {"norm.weight": [3.0], "norm.bias": [7.0], "scale": [2.0]}
+    restored = {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}
     h.case(
         "norm-bias",
         "a norm: weight 3, bias 7, in the base 1 and 5; a parameter of the whole model: 2, in the base 1",
         [norm],
         {"norm.weight": [1.0], "norm.bias": [5.0], "scale": [1.0]},
         ("bitdelta", {}, norm, "the fine-tune's"),
-        ("official:bitdelta", {}, {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}, "but for weights the base's"),
-        ("fusion_bench:bitdelta", {}, {"norm.weight": [3.0], "norm.bias": [5.0], "scale": [1.0]}, "as the authors"),
+        ("official:bitdelta", {}, restored, "but for weights the base's"),
+        ("fusion_bench:bitdelta", {}, restored, "but for weights the base's"),
         flags="BitDeltaBias",
     )
     wide = {NAME: [[4.0, -4.0] * 16], "layers.0.self_attn.q_proj.weight": [[1.0, -7.0] * 16], "norm.weight": [3.0]}

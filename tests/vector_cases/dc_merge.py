@@ -214,8 +214,7 @@ def hand() -> Hand:
         case(
             id,
             "(1000, 1) and (1, 1000) times themselves, which are turned to e_1 and e_2, so that each M_t is its task "
-            "vector; its "
-            "entry in the other's block is a millionth of its largest",
+            "vector; its entry in the other's block is a millionth of its largest",
             [first, first[::-1, ::-1].copy()],
             [[0.0, 0.0]] * 2,
             ("dc_merge", plain(1.0), diag(1e6 * size, 1e6 * size), "it counts as zero"),

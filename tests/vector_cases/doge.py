@@ -205,9 +205,8 @@ def hand() -> Hand:
     )
     case(
         "default-subspace",
-        "diag(2, 1, 1, 1, 1, 1) of length 3: of six directions, all shared alike, the largest is left alone; the "
-        "others' entries "
-        "make one step of 1/2",
+        "diag(2, 1, 1, 1, 1, 1) of length 3: of six directions, all shared alike, the largest is left alone; the others' "
+        "entries make one step of 1/2",
         [np.diag([2.0, 1.0, 1.0, 1.0, 1.0, 1.0])],
         np.zeros((6, 6)),
         (
@@ -233,10 +232,9 @@ def hand() -> Hand:
         step[list(left_alone)] = 0.0
         case(
             id,
-            f"one entry in a row: {a:g} in the second and {b:g} in the third, each in one of two models, and "
-            f"{small:g} in the first "
-            "in both; two directions of each count, two of four are left alone, and the others' entries make one step "
-            "of 1/2",
+            f"one entry in a row: {a:g} in the second and {b:g} in the third, each in one of two models, and {small:g} in "
+            "the first in both; two directions of each count, two of four are left alone, and the others' entries make "
+            "one step of 1/2",
             [rows, others],
             np.zeros((4, 4)),
             (

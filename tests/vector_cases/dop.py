@@ -167,9 +167,8 @@ def hand() -> Hand:
     start = np.array([[1.0, 0.0, -1.0, 2.0], [0.0, 1.0, 1.0, 0.0], [-2.0, 1.0, 0.0, 1.0]])
     case(
         "defaults",
-        "two task vectors of rank 2, but for 2^-18 in a corner: two terms have 0.9999997 of their sum and are enough; "
-        "the tool "
-        "takes as many for svd_epsilon 0.9999999",
+        "two task vectors of rank 2, but for 2^-18 in a corner: two terms have 0.9999997 of their sum and are enough; the "
+        "tool takes as many for svd_epsilon 0.9999999",
         [start + three[0], start + three[1]],
         start,
         (
@@ -188,9 +187,8 @@ def hand() -> Hand:
     many = {"alpha": 0.25, "steps": 20, "lr": 0.01, "energy": 0.9}
     case(
         "three-in-turn",
-        "the same and a third, each of which, and the merged model's change, has 0.9 in two terms; the tool takes as "
-        "many for "
-        "svd_epsilon 0.9999999",
+        "the same and a third, each of which, and the merged model's change, has 0.9 in two terms; the tool takes as many "
+        "for svd_epsilon 0.9999999",
         [start + tau_t for tau_t in three],
         start,
         (
@@ -225,9 +223,8 @@ def hand() -> Hand:
     )
     free = {"steps": 2, "lr": 6.0, "beta": 0.0}
     past = (
-        "from 2.5 the weight 1/2 and a step of 6 lead to 8.5, past both; there the gradients over the losses, 2 / 4.5 "
-        "from 4 and "
-        "2 / 7.5 from 1, point one way, and the shorter one has the weight 0.999"
+        "from 2.5 the weight 1/2 and a step of 6 lead to 8.5, past both; there the gradients over the losses, 2 / 4.5 from "
+        "4 and 2 / 7.5 from 1, point one way, and the shorter one has the weight 0.999"
     )
     for id, first, second, w in (("end-new", 4.0, 1.0, 0.001), ("end-old", 1.0, 4.0, 0.999)):
         g_1 = 4 * (first**2 * (2.5 - first) + second**2 * (2.5 - second)) / 2
@@ -241,9 +238,8 @@ def hand() -> Hand:
         )
     case(
         "end-old-zero",
-        "the base loses nothing, and its gradient over that counts as 0: the shortest there is, of weight 0.999; the "
-        "new model's, "
-        "with the rest, pulls at the entry 2 of 4",
+        "the base loses nothing, and its gradient over that counts as 0: the shortest there is, of weight 0.999; the new "
+        "model's, with the rest, pulls at the entry 2 of 4",
         [layer(zeros), layer(tau_1)],
         layer(zeros),
         ("dop", one | {"beta": 0.0}, layer([[2.5, 0.0, 0.0], [0.0, 0.0, 0.0]]), ""),

@@ -94,7 +94,7 @@ def hand() -> Hand:
     case("before-the-base", "tau = 2: 3 - 6, the other side of 1", [3.0], [1.0], -3.0, [-3.0])
     case(
         "inexact-change",
-        "float32: 1 - 2^25 rounds to -2^25, and 1 + 2^25 to 2^25: the base, but for the 1 that was lost twice",
+        "float32: 1 - 2^25 rounds to -2^25, and 1 + 2^25 to 2^25: the base, as two roundings cancel",
         [1.0],
         [2.0**25],
         -1.0,

@@ -280,6 +280,23 @@ def hand() -> Hand:
         dtype="F64",
         tolerance=1e-12,
     )
+    near_by, shares = [[20.0, 0.0, 0.0], [20.0, 1.0, 0.0], [20.0, 0.0, 2.0]], [3.0, 2.0, 1.0]
+    corner = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    for id, given, limit, steps, why in (
+        ("four-steps", near_by, 4, 60, "at angles of 3 to 6 degrees: where sixty steps in coordinates lead, up to rounding"),
+        ("ten-steps", corner, 10, 10, "at right angles: where ten steps in coordinates lead, 1e-9 beside the mean"),
+        ("thirty-steps", corner, 30, 60, "at right angles: where sixty steps in coordinates lead, up to rounding"),
+    ):
+        length = sum(w * math.hypot(*x) for w, x in zip(shares, given)) / 6
+        h.case(
+            id,
+            f"three models with weights 3, 2 and 1, {why}",
+            given,
+            None,
+            ("karcher", {"weight": shares, "max_iter": limit}, [length * x for x in walked(given, shares, steps)], ""),
+            dtype="F64",
+            tolerance=1e-14,
+        )
     h.case(
         "near-one-model",
         "weights 4095 and 1 at a right angle: 90/4096 degrees from the first; that it starts near the first is no reason "

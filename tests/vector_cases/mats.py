@@ -206,9 +206,8 @@ def hand() -> Hand:
     eigenvalues, eigenvectors = 2 - 2 * np.cos(angle), math.sqrt(2 / 128) * np.sin(np.outer(np.arange(1, 128), angle))
     case(
         "default-iterations",
-        "127 eigenvalues 2 - 2 cos(j pi / 128), right-hand side sqrt(1/64) sin(j pi / 128); after 100 steps x is the "
-        "sum over i "
-        "of sqrt(1/64) sin(i j pi / 128) (101 - i) / 101, and the residual 1 / 101",
+        "127 eigenvalues 2 - 2 cos(j pi / 128), right-hand side sqrt(1/64) sin(j pi / 128); after 100 steps x is the sum "
+        "over i of sqrt(1/64) sin(i j pi / 128) (101 - i) / 101, and the residual 1 / 101",
         [(eigenvectors[0] / eigenvalues)[None]],
         [{"l.weight.fisher": eigenvalues[None]}],
         (

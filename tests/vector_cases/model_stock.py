@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, i64
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
 
 CODE = {
     "fusion_bench:model_stock": "tanganke/fusion_bench@54c9e8c "
@@ -243,7 +243,7 @@ def hand() -> Hand:
         opposite,
         [[2, 0], [-1, 0]],
         [0, 0],
-        ("model_stock", {}, OPEN, "t has no value; a small denominator of rounding may give a large one"),
+        ("model_stock", {}, [0, 0], "t = 0 where the denominator is below 1e-6: the base"),
         ("mergekit:model_stock", {"filter_wise": False}, [0, 0], "t = 0 where the denominator is below 1e-6"),
         flags="StockSingular",
         dtype="F64",

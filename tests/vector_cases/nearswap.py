@@ -177,4 +177,11 @@ def hand() -> Hand:
             ("nearswap", {"t": 0.5}, expect, ""),
             options={"integers": "equal"},
         )
+    h.case(
+        "infinite-t",
+        "t infinite: all is near, also what equals the base, where infinity times 0 is NaN",
+        [[1.0, -5.0, 2.0]],
+        [1.0, 1.0, -(2.0**100)],
+        ("nearswap", {"t": "Infinity"}, [1.0, -5.0, 2.0], ""),
+    )
     return h

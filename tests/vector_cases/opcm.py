@@ -140,6 +140,19 @@ def hand() -> Hand:
         ),
         flags="OpcmNullDirections",
     )
+    little, lengths = 2.0**-20, (math.sqrt(16 + 2.0**-40) + math.sqrt(30)) / 2
+    for id, tolerance, kept, comment in (
+        ("rounding", {}, 4 + little, "which counts as zero: only 3 goes, where the 4 of tau_1 is"),
+        ("above-the-tolerance", {"tolerance": 2.0**-23}, little, "which is above: 4 goes too"),
+    ):
+        by = lengths / math.sqrt(21 + kept**2)
+        case(
+            id,
+            "diag(4, 2^-20), whose second singular value is 2^-22 of the first, and (3, 1; 2, 4)",
+            [layer([[4.0, 0.0], [0.0, little]]), layer([[3.0, 1.0], [2.0, 4.0]])],
+            layer([[0.0, 0.0], [0.0, 0.0]]),
+            ("opcm", tolerance, layer([[4 * by, by], [2 * by, kept * by]]), comment),
+        )
     case(
         "first-is-base",
         "tau_1 = 0: nothing is used yet; the lengths are 0 and 5",
@@ -290,16 +303,4 @@ def hand() -> Hand:
         ("opcm", {"layers": []}, layer([[1.0, 1.0]]), "the base"),
     )
     h.case("infinite", "it has no singular values", [[[math.inf, 1.0]]], [[0.0, 0.0]], ("opcm", {}, REFUSED, ""))
-    e = 2.0**-20
-    mean = (math.hypot(4, e) + math.sqrt(30)) / 2
-    kept = mean / math.sqrt(16 + 1 + 4 + (4 + e) ** 2)
-    gone = mean / math.sqrt(16 + 1 + 4 + e**2)
-    case(
-        "rounded-rank-one",
-        "tau_1 = diag(4, 2^-20), tau_2 = (3, 1; 2, 4): 2^-20 is less than 1e-5 of 4",
-        [layer([[4.0, 0.0], [0.0, e]]), layer([[3.0, 1.0], [2.0, 4.0]])],
-        layer([[0.0, 0.0], [0.0, 0.0]]),
-        ("opcm", {}, layer([[4 * kept, kept], [2 * kept, (4 + e) * kept]]), "3 goes, and 4 stays"),
-        ("opcm", {"tolerance": 1e-12}, layer([[4 * gone, gone], [2 * gone, e * gone]]), "4 goes too"),
-    )
     return h

@@ -122,6 +122,17 @@ def hand() -> Hand:
         (TOOL, {"k": 2}, layer([[5.0, 1.0], [1.0, 1.0]]), "the second, of singular value 0, is LAPACK's"),
         flags="SingularProjectionZero",
     )
+    for id, tolerance, low, comment in (
+        ("rounding", {}, [[5.0, 0.0], [0.0, 2.0**-20]], "which counts as zero: the base has one direction"),
+        ("above-the-tolerance", {"tolerance": 2.0**-23}, [[5.0, 1.0], [1.0, 1.0 + 2.0**-20]], "which is above: it has two"),
+    ):
+        case(
+            id,
+            "base diag(4, 2^-20), whose second singular value is 2^-22 of the first, change all ones",
+            layer([[5.0, 1.0], [1.0, 1.0 + 2.0**-20]]),
+            layer([[4.0, 0.0], [0.0, 2.0**-20]]),
+            ("singular_projection", {"k": 2, **tolerance}, layer(low), comment),
+        )
     case(
         "zero-base",
         "a base of zeros has no directions",
@@ -217,14 +228,5 @@ def hand() -> Hand:
         [[[1.0, 1.0]]],
         [[math.inf, 0.0]],
         ("singular_projection", {}, REFUSED, ""),
-    )
-    rounded = layer([[4.0, 0.0], [0.0, 2.0**-20]])
-    case(
-        "low-rank-base",
-        "base diag(4, 2^-20), change all ones: 2^-20 is less than 1e-5 of 4, and rounding",
-        layer([[5.0, 1.0], [1.0, 1 + 2.0**-20]]),
-        rounded,
-        ("singular_projection", {"k": 2}, layer([[5.0, 0.0], [0.0, 2.0**-20]]), "the base has one direction"),
-        ("singular_projection", {"k": 2, "tolerance": 1e-7}, layer([[5.0, 1.0], [1.0, 1 + 2.0**-20]]), "it has two"),
     )
     return h

@@ -74,9 +74,8 @@ def hand() -> Hand:
     fours = [[4.0, 4.0, 4.0], [0.0, 0.0, 0.0]]
     h.case(
         "odd-columns",
-        "columns (5, 0), (0, 4), (6, 8) against (4, 0): magnitudes change by 1, 0, 6, directions by 0, 1, 0.4; "
-        "ranks r = 1 0 2 and 0 2 1; 2r > 2 holds for r = 2 alone; scores (1, 1, 3) and (1, 3, 1), their means 1 2 2 "
-        "times the deltas "
+        "columns (5, 0), (0, 4), (6, 8) against (4, 0): magnitudes change by 1, 0, 6, directions by 0, 1, 0.4; ranks r = 1 "
+        "0 2 and 0 2 1; 2r > 2 holds for r = 2 alone; scores (1, 1, 3) and (1, 3, 1), their means 1 2 2 times the deltas "
         "(1, 0), (-4, 4), (2, 8)",
         [columns],
         fours,
@@ -87,9 +86,8 @@ def hand() -> Hand:
     )
     h.case(
         "equal-lengths",
-        "columns (2^27, 1) and (1 + 2^-20, 0) against (2^27, 0) and (1, 0): magnitudes change by 2^-28, though "
-        "float64 has one "
-        "number for both, and by 2^-20, directions by 2^-55 and 0; the larger of each is scored 0, the other 1",
+        "columns (2^27, 1) and (1 + 2^-20, 0) against (2^27, 0) and (1, 0): magnitudes change by 2^-28, though float64 has "
+        "one number for both, and by 2^-20, directions by 2^-55 and 0; the larger of each is scored 0, the other 1",
         [[[2.0**27, 1 + 2.0**-20], [1.0, 0.0]]],
         [[2.0**27, 1.0], [0.0, 0.0]],
         ("widen", {"score_calibration_value": 0.0}, [[2.0**27, 1 + 2.0**-21], [0.5, 0.0]], "half of both task vectors"),
@@ -139,9 +137,8 @@ def hand() -> Hand:
     high = 1 - low
     h.case(
         "softmax",
-        "two models, columns (5, 0), (6, 8) and (6, 8), (5, 0) against (4, 0), threshold out of reach: ranks 0 1 "
-        "and 1 0 over 2 "
-        "columns, so the weights are softmax(0, 1/2) = 0.3775, 0.6225; deltas (1, 0) and (2, 8)",
+        "two models, columns (5, 0), (6, 8) and (6, 8), (5, 0) against (4, 0), threshold out of reach: ranks 0 1 and 1 0 "
+        "over 2 columns, so the weights are softmax(0, 1/2) = 0.3775, 0.6225; deltas (1, 0) and (2, 8)",
         [[[5.0, 6.0], [0.0, 8.0]], [[6.0, 5.0], [8.0, 0.0]]],
         [[4.0, 4.0], [0.0, 0.0]],
         (
@@ -169,9 +166,8 @@ def hand() -> Hand:
     turned = [[5.0, 6.0, 7.0, 8.0], [m * k * 2.0**-16 for m, k in zip((5, 6, 7, 8), (4, 3, 2, 1))]]
     h.case(
         "direction-noise",
-        "columns (m, m k 2^-16) for m = 5 6 7 8 and k = 4 3 2 1 against (4, 0): magnitudes rank 0 1 2 3, directions "
-        "3 2 1 0; "
-        "2r > 3 holds for r = 2, 3, so scores (1, 1, 3, 3) and (3, 3, 1, 1), weights 2",
+        "columns (m, m k 2^-16) for m = 5 6 7 8 and k = 4 3 2 1 against (4, 0): magnitudes rank 0 1 2 3, directions 3 2 1 "
+        "0; 2r > 3 holds for r = 2, 3, so scores (1, 1, 3, 3) and (3, 3, 1, 1), weights 2",
         [{"model.layers.0.mlp.up_proj.weight": turned}],
         {"model.layers.0.mlp.up_proj.weight": [[4.0] * 4, [0.0] * 4]},
         (

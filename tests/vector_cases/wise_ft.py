@@ -121,7 +121,8 @@ def hand() -> Hand:
         "alpha 0: 0 * inf is NaN, and an infinity of the base stays",
         [[math.inf, 1.0, math.nan]],
         [1.0, math.inf, 1.0],
-        ("wise_ft", {"alpha": 0.0}, [math.nan, math.inf, math.nan], ""),
+        ("wise_ft", {"alpha": 0.0}, [math.nan, math.inf, math.nan], "x + 0 (y - x) would be NaN there, too"),
+        flags="WiseFtLerpForm",
     )
     h.case(
         "infinities-of-both-signs",

@@ -14,6 +14,7 @@ from _serve import Unsupported, serve  # noqa: E402
 
 del sys.path[0]  # where folders have the names of tools
 
+
 def pool(models, base, embeddings=EMBEDDINGS, trained=False, **special):
     """The models, the base and the special ones; trained: what FusionBench's algorithms for trainable parameters see."""
     from fusion_bench import BaseModelPool
@@ -33,9 +34,9 @@ def recorded(stats, models, linear, embeddings):
     layers' weights."""
     drawn = []
     for draw, model in zip(stats, models):
-        for path, part in module(model, embeddings).named_modules():
-            for name in ("weight",) if linear and isinstance(part, torch.nn.Linear) else () if linear else part._parameters:
-                drawn.append(draw[f"{path}.{name}" if path else name])
+        root = module(model, embeddings)
+        layers = (f"{path}.weight" for path, part in root.named_modules() if isinstance(part, torch.nn.Linear))
+        drawn += [draw[name] for name in (layers if linear else dict(root.named_parameters()))]
     return drawn
 
 

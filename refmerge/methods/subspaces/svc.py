@@ -33,7 +33,7 @@ def svc(
     # 1. keep what is no matrix
     if not is_matrix(base, name, kept):
         return merged
-    # 2. singular vectors of the merged change, those of its shorter side
+    # 2. singular vectors of the merged change
     M = finite(change(merged, base), name)
     S, W = shorter_side(M, name)
     # 3. how often each task is in it
