@@ -110,7 +110,7 @@ def test_the_gradient_of_doge(seed):
 def test_what_equal_models_share(seed, count):
     """All directions alike: those come first in which the task vectors are larger, whatever LAPACK does."""
     (one,) = random(seed, count=1, shape=(8, 9))
-    B = shared_basis([one] * count, 4)
+    B = shared_basis([one] * count, 4, 1e-5)
     U = np.linalg.svd(one)[0][:, : min(2, 8 // count)]
     np.testing.assert_allclose(B @ B.T, U @ U.T, atol=1e-8)
 
@@ -120,7 +120,7 @@ def test_what_equal_models_share(seed, count):
 def test_what_orthogonal_models_share(seed):
     L = turn(seed, 6)
     one, two = L[:, :3] @ np.diag([9.0, 5.0, 1.0]) @ L[:3], L[:, 3:] @ np.diag([7.0, 6.0, 2.0]) @ L[3:]
-    B = shared_basis([one, two], 2)
+    B = shared_basis([one, two], 2, 1e-5)
     expected = L[:, [0, 3, 4]]  # 9, 7, 6
     np.testing.assert_allclose(B @ B.T, expected @ expected.T, atol=1e-8)
 
@@ -129,7 +129,7 @@ def test_the_correction_leaves_the_shared_subspace_alone():
     models = random(0, shape=(12, 13))
     base = np.zeros((12, 13))
     learnt, plain = (refmerge.call("doge", models, base, density=1.0, steps=s, subspace=2) for s in (30, 0))
-    B = shared_basis(models, 2)
+    B = shared_basis(models, 2, 1e-5)
     (size,) = {B.shape[1]}
     assert size == 6
     # Adam works entry by entry and so leaves the projected gradients' space; its first step's sign shows them.

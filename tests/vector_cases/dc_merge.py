@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import OPEN, REFUSED, Hand, Paper, Test, i64
+from vector_cases import OPEN, REFUSED, Exact, Hand, Paper, Test, fraction, i64
+from vector_cases.low_rank_residual import terms
+from vector_cases.tsvm import orthogonal, unit
 
 CODE = {
     "official:dc_merge": "Tobeginwith/DC-Merge@3c443e4 vision_fft_merge/src/utils/DC_utils.py:dc_merge",
@@ -16,6 +19,71 @@ TOOLS = ("official_lora",)
 PAPER = {"dc_merge-official-00": Paper({}, comment="no task has a matrix of less than full rank")}
 LEFT_OUT = ("dc_merge-official_lora-03",)  # float32, in which this code itself differs by 7e-6 between machines
 SLACK = 1e-6  # singular vectors are rounded
+
+STAGED = (
+    "dc_merge-one-entry", "dc_merge-all-entries", "dc_merge-lambda", "dc_merge-smoothing", "dc_merge-smoothing-halves",
+    "dc_merge-smoothing-default", "dc_merge-low-rank", "dc_merge-ties", "dc_merge-equal", "dc_merge-zero-task",
+    "dc_merge-many-tasks", "dc_merge-smoothing-of-each", "dc_merge-tolerance", "dc_merge-tolerance-2",
+    "dc_merge-default-density", "dc_merge-entries-rounded-down", "dc_merge-vector",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """Without U, V, P and Q, whose columns have free signs, and with M where it is diagonal: signs change the rest."""
+    Delta, scale = [theta - given.base for theta in given.models], Fraction(given.params.get("lambda_", 1.0))
+    if given.base.ndim != 2:
+        return {1: {"result": given.base + scale * sum(Delta) / Fraction(len(Delta))}}
+    k, tolerance = max(1, min(given.base.shape) // len(Delta)), given.params.get("tolerance", 1e-5)
+    found = [terms(delta) for delta in Delta]
+    tasks = [[(s, term) for s, term in of_task[:k] if s > Fraction(tolerance) * of_task[0][0]] for of_task in found]
+    smoothing, rho = given.params.get("smoothing", "none"), given.params.get("rho", 5.0)
+    S = [smoothed([s for s, _ in task], smoothing, Fraction(rho)) for task in tasks]
+    U = [np.array([unit(max(term.T, key=lambda x: x @ x)) for _, term in task]) for task in tasks]
+    V = [np.array([unit(term.T.astype(float) @ u) for (_, term), u in zip(task, u_t)]) for task, u_t in zip(tasks, U)]
+    P = orthogonal(np.concatenate([x for x in U if len(x)]).T, tolerance)
+    Q = orthogonal(np.concatenate([x for x in V if len(x)]).T, tolerance)
+    K = P.shape[1]
+    zero = np.zeros((K, K))
+    projected = [P.T @ u.T * np.array(s, float) @ v @ Q if len(s) else zero for s, u, v in zip(S, U, V)]
+    r = min(given.base.shape) if all(len(s) == k for s in S) else K
+    kept = [largest(M, max(1, int(given.params.get("density", 0.001) * r**2)), tolerance) for M in projected]
+    signs = np.sign(sum(kept))
+    agree = [np.where(signs * M > 0, M, 0.0) for M in kept]
+    averaged = sum(agree) / np.maximum(sum(M != 0 for M in agree), 1)
+    task = np.repeat(np.arange(len(S)), [len(s) for s in S])
+    cut = np.where(task[:, None] == task, averaged, 0.0)
+    values = {
+        2: {"k": k},
+        4: {"S": np.array([s for of_task in S for s in of_task], object)},
+        5: diagonal(projected),
+        6: {"r": r} | diagonal(kept),
+        7: diagonal(averaged),
+        8: diagonal(cut),
+        9: {"result": given.base + scale * fraction(P @ cut @ Q.T)},
+    }
+    return {step: value for step, value in values.items() if value}
+
+
+def smoothed(S: list[Fraction], smoothing: str, rho: Fraction) -> list[Fraction]:
+    if smoothing == "none" or not S:
+        return S
+    slope = min(rho, S[0] / S[-1]) if smoothing == "linear" else Fraction(1)
+    p = [slope + (1 - slope) * i / max(len(S) - 1, 1) for i in range(len(S))]
+    return [sum(S) * x / sum(p) for x in p]
+
+
+def largest(M: Any, h: int, tolerance: float) -> Any:
+    size = np.sort(abs(M), axis=None)[::-1]
+    least = max((1 - tolerance) * size[h - 1] if h <= M.size else 0.0, tolerance * size[0])
+    return np.where(abs(M) >= least, M, 0.0)
+
+
+def diagonal(M: Any) -> dict[str, Any]:
+    """M, one or a list of them, as a value of a step, if it is diagonal up to rounding."""
+    alone = [np.diag(np.diag(x)) for x in np.reshape(M, (-1, *np.shape(M)[-2:]))]
+    if not np.allclose(np.reshape(M, np.shape(alone)), alone, rtol=0, atol=1e-12 * np.max(np.abs(alone))):
+        return {}
+    return {"M": alone if isinstance(M, list) else alone[0]}
 
 
 def accepts(test: Test) -> bool:
@@ -141,16 +209,16 @@ def hand() -> Hand:
         ("dc_merge", plain(0.25), diag(4.0, 0.0, 0.0), ""),
         flags="DcMergeRank",
     )
-    for id, unit in (("nearly-zero", 1.0), ("nearly-zero-small", 2.0**-40)):
-        first = unit * np.array([[1e6, 1e3], [1e3, 1.0]])
+    for id, size in (("nearly-zero", 1.0), ("nearly-zero-small", 2.0**-40)):
+        first = size * np.array([[1e6, 1e3], [1e3, 1.0]])
         case(
             id,
             "(1000, 1) and (1, 1000) times themselves, which are turned to e_1 and e_2, so that each M_t is its task "
             "vector; its entry in the other's block is a millionth of its largest",
             [first, first[::-1, ::-1].copy()],
             [[0.0, 0.0]] * 2,
-            ("dc_merge", plain(1.0), diag(1e6 * unit, 1e6 * unit), "it counts as zero"),
-            ("dc_merge", plain(1.0, tolerance=1e-8), diag(500000.5 * unit, 500000.5 * unit), "averaged with the other's"),
+            ("dc_merge", plain(1.0), diag(1e6 * size, 1e6 * size), "it counts as zero"),
+            ("dc_merge", plain(1.0, tolerance=1e-8), diag(500000.5 * size, 500000.5 * size), "averaged with the other's"),
             dtype="F64",
         )
     case(
@@ -239,4 +307,83 @@ def hand() -> Hand:
     ):
         case(id, "outside of the domain", [zero], zero, ("dc_merge", params, REFUSED, ""))
     case("no-models", "nothing to merge", [], zero, ("dc_merge", {}, REFUSED, ""))
+    case(
+        "one-model",
+        "base 1; all entries of one task",
+        [[[1.0, 3.0], [4.0, -3.0], [0.5, 1.0]]],
+        [[1.0, 1.0]] * 3,
+        ("dc_merge", plain(1.0), [[1.0, 3.0], [4.0, -3.0], [0.5, 1.0]], "it comes back"),
+    )
+    four = diag(0.0, 0.0, 0.0, 0.0)
+    case(
+        "default-density",
+        "one task, diag(4, 3, 2, 1): a thousandth of 16 entries is less than one",
+        [diag(4.0, 3.0, 2.0, 1.0)],
+        four,
+        ("dc_merge", {}, diag(4.0, 0.0, 0.0, 0.0), "one is kept"),
+    )
+    case(
+        "entries-rounded-down",
+        "diag(6, 2, 0, 0) and diag(0, 0, 5, 4): two triplets each, 16 entries of which int(0.124 16) = 1 stays",
+        [diag(6.0, 2.0, 0.0, 0.0), diag(0.0, 0.0, 5.0, 4.0)],
+        four,
+        ("dc_merge", plain(0.124), diag(6.0, 0.0, 5.0, 0.0), ""),
+        ("dc_merge", plain(0.125), diag(6.0, 2.0, 5.0, 4.0), "int(0.125 16) = 2"),
+    )
+    case(
+        "density-zero",
+        "diag(4, 1) and diag(1, 3): one triplet each",
+        [diag(4.0, 1.0), diag(1.0, 3.0)],
+        zero,
+        ("dc_merge", plain(0.0), diag(4.0, 3.0), "one entry each, as always"),
+    )
+    case(
+        "opposite",
+        "diag(4, 1) and diag(-4, -1): 4 e_1 e_1^T and its opposite, whose sum is 0 at each entry of M",
+        [diag(5.0, 2.0), diag(-3.0, 0.0)],
+        diag(1.0, 1.0),
+        ("dc_merge", plain(1.0), diag(1.0, 1.0), "the base"),
+    )
+    case(
+        "smoothing-of-each",
+        "diag(6, 2, 0, 0) and diag(0, 0, 5, 1), of which two triplets are kept; all entries of M",
+        [diag(6.0, 2.0, 0.0, 0.0), diag(0.0, 0.0, 5.0, 1.0)],
+        four,
+        ("dc_merge", plain(1.0, smoothing="average"), diag(4.0, 4.0, 3.0, 3.0), "8/2 and 6/2"),
+        flags="DcMergeSmoothing",
+    )
+    case(
+        "smoothing-after-the-cut",
+        "diag(6, 4, 2) and diag(0, 0, 0): one triplet of each, if there is one",
+        [diag(6.0, 4.0, 2.0), diag(0.0, 0.0, 0.0)],
+        diag(0.0, 0.0, 0.0),
+        ("dc_merge", plain(1.0, smoothing="average"), diag(6.0, 0.0, 0.0), "6 alone"),
+        flags="DcMergeSmoothing",
+    )
+    case(
+        "tolerance",
+        "one task, diag(1, 2^-20), averaged",
+        [diag(1.0, 2.0**-20)],
+        zero,
+        ("dc_merge", plain(1.0, smoothing="average"), diag(1.0, 0.0), "2^-20 < 1e-5: counts as zero"),
+        ("dc_merge", plain(1.0, smoothing="average", tolerance=1e-7), diag(0.5 + 2.0**-21, 0.5 + 2.0**-21), "2^-20 > 1e-7"),
+        flags="DcMergeRank",
+    )
+    case(
+        "vector",
+        "base 1; changes (2, -4) and (4, 2) of mean (3, -1); half of it",
+        [[3.0, -3.0], [5.0, 3.0]],
+        [1.0, 1.0],
+        ("dc_merge", {"lambda_": 0.5}, [2.5, 0.5], ""),
+        tolerance=0.0,
+    )
+    nan, inf = float("nan"), float("inf")
+    case(
+        "vector-not-finite",
+        "the mean of (NaN, infinity, 1) and (1, 1, 3)",
+        [[nan, inf, 1.0], [1.0, 1.0, 3.0]],
+        [0.0] * 3,
+        ("dc_merge", {}, [nan, inf, 2.0], ""),
+        tolerance=0.0,
+    )
     return h

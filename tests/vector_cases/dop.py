@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from vector_cases import REFUSED, Hand, Paper, i64
+from vector_cases import REFUSED, Exact, Hand, Paper, i64
+from vector_cases.low_rank_residual import terms
+from vector_cases.wudi import adam
 
 TOOL = "fusion_bench:dop"
 CODE = {TOOL: "tanganke/fusion_bench@54c9e8c fusion_bench/method/dop/dop_general.py:DOPMerging"}
@@ -23,6 +28,63 @@ RUN = f"{CODE[TOOL]}._optimize_weight"
 NAME = "fc.weight"
 SMALL = 1e-7  # Adam's 1e-8 beside the gradient
 RUNS = 1e-10  # float64 in another order
+
+STAGED = (
+    "dop-one-step", "dop-energy", "dop-weights", "dop-weights-one-sided", "dop-balance", "dop-energy-reached", "dop-end-new",
+    "dop-end-old", "dop-end-new-zero", "dop-layers", "dop-first-is-base", "dop-energy-one", "dop-energy-zero",
+    "dop-shared-side", "dop-shared-side-2", "dop-weight-of-the-base", "dop-convolution", "dop-vector",
+)  # fmt: skip
+
+
+def stages(given: Exact) -> dict[int, dict[str, Any]]:
+    """Of two models, without the subspaces, whose vectors have free signs."""
+    shape = given.base.shape
+    D, tau_2 = tau = [(x - given.base).reshape(len(x), -1) if len(shape) > 1 else x - given.base for x in given.models]
+    X = (D + tau_2) / Fraction(2)
+    found = {1: {"tau": tau}, 2: {"X": X}}
+    if len(shape) > 1 and any(fnmatchcase(given.name, glob) for glob in given.params.get("layers", ["*"])):
+        energy = Fraction(given.params.get("energy", 0.99999))
+        X = adam(X, balanced(D, tau_2, energy, given.params), given.params.get("steps", 200), given.params.get("lr", 1e-4))
+        found[3] = {"X": X, "D": X}
+    return found | {4: {"result": given.base + X.reshape(shape)}}
+
+
+def seen(M: Any, energy: Fraction) -> Callable[[Any], tuple[Fraction, Any]]:
+    """X -> the loss and its gradient: of a term s u v^T, s u^T C and C v s are as long as term^T C and C term^T."""
+    share, kept = Fraction(0), [0 * M]
+    every = [(s, term) for s, term in terms(M) if s]
+    for s, term in every:
+        if len(kept) == 1 or share < energy * sum(s for s, _ in every):
+            kept.append(term)
+            share += s
+    left, right = sum(x @ x.T for x in kept), sum(x.T @ x for x in kept)
+
+    def loss(X: Any) -> tuple[Fraction, Any]:
+        C = X - M
+        half = left @ C + C @ right
+        return np.sum(C * half), 2 * half
+
+    return loss
+
+
+def balanced(D: Any, tau: Any, energy: Fraction, params: dict[str, Any]) -> Callable[[Any], Any]:
+    old, new = seen(D, energy), seen(tau, energy)
+    w, beta = Fraction(params.get("alpha", 0.8)), Fraction(params.get("beta", 0.999))
+
+    def gradient(X: Any) -> Any:
+        nonlocal w
+        (l_1, g_1), (l_2, g_2) = old(X), new(X)
+        if params.get("balance", "mgda") == "mgda":
+            a, b = (g / loss if loss else 0 * g for loss, g in ((l_1, g_1), (l_2, g_2)))
+            aa, ab, bb = np.sum(a * a), np.sum(a * b), np.sum(b * b)
+            if ab >= aa or ab >= bb:
+                c = Fraction(999, 1000) if ab >= aa else Fraction(1, 1000)
+            else:
+                c = (bb - ab) / (aa - 2 * ab + bb)
+            w = beta * w + (1 - beta) * c
+        return w * g_1 + (1 - w) * g_2
+
+    return gradient
 
 
 def second_step(g_1: float, g_2: float, lr: float) -> float:
@@ -256,4 +318,54 @@ def hand() -> Hand:
     h.case("alpha", "a weight above 1", [[[1.0]]], [[0.0]], ("dop", {"alpha": 1.5}, REFUSED, ""))
     h.case("no-base", "a task vector is a difference from a base", [[[1.0]]], None, ("dop", {}, REFUSED, ""))
     h.case("no-models", "nothing to merge", [], [[0.0]], ("dop", {}, REFUSED, ""))
+    h.case("infinite", "infinity has no singular values", [[[math.inf, 1.0]]], [[0.0, 0.0]], ("dop", {}, REFUSED, ""))
+    h.case("energy-large", "more than all", [[[1.0]]], [[0.0]], ("dop", {"energy": 1.5}, REFUSED, ""))
+    for id, energy, expect, why in (
+        ("energy-one", 1.0, [[2.5, 0.0], [0.0, 1.0]], "both terms: a step at both entries"),
+        ("energy-zero", 0.0, [[2.5, 0.0], [0.0, 0.5]], "one term: a step at the first entry"),
+    ):
+        case(
+            id,
+            "diag(4, 1) and the base, fixed weights, from diag(2, 1/2)",
+            [two, [[0.0, 0.0], [0.0, 0.0]]],
+            [[0.0, 0.0], [0.0, 0.0]],
+            ("dop", one | {"energy": energy, "balance": "fixed"}, expect, why),
+        )
+    case(
+        "shared-side",
+        "3 e_1 e_2^T and 2 e_1 e_1^T, from (1, 1.5): the first loss has the gradient 2 9 (1, -1.5) from the left and "
+        "2 9 (0, -1.5) from the right, (18, -54); the second 2 4 (-1, 1.5) and 2 4 (-1, 0), (-16, 12)",
+        [[[0.0, 3.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 0.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("dop", one | {"balance": "fixed", "alpha": 0.5}, [[0.5, 2.0], [0.0, 0.0]], "half of each: (1, -21)"),
+        ("dop", one | {"balance": "fixed", "alpha": 0.25}, [[1.5, 2.0], [0.0, 0.0]], "a quarter of the first: (-7.5, -4.5)"),
+    )
+    case(
+        "weight-of-the-base",
+        "the base, and 4, from 2: the base's gradient is 0, so that its weight goes half of the way to 0.999, to 0.8995 and "
+        "0.94925; the new model's gradient is 64 times what is missing, 2 and after a step of 1/2 1.5",
+        [[[0.0]], [[4.0]]],
+        [[0.0]],
+        (
+            "dop",
+            {"beta": 0.5, "steps": 2, "lr": 0.5},
+            [[2.5 + second_step(-128 * 0.1005, -96 * 0.05075, 0.5)]],
+            "gradients -128 0.1005 and -96 0.05075",
+        ),
+    )
+    case(
+        "convolution",
+        "shape (2, 1, 3): the changes of one-step",
+        [[[row] for row in tau_1], [[row] for row in tau_2]],
+        [[row] for row in zeros],
+        ("dop", one, [[[2.5, 0.0, 0.0]], [[0.0, 0.0, 1.5]]], ""),
+    )
+    case(
+        "vector",
+        "base 1, changes (4, -2) and (8, 0)",
+        [[5.0, -1.0], [9.0, 1.0]],
+        [1.0, 1.0],
+        ("dop", one, [7.0, 0.0], "1 + (6, -1)"),
+        tolerance=0.0,
+    )
     return h
