@@ -104,7 +104,7 @@ def _signs(U: np.ndarray) -> np.ndarray:
 
 
 def _strips(rows: int, columns: int) -> list[slice]:
-    """The rows of a matrix in strips of eight times its width or somewhat more; all of them where it is less than twice as
-    high."""
-    count = max(1, rows // (8 * max(columns, 1)))
+    """The rows of a matrix in strips of eight times its width or somewhat more; all of them where there are not enough for
+    two."""
+    count = max(1, rows // (8 * columns)) if columns else 1
     return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]
