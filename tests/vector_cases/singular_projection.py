@@ -122,7 +122,7 @@ def hand() -> Hand:
         (TOOL, {"k": 2}, layer([[5.0, 1.0], [1.0, 1.0]]), "the second, of singular value 0, is LAPACK's"),
         flags="SingularProjectionZero",
     )
-    for id, tolerance, low, comment in (
+    for id, tolerance, expect, comment in (
         ("rounding", {}, [[5.0, 0.0], [0.0, 2.0**-20]], "which counts as zero: the base has one direction"),
         ("above-the-tolerance", {"tolerance": 2.0**-23}, [[5.0, 1.0], [1.0, 1.0 + 2.0**-20]], "which is above: it has two"),
     ):
@@ -131,7 +131,7 @@ def hand() -> Hand:
             "base diag(4, 2^-20), whose second singular value is 2^-22 of the first, change all ones",
             layer([[5.0, 1.0], [1.0, 1.0 + 2.0**-20]]),
             layer([[4.0, 0.0], [0.0, 2.0**-20]]),
-            ("singular_projection", {"k": 2, **tolerance}, layer(low), comment),
+            ("singular_projection", {"k": 2, **tolerance}, layer(expect), comment),
         )
     case(
         "zero-base",
