@@ -317,7 +317,7 @@ def hand() -> Hand:
     little = 2.0**-17
     case(
         "high-no-response",
-        "higher than wide: a task diag(4, 2^-17), whose second response is less than 1e-5 of its length, merged as diag(8, 4)",
+        "higher than wide: a task diag(4, 2^-17), whose second response is below 1e-5 of its length, merged as diag(8, 4)",
         [[[8.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, little], [0.0, 0.0]]],
         [[0.0, 0.0]] * 3,
         ("svc", {}, [[4.0, 0.0], [0.0, 40.0], [0.0, 0.0]], "8 by 2, and alpha stands for the other: 4 by 1/10"),
@@ -325,7 +325,7 @@ def hand() -> Hand:
     )
     case(
         "high-response",
-        "higher than wide: a task diag(4, 2^-13), whose second response is more than 1e-5 of its length, merged as diag(8, 4)",
+        "higher than wide: a task diag(4, 2^-13), whose second response is above 1e-5 of its length, merged as diag(8, 4)",
         [[[8.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, 2.0**-13], [0.0, 0.0]]],
         [[0.0, 0.0]] * 3,
         ("svc", {}, [[4.0, 0.0], [0.0, 2.0**-13], [0.0, 0.0]], "8 by 2, and 4 by 2^15: the task itself"),
