@@ -21,10 +21,9 @@ from refmerge.fused import LANES, LEAF, NARROW, STRETCH, Lazy, compute, mask, ru
 from refmerge.native import Rounded
 
 __all__ = [
-    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "change", "clamp",
-    "divided", "exact_sum", "expansion", "host", "hosts", "in_float64", "indicator", "keys_of", "leaf_sums",
-    "like", "mean", "product", "ranks", "scores", "stacked_sum", "strips", "top_along", "total", "total_scores",
-    "tree_sum", "value_of",
+    "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum",
+    "expansion", "host", "hosts", "in_float64", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores",
+    "stacked_sum", "top_along", "total", "tree_sum", "value_of",
 ]  # fmt: skip
 
 
@@ -124,40 +123,6 @@ def scores(x: Any) -> np.ndarray:
     """A float64 copy in host memory. Scores on which a discrete choice rests are computed once, in one place, so that all
     backends choose alike."""
     return host(x).astype(np.float64)
-
-
-def change(a: Any, b: Any) -> np.ndarray:
-    """a - b in float64 and in host memory, without a float64 copy of either."""
-    return np.subtract(host(a), host(b), dtype=np.float64)
-
-
-def total_scores(xs: Iterable[Any]) -> np.ndarray:
-    """The left fold of x_1 + x_2 + ... in float64 and in host memory, one x at a time."""
-    xs = iter(xs)
-    result = scores(next(xs))
-    for x in xs:
-        result += host(x)
-    return result
-
-
-def strips(rows: int, columns: int) -> list[slice]:
-    """The rows of a matrix in strips of eight times its width or somewhat more; all of them where there are not enough for
-    two."""
-    count = max(1, rows // (8 * columns)) if columns else 1
-    return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]
-
-
-def product(A: np.ndarray, B: np.ndarray, x: Any) -> Any:
-    """A B of host matrices as an array of x's library, dtype, device and shape. Of a long or wide one no more than a strip
-    is there in float64, where x is NumPy's."""
-    rows, columns = len(A), B.shape[1]
-    made = np.empty((rows, columns), x.dtype if is_numpy_array(x) else np.float64)
-    for part in strips(max(rows, columns), min(rows, columns)):
-        if rows < columns:
-            made[:, part] = A @ B[:, part]
-        else:
-            made[part] = A[part] @ B
-    return like(made.reshape(x.shape), x)
 
 
 def like(values: np.ndarray, x: Any) -> Any:

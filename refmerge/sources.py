@@ -225,7 +225,7 @@ class ByteSource:
         finite: bool = False, lazy: bool = False,
     ) -> Any:
         count = stop - start
-        if count <= PIECE or self._backend.name != "numpy":
+        if lazy or count <= PIECE or self._backend.name != "numpy":
             return self._piece(name, start, stop, work, slot, scratch, finite, lazy, None)
         out = scratch.work(slot, count, work if work in WORK else "float32")
         for at in range(start, stop, PIECE):

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refmerge import call, merge
+from refmerge.matrices import decomposed
 from refmerge.methods.subspaces.dc_merge import smoothed
 from refmerge.methods.subspaces.iso_cts import dimensions
-from refmerge.methods.subspaces.low_rank_residual import decomposed
 from refmerge.methods.subspaces.tsvm import polar
 
 RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -303,4 +303,40 @@ def hand() -> Hand:
         ("svc", {}, REFUSED, ""),
         options={"integers": "equal"},
     )
+    case(
+        "high",
+        "higher than wide: tasks diag(40, 10) and diag(20, 20), merged as diag(40, 20): s = (1, 2) and (2, 1); means 3/2",
+        [
+            [[40.0, 0.0], [0.0, 20.0], [0.0, 0.0]],
+            [[40.0, 0.0], [0.0, 10.0], [0.0, 0.0]],
+            [[20.0, 0.0], [0.0, 20.0], [0.0, 0.0]],
+        ],
+        [[0.0, 0.0]] * 3,
+        ("svc", {}, [[80 / 3, 0.0], [0.0, 40 / 3], [0.0, 0.0]], "40 and 20 by 3/2"),
+    )
+    little = 2.0**-17
+    case(
+        "high-no-response",
+        "higher than wide: a task diag(4, 2^-17), whose second response is less than 1e-5 of its length, merged as diag(8, 4)",
+        [[[8.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, little], [0.0, 0.0]]],
+        [[0.0, 0.0]] * 3,
+        ("svc", {}, [[4.0, 0.0], [0.0, 40.0], [0.0, 0.0]], "8 by 2, and alpha stands for the other: 4 by 1/10"),
+        dtype="F64",
+    )
+    case(
+        "high-response",
+        "higher than wide: a task diag(4, 2^-13), whose second response is more than 1e-5 of its length, merged as diag(8, 4)",
+        [[[8.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, 2.0**-13], [0.0, 0.0]]],
+        [[0.0, 0.0]] * 3,
+        ("svc", {}, [[4.0, 0.0], [0.0, 2.0**-13], [0.0, 0.0]], "8 by 2, and 4 by 2^15: the task itself"),
+        dtype="F64",
+    )
+    case(
+        "beyond-the-range",
+        "float64: a change of 1e160, whose square is no number",
+        [[[1e160, 0.0]], [[1e160, 0.0]]],
+        [[0.0, 0.0]],
+        ("svc", {}, REFUSED, ""),
+        dtype="F64",
+    )
     return h

@@ -2,9 +2,10 @@ import numpy as np
 
 from refmerge.compat.official._steps import raise_no_kth
 from refmerge.errors import UsageError
+from refmerge.matrices import decomposed
 from refmerge.method import method
 from refmerge.methods.subspaces.doge import gradient, outside
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.wudi import adam
 from refmerge.numeric import array_namespace, host, indicator, like, scores, total
 

@@ -4,9 +4,10 @@ import numpy as np
 
 from refmerge.compat.fusion_bench._steps import owned_by_leaf, refuse_shuffle
 from refmerge.compat.fusion_bench.dare import is_linear
+from refmerge.matrices import decomposed
 from refmerge.method import method
 from refmerge.methods.subspaces.dop import balanced, difference
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.wudi import adam
 from refmerge.numeric import like, scores
 

@@ -3,8 +3,9 @@ from typing import Literal
 import numpy as np
 
 from refmerge.compat.official.svc import projected
+from refmerge.matrices import decomposed
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like, scores
 

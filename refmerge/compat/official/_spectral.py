@@ -4,7 +4,8 @@ each other, LAPACK chooses what stands in for the directions that are missing.""
 import numpy as np
 
 from refmerge.errors import UsageError
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.matrices import decomposed
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.tsvm import side_by_side
 from refmerge.numeric import divided, scores
 

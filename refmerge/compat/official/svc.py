@@ -1,8 +1,9 @@
 import numpy as np
 
 from refmerge.errors import UsageError
+from refmerge.matrices import decomposed
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.tsvm import whole_matrices
 from refmerge.numeric import like, scores
 

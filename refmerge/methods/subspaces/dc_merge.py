@@ -3,10 +3,11 @@ from typing import Literal
 
 import numpy as np
 
+from refmerge.matrices import product
 from refmerge.method import method
 from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
 from refmerge.methods.task_vectors.ties import disjoint_mean, elect
-from refmerge.numeric import mean, product, scores
+from refmerge.numeric import mean, scores
 
 
 @method(

@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 
+from refmerge.matrices import decomposed
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
 from refmerge.methods.subspaces.wudi import adam, inverse, is_layer, significant
 from refmerge.numeric import array_namespace, like, scores, total
 

@@ -1,9 +1,10 @@
 import numpy as np
 
+from refmerge.matrices import decomposed, product, total_scores
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.tsvm import is_matrix, rank, whole_matrices
-from refmerge.numeric import mean, product, total_scores
+from refmerge.numeric import mean
 
 
 @method("iso_c", paper="arXiv:2502.04959", view=whole_matrices, domain={"tolerance": (1e-12, 0.1)})

@@ -1,8 +1,9 @@
+from refmerge.matrices import decomposed, less_product, product, total_scores
 from refmerge.method import method
 from refmerge.methods.subspaces.iso_c import isotropic, spanned
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
-from refmerge.numeric import mean, product, scores, strips, total_scores
+from refmerge.numeric import mean, scores
 
 
 @method(
@@ -53,7 +54,4 @@ def dimensions(r, T, fraction):
 def outside(U, Delta):
     """What of a task vector the columns of U do not span."""
     R = scores(Delta)
-    inside = U.T @ R
-    for part in strips(*R.shape):
-        R[part] -= U[part] @ inside
-    return R
+    return less_product(R, U, U.T @ R)

@@ -1,11 +1,12 @@
 import numpy as np
 
+from refmerge.matrices import change, decomposed
 from refmerge.method import PerModel, method
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
 from refmerge.methods.subspaces.wudi import significant
 from refmerge.methods.task_vectors.dare_linear import drop
 from refmerge.methods.task_vectors.ties import disjoint_mean, elect
-from refmerge.numeric import array_namespace, change, like, scores
+from refmerge.numeric import array_namespace, like, scores
 
 
 @method(

@@ -2,10 +2,11 @@ import math
 
 import numpy as np
 
+from refmerge.matrices import change, decomposed
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
 from refmerge.methods.subspaces.wudi import inverse, is_layer, significant
-from refmerge.numeric import change, like
+from refmerge.numeric import like
 
 
 @method("opcm", paper="arXiv:2501.09522", view="tensor", over="model", domain={"alpha": (0.0, 1.0), "tolerance": (0.0, 1.0)})

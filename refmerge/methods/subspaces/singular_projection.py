@@ -3,10 +3,11 @@ from typing import Literal
 
 import numpy as np
 
+from refmerge.matrices import change, decomposed
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
 from refmerge.methods.subspaces.wudi import is_layer, significant
-from refmerge.numeric import change, like, scores
+from refmerge.numeric import like, scores
 
 
 @method(

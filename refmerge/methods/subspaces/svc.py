@@ -1,10 +1,10 @@
 import numpy as np
 
 from refmerge.errors import UsageError
+from refmerge.matrices import change, product
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.tsvm import is_matrix, whole_matrices
-from refmerge.numeric import change, product
 
 
 @method(

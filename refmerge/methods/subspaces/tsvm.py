@@ -2,9 +2,10 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from refmerge.matrices import decomposed, product, product_over
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
-from refmerge.numeric import mean, product, scores, strips
+from refmerge.methods.subspaces.low_rank_residual import finite
+from refmerge.numeric import mean, scores
 
 
 def whole_matrices(ndim):
@@ -70,8 +71,4 @@ def polar(X, tolerance):
     whose sigma counts as zero, are left out, so that columns which are equal share one. X may be overwritten."""
     A, sigma, B = decomposed(X, spend=True)
     rho = rank(sigma, tolerance)
-    if A.shape != X.shape:
-        return A[:, :rho] @ B[:, :rho].T
-    for part in strips(*A.shape):
-        A[part] = A[part, :rho] @ B[:, :rho].T
-    return A
+    return product_over(A[:, :rho], B[:, :rho].T, A)

@@ -4,9 +4,10 @@ from typing import Literal
 
 import numpy as np
 
+from refmerge.matrices import change, decomposed
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
-from refmerge.numeric import change, like, total
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
+from refmerge.numeric import like, total
 
 
 @method(

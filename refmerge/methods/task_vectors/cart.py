@@ -1,7 +1,8 @@
 from fnmatch import fnmatchcase
 
+from refmerge.matrices import decomposed
 from refmerge.method import method
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
 from refmerge.numeric import like, mean, scores, total
 
 

@@ -3,7 +3,7 @@ import numpy as np
 from refmerge.adapters import Adapter, dtype_of, factors_of, finite, only_products, opened, same_modules, saved_alike, split
 from refmerge.api import call
 from refmerge.errors import InputError, UsageError
-from refmerge.methods.subspaces.low_rank_residual import decomposed
+from refmerge.matrices import decomposed
 from refmerge.methods.subspaces.wudi import significant
 from refmerge.procedure import procedure
 

@@ -7,7 +7,8 @@ from refmerge.api import call, prepare
 from refmerge.checkpoint import open_checkpoint
 from refmerge.checkpoint.dtypes import DTYPES
 from refmerge.errors import InputError, UsageError
-from refmerge.methods.subspaces.low_rank_residual import decomposed, finite
+from refmerge.matrices import decomposed
+from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.subspaces.wudi import significant
 from refmerge.numeric import scores
 from refmerge.procedure import procedure

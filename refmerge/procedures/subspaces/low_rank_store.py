@@ -6,7 +6,8 @@ import numpy as np
 from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, name_of, open_checkpoint, parse_size
 from refmerge.errors import UsageError
-from refmerge.methods.subspaces.low_rank_residual import as_matrix, decomposed, finite, low_rank_residual
+from refmerge.matrices import decomposed
+from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite, low_rank_residual
 from refmerge.numeric import scores
 from refmerge.procedure import procedure
 from refmerge.stores import refuse
