@@ -382,6 +382,21 @@ def hand() -> Hand:
         [[row] for row in zeros],
         ("doge", half, [[[0.75, 0.0, 0.9]], [[0.6, 0.8, 0.0]]], ""),
     )
+    case(
+        "one-model-turned",
+        "26 u_1 e_1^T + 13 u_2 e_2^T of length sqrt(845), u_1 = (5, 12)/13, u_2 = (12, -5)/13, shared alike up to "
+        "rounding: u_1 is left alone; of the rows' gradients, like -(244 (10, 12); 601 (24, -5)), u_2 (42840, -50161)/13 "
+        "stays; one step of 1/2",
+        [[[10.0, 12.0], [24.0, -5.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        (
+            "doge",
+            every | {"subspace": 2, "steps": 1},
+            (np.array([[9.5, 12.5], [24.5, -5.5]]) / math.sqrt(845)).tolist(),
+            "against the signs (1, -1; -1, 1)",
+        ),
+        flags="DogeSharedAlike",
+    )
     second = 0.5 * (3.73 / 0.19) / math.sqrt(0.77209 / 0.001999)
     case(
         "two-steps",
