@@ -314,10 +314,10 @@ def hand() -> Hand:
         [[0.0, 0.0]] * 3,
         ("svc", {}, [[80 / 3, 0.0], [0.0, 40 / 3], [0.0, 0.0]], "40 and 20 by 3/2"),
     )
-    little = 2.0**-17
+    little = 2.0**-16
     case(
         "high-no-response",
-        "higher than wide: a task diag(4, 2^-17), whose second response is below 1e-5 of its length, merged as diag(8, 4)",
+        "higher than wide: a task diag(4, 2^-16), whose second response is below 1e-5 of its length, merged as diag(8, 4)",
         [[[8.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, little], [0.0, 0.0]]],
         [[0.0, 0.0]] * 3,
         ("svc", {}, [[4.0, 0.0], [0.0, 40.0], [0.0, 0.0]], "8 by 2, and alpha stands for the other: 4 by 1/10"),
@@ -325,10 +325,26 @@ def hand() -> Hand:
     )
     case(
         "high-response",
-        "higher than wide: a task diag(4, 2^-13), whose second response is above 1e-5 of its length, merged as diag(8, 4)",
-        [[[8.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, 2.0**-13], [0.0, 0.0]]],
+        "higher than wide: a task diag(4, 2^-14), whose second response is above 1e-5 of its length, merged as diag(8, 4)",
+        [[[8.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, 2.0**-14], [0.0, 0.0]]],
         [[0.0, 0.0]] * 3,
-        ("svc", {}, [[4.0, 0.0], [0.0, 2.0**-13], [0.0, 0.0]], "8 by 2, and 4 by 2^15: the task itself"),
+        ("svc", {}, [[4.0, 0.0], [0.0, 2.0**-14], [0.0, 0.0]], "8 by 2, and 4 by 2^16: the task itself"),
+        dtype="F64",
+    )
+    case(
+        "high-little-merged",
+        "higher than wide: a task diag(4, 2^-14), merged as diag(8, 1/4): s = 2 and 2^12",
+        [[[8.0, 0.0], [0.0, 0.25], [0.0, 0.0]], [[4.0, 0.0], [0.0, 2.0**-14], [0.0, 0.0]]],
+        [[0.0, 0.0]] * 3,
+        ("svc", {}, [[4.0, 0.0], [0.0, 2.0**-14], [0.0, 0.0]], "the task itself"),
+        dtype="F64",
+    )
+    case(
+        "wide-response",
+        "wider than high: a task diag(4, 2^-14), whose second response is above 1e-5 of its length, merged as diag(8, 4)",
+        [[[8.0, 0.0, 0.0], [0.0, 4.0, 0.0]], [[4.0, 0.0, 0.0], [0.0, 2.0**-14, 0.0]]],
+        [[0.0, 0.0, 0.0]] * 2,
+        ("svc", {}, [[4.0, 0.0, 0.0], [0.0, 2.0**-14, 0.0]], "8 by 2, and 4 by 2^16: the task itself"),
         dtype="F64",
     )
     case(
