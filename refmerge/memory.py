@@ -16,7 +16,7 @@ from refmerge.checkpoint import itemsize
 from refmerge.sources import PIECE, ArraySink, ArraySource
 from refmerge.work import Tensor, Work
 
-__all__ = ["of_block", "of_whole"]
+__all__ = ["of_block", "of_compiled", "of_whole"]
 
 SMALL = 1 << 16  # entries of the tensor on which a method's arrays are counted
 
@@ -24,6 +24,13 @@ SMALL = 1 << 16  # entries of the tensor on which a method's arrays are counted
 def of_block(work: Work, t: Tensor, count: int) -> int:
     """Bytes of a block of so many entries, roughly: inputs as they are read and as they are computed with, temporaries."""
     return count * (8 if t.work == "float64" else 4) * (3 * len(work.read) + 4)
+
+
+def of_compiled(work: Work, t: Tensor, count: int, sums: bool) -> int:
+    """As of_block where a program computes it: inputs and result as they are stored, and, unless sums are all that is asked
+    for, two arrays for each model, of which entries are chosen."""
+    arrays = 0 if sums else 2 * len(work.models) * 4
+    return work.bytes_of(t, count) + count * (itemsize(t.out) + arrays)
 
 
 def of_whole(work: Work, t: Tensor) -> int:

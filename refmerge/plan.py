@@ -32,7 +32,7 @@ from refmerge.errors import RefmergeError, ResourceError, UsageError
 from refmerge.executors import can_fork
 from refmerge.fused.compiler import command
 from refmerge.identity import of_merge
-from refmerge.memory import of_block, of_whole
+from refmerge.memory import of_block, of_compiled, of_whole
 from refmerge.pipelines import Arrangement
 from refmerge.registry import is_ours
 from refmerge.skipping import POLICY, Skipped, sound, told
@@ -367,7 +367,7 @@ class Plan:
         if rows or (self.threads > 1 and not processes):
             block_bytes = max(block_bytes, LARGER_BLOCK_BYTES)
         if self.is_fused and work.tensors:
-            sums = work.over == "tensor" and _trial(work).asked == {"sum"}
+            sums = work.over == "tensor" and not rows and _trial(work).asked == {"sum"}
             block_bytes = max(block_bytes, SUMMED_BLOCK_BYTES if sums else COMPILED_BLOCK_BYTES)
         return block_elements(work.method, len(work.models), block_bytes, self.threads, self.max_memory)
 
@@ -459,7 +459,8 @@ class Plan:
         copied = sum(_nbytes(spec) for n, spec in self.specs.items() if n in self.copied)
         strict = self.work.nonfinite == POLICY  # then all is read once more, before anything is merged
         looked_at = sum(w.bytes_of(t, t.size) for w in (self.work, *self.rest) for t in w.tensors) if strict else 0
-        memory = max(_peak_memory(w, self._block_elements(w, processes), self.threads, self.max_memory) for w in self.works)
+        at_once = (self.threads, self.max_memory, self.is_fused)
+        memory = max(_peak_memory(w, self._block_elements(w, processes), *at_once) for w in self.works)
         return {
             "method": method.name,
             "models": max(len(w.models) for w in self.works),
@@ -555,9 +556,10 @@ def _whole_stats(work: Work, t: Tensor) -> int:
     return sum(math.prod(s.shape(n)) for s in work.stats or () for n in names & s.names())
 
 
-def _peak_memory(work: Work, elements: int, threads: int, max_memory: int | None) -> int:
+def _peak_memory(work: Work, elements: int, threads: int, max_memory: int | None, fused: bool) -> int:
     """Estimate of the memory of all blocks that are computed at a time, and of kept masks."""
     threads = min(threads, 8)
+    sums = fused and bool(work.tensors) and _trial(work).asked <= {"sum"}
     peak, wholes = 0, []
     for t in work.tensors:
         view = work.view(t)
@@ -566,7 +568,9 @@ def _peak_memory(work: Work, elements: int, threads: int, max_memory: int | None
             continue
         whole = {"model": sum(u.size for u in work.tensors), "rows": t.rows[1]}.get(view, 0)
         count = max(whole, min(t.size, elements * 3 // 2))
-        peak = max(peak, of_block(work, t, count) + 4 * 8 * _whole_stats(work, t))
+        compiled = fused and view == "flat" and t.work == "float32"
+        block = of_compiled(work, t, count, sums) if compiled else of_block(work, t, count)
+        peak = max(peak, block + 4 * 8 * _whole_stats(work, t))
     masks = 0
     if {"group", "rng"} <= set(work.method.asks):  # a bit for each element that is drawn, from one pass to the next
         masks = min(MASKS, max((t.size for t in work.tensors), default=0) * len(work.models) // 8)

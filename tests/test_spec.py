@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 METHODS = [n for n in refmerge.methods() if ":" not in n and n in registry._files()]
 PAGES = pages.names()
 BOTH = sorted({*METHODS} & {*PAGES})
-BESIDE = ("adapter.py", "_serve.py")  # what runs in other tools' Python
+BESIDE = ("adapter.py", "_serve.py", "_modules.py")  # what runs in other tools' Python
 FILES = sorted(
     p for root in ("methods", "compat") for p in (ROOT / "refmerge" / root).rglob("*.py") if p.name not in BESIDE
 )
