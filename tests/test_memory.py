@@ -106,4 +106,4 @@ def test_what_is_left_alone_says_nothing_about_the_others():
     base, *tuned = models((150, 140), 2, names=("head", "mlp"))
     work = prepare(tuned, "wudi", base=base, params={"layers": ("mlp",), "steps": 2}).work
     head, mlp = sorted(work.tensors, key=lambda t: t.name)
-    assert of_whole(work, head) < of_whole(work, mlp) / 2
+    assert of_whole(work, head) < 0.7 * of_whole(work, mlp)
