@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
-import importlib
 import json
 import math
 import re
@@ -393,11 +392,9 @@ def _function(target: str | Callable[..., Any], methods: Sequence[str], entry: s
     if callable(target):
         function, name = target, getattr(target, "__qualname__", repr(target))
     else:
-        module, _, attribute = target.partition(":")
-        try:
-            function, name = getattr(importlib.import_module(module), attribute), target
-        except (ImportError, AttributeError) as e:
-            raise UsageError(f"{target}: {e}") from None
+        from refmerge.collect import named
+
+        function, name = named(target), target
     if len(methods) != 1:
         raise UsageError(f"{name} is one function: name the one method that it is (--method ties)")
     takes = testing.keywords(function)

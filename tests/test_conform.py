@@ -289,3 +289,10 @@ def test_what_is_said_of_a_tool_holds(tool, module):
         pytest.skip(f"{tool} is not installed")
     found = conform(tool)
     assert found.version and found.ok and any(row.equal or row.close for row in found.own), found.text()
+
+
+def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "mine_alone.py").write_text("def average(models, base, **parameters):\n    return models[0]\n")
+    monkeypatch.chdir(tmp_path)
+    (row,) = conform("mine_alone:average", ["linear"]).papers
+    assert row.verdict == "unknown difference" and row.equal
