@@ -26,6 +26,7 @@ from refmerge.errors import ResourceError
 from refmerge.figures import Figures
 from refmerge.fused import compiler
 from refmerge.group import Log, Pause, Place, State, condense
+from refmerge.kept import Kept
 from refmerge.memory import of_whole
 from refmerge.method import Method
 from refmerge.numeric import LEAF, STRETCH, host
@@ -102,6 +103,7 @@ class Context:
         self._scratch = Scratch(work.backend)
         self._masks: dict[int, Memo] = {}
         self._remembers = "group" in work.method.asks and "rng" in work.method.asks
+        self._kept = Kept(next(iter(sinks.values())).folder)
 
     def __enter__(self) -> Context:
         self._scratch.__enter__()
@@ -110,6 +112,7 @@ class Context:
     def __exit__(self, *error: Any) -> bool | None:
         if self._work.fused:
             compiler.finish()
+        self._kept.close()
         return self._scratch.__exit__(*error)
 
     def compute(self, task: Task) -> Outcome:
@@ -128,13 +131,15 @@ class Context:
                 source.ahead(name, task.places[0].start, stop)
         for place, state, of_tensor in zip(task.places, task.states, task.of_tensor):
             tensor = self._tensors[place.tensor]
-            stopped.append(
-                run_block(
-                    work, tensor, place, state, of_tensor, self._sinks, self._scratch, masks, first=task.first,
-                    figures=figures if work.figures else None,
-                )
-            )  # fmt: skip
-            if work.view(tensor) == "tensor":
+            whole = work.view(tensor) == "tensor"
+            with self._kept.of(place.tensor) if whole and state.blocks > 1 else nullcontext():
+                stopped.append(
+                    run_block(
+                        work, tensor, place, state, of_tensor, self._sinks, self._scratch, masks, first=task.first,
+                        figures=figures if work.figures else None,
+                    )
+                )  # fmt: skip
+            if whole:
                 self._scratch.release()
         if not task.sampling:
             condense(task.places, stopped, task.states[0].size)

@@ -17,6 +17,8 @@ from refmerge.numeric import host, like, scores
 
 __all__ = ["change", "decomposed", "less_product", "product", "product_over", "total_scores"]
 
+STRIP = 1 << 12  # entries of a strip at least: a call costs as much as it works on these
+
 
 def change(a: Any, b: Any) -> np.ndarray:
     """a - b in float64, without a float64 copy of either."""
@@ -104,7 +106,7 @@ def _signs(U: np.ndarray) -> np.ndarray:
 
 
 def _strips(rows: int, columns: int) -> list[slice]:
-    """The rows of a matrix in strips of eight times its width or somewhat more; all of them where there are not enough for
-    two."""
-    count = max(1, rows // (8 * columns)) if columns else 1
+    """The rows of a matrix in strips of eight times its width or somewhat more, and of STRIP entries or more; all of them
+    where there are not enough for two."""
+    count = max(1, rows // max(8 * columns, STRIP // columns)) if columns else 1
     return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]

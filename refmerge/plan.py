@@ -299,7 +299,7 @@ class Plan:
     def _disk_sink(self, writer: CheckpointWriter, specs: Specs) -> DiskSink | StagedSink:
         if isinstance(self.work.models[0], ArraySource):
             return StagedSink(writer, specs, self.example)
-        return DiskSink(writer, specs, self.backend)
+        return DiskSink(writer, specs, self.backend, writer.target.parent)
 
     def side_files(self) -> tuple[dict[str, Path], dict[str, bytes]]:
         """What lies beside the weights: files that are copied and contents, by name; contents win."""

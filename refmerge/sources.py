@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -448,7 +449,9 @@ class HostSource(ByteSource):
 
 class Sink(Protocol):
     """Where results go. `write` may be called anywhere, in another process even; what has been written is then recorded
-    where the merge is kept account of."""
+    where the merge is kept account of. folder: on whose disk they lie, None in memory."""
+
+    folder: Path | None
 
     def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
         """Keep a block, rounded to the result's dtype. NotFinite, and nothing kept, if `finite` is asked for and a value
@@ -460,6 +463,8 @@ class Sink(Protocol):
 
 class ArraySink:
     """Results as arrays of the inputs' library, on their device, in the given dtypes."""
+
+    folder: Path | None = None
 
     def __init__(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any) -> None:
         from array_api_compat import device
@@ -511,6 +516,8 @@ class ArraySink:
 class HostSink:
     """Results as NumPy arrays, taken from another backend's arrays."""
 
+    folder: Path | None = None
+
     def __init__(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
         self._specs, self._backend = specs, backend
         self.arrays = {n: np.empty(math.prod(s) * itemsize(d), dtype=np.uint8) for n, (d, s) in specs.items()}
@@ -545,8 +552,10 @@ class Writer(Protocol):
 class DiskSink:
     """Results written where they belong in a checkpoint, in whatever order the blocks come."""
 
-    def __init__(self, writer: Writer, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any) -> None:
-        self._writer, self._specs, self._backend = writer, specs, backend
+    def __init__(
+        self, writer: Writer, specs: Mapping[str, tuple[str, tuple[int, ...]]], backend: Any, folder: Path | None = None
+    ) -> None:
+        self._writer, self._specs, self._backend, self.folder = writer, specs, backend, folder
 
     def write(self, name: str, start: int, block: Any, scratch: Scratch, *, finite: bool = False) -> None:
         dtype = self._specs[name][0]
@@ -585,7 +594,7 @@ class StagedSink:
     """Arrays in memory to a file: each block goes through an ArraySink's rounding of one tensor at a time."""
 
     def __init__(self, writer: CheckpointWriter, specs: Mapping[str, tuple[str, tuple[int, ...]]], example: Any) -> None:
-        self._writer, self._specs, self._example = writer, specs, example
+        self._writer, self._specs, self._example, self.folder = writer, specs, example, writer.target.parent
 
     def _bytes(self, x: Any) -> np.ndarray:
         if is_torch_array(x):

@@ -4,6 +4,7 @@ import numpy as np
 
 from refmerge.compat.official._steps import with_majority
 from refmerge.errors import UsageError
+from refmerge.kept import once
 from refmerge.method import method
 from refmerge.methods.subspaces.knots import within
 from refmerge.methods.subspaces.low_rank_residual import finite
@@ -43,7 +44,7 @@ def knots(
     matrix = base.ndim == 2
     tau = [turned(host(theta_t - base), concat_across_output, name) for theta_t in models]
     # 2. align
-    U, sV = aligned([finite(x, name) for x in tau]) if matrix else (None, [np.zeros((0, 1)) for _ in tau])
+    U, *sV = aligned([finite(x, name) for x in tau]) if matrix else (None, *(np.zeros((0, 1)) for _ in tau))
     C = [within(base, x) for x in sV]
     # 3. drop and rescale
     if dare:
@@ -69,12 +70,13 @@ def turned(x, concat_across_output, name):
     return x.T
 
 
+@once
 def aligned(tau):
     """U and S V_t^T of the task vectors side by side, decomposed in float64; singular values up to 1e-5 are dropped, and the
     rest is rounded to float32."""
     U, s, Vt = np.linalg.svd(np.concatenate(tau, axis=1).astype(np.float64), full_matrices=False)
     U, s, Vt = (x.astype(np.float32) for x in (U[:, s > 1e-5], s[s > 1e-5], Vt[s > 1e-5]))
-    return U, [s[:, None] * V for V in np.split(Vt, len(tau), axis=1)]
+    return U, *(s[:, None] * V for V in np.split(Vt, len(tau), axis=1))
 
 
 def kept(base, stats, rng, t, p):

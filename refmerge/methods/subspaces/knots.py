@@ -1,5 +1,6 @@
 import numpy as np
 
+from refmerge.kept import once
 from refmerge.matrices import change, decomposed
 from refmerge.method import PerModel, method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
@@ -37,8 +38,8 @@ def knots(
     # 1. task vectors
     tau = [finite(as_matrix(change(theta_t, base)), name) for theta_t in models]
     # 2. align
-    U, S = significant(*decomposed(np.concatenate(tau, axis=1)), tolerance)[:2]
-    C = [within(base, coordinates(tau_t, U, S)) for tau_t in tau]
+    U, S, *C = aligned(tau, tolerance)
+    C = [within(base, C_t) for C_t in C]
     # 3. drop and rescale
     C = drop(C, rng, density, rescale=True)
     # 4. trim
@@ -51,10 +52,13 @@ def knots(
     return base + lambda_ * like((U @ merged[: len(S)]).reshape(base.shape), base)
 
 
-def coordinates(tau_t, U, S):
-    """U^T tau_t, and 0 where that is so small that it may be rounding's of a zero, which would agree in sign by chance."""
-    C = U.T @ tau_t
-    return np.where(np.abs(C) <= 1e-10 * S.max(initial=0.0), 0.0, C)
+@once
+def aligned(tau, tolerance):
+    """U and S of the task vectors side by side, and U^T tau_t of each: 0 where it is so small that it may be rounding's of a
+    zero, which would agree in sign by chance."""
+    U, S, _ = significant(*decomposed(np.concatenate(tau, axis=1), spend=True), tolerance)
+    C = [U.T @ tau_t for tau_t in tau]
+    return U, S, *(np.where(np.abs(C_t) <= 1e-10 * S.max(initial=0.0), 0.0, C_t) for C_t in C)
 
 
 def trimmed(C, group, share, real):

@@ -2,11 +2,12 @@ import math
 
 import numpy as np
 
+from refmerge.kept import once
 from refmerge.matrices import change, decomposed
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
 from refmerge.methods.subspaces.wudi import inverse, is_layer, significant
-from refmerge.numeric import like
+from refmerge.numeric import like, total
 
 
 @method("opcm", paper="arXiv:2501.09522", view="tensor", over="model", domain={"alpha": (0.0, 1.0), "tolerance": (0.0, 1.0)})
@@ -19,14 +20,20 @@ def opcm(models, base, group, name, *, alpha: float = 0.5, tolerance: float = 1e
     # 1. task vectors
     tau = [finite(as_matrix(change(theta_t, base)), name) for theta_t in models]
     # 2. add one after another, projected
-    D, *rest = tau
-    for tau_t in rest:
-        D = D + (projected(tau_t, D, alpha, tolerance) if is_layer(base, name, layers) else tau_t)
+    D = one_after_another(tau, alpha, tolerance) if is_layer(base, name, layers) else total(tau)
     # 3. lengths over the model
-    *squares, square = group.sum(*(x * x for x in [*tau, D]))
+    *squares, square = group.dot(*((x, x) for x in [*tau, D]))
     mean = sum(map(math.sqrt, squares)) / len(tau)
     # 4. rescale to the mean length
     return base + like((mean * inverse(math.sqrt(square)) * D).reshape(base.shape), base)
+
+
+@once
+def one_after_another(tau, alpha, tolerance):
+    D, *rest = tau
+    for tau_t in rest:
+        D = D + projected(tau_t, D, alpha, tolerance)
+    return D
 
 
 def projected(tau_t, D, alpha, tolerance):

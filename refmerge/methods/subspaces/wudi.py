@@ -3,6 +3,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import numpy as np
+from numpy.linalg import multi_dot
 
 from refmerge.matrices import change, decomposed
 from refmerge.method import method
@@ -44,7 +45,7 @@ def wudi(
         tau_m = adam(total(tau), lambda tau_m: 2 * (tau_m @ G - H), steps, lr)
     else:
         # 4. or solve
-        tau_m = least_squares(np.concatenate(a), np.concatenate([a_i @ tau_i.T for tau_i, a_i in zip(tau, a)]), tolerance).T
+        tau_m = least_squares(a, tau, tolerance)
     # 5. add
     return base + like(tau_m.reshape(base.shape), base)
 
@@ -70,10 +71,12 @@ def adam(x, gradient, steps, lr):
     return x
 
 
-def least_squares(A, Y, tolerance):
-    """The shortest X of those with the least |A X - Y|, where singular values that do not count are taken for 0."""
-    U, S, V = significant(*decomposed(A), tolerance)
-    return (V / S) @ (U.T @ Y)
+def least_squares(a, tau, tolerance):
+    """The shortest tau_m of those with the least sum over i of |(tau_m - tau_i) a_i^T|^2, where singular values that do not
+    count are taken for 0."""
+    U, S, V = significant(*decomposed(np.concatenate(a), spend=True), tolerance)
+    parts = np.split(U, len(a))
+    return (total(multi_dot([tau_i, a_i.T, U_i]) for tau_i, a_i, U_i in zip(tau, a, parts)) / S) @ V.T
 
 
 def significant(U, S, V, tolerance=None):
