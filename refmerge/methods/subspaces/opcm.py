@@ -3,7 +3,7 @@ import math
 import numpy as np
 
 from refmerge.kept import once
-from refmerge.matrices import change, decomposed
+from refmerge.matrices import change, decomposed, less_product
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
 from refmerge.methods.subspaces.wudi import inverse, is_layer, significant
@@ -32,17 +32,17 @@ def opcm(models, base, group, name, *, alpha: float = 0.5, tolerance: float = 1e
 def one_after_another(tau, alpha, tolerance):
     D, *rest = tau
     for tau_t in rest:
-        D = D + projected(tau_t, D, alpha, tolerance)
+        D = less_product(D + tau_t, *taken(tau_t, D, alpha, tolerance))
     return D
 
 
-def projected(tau_t, D, alpha, tolerance):
-    """tau_t without its part in the leading block of D's singular vectors, whose singular values sum up to at most the share
-    alpha of all, and without the rest of that basis' diagonal."""
+def taken(tau_t, D, alpha, tolerance):
+    """U and E V^T of what tau_t loses: its part in the leading block of D's singular vectors, whose singular values sum up to
+    at most the share alpha of all, and the rest of that basis' diagonal."""
     U, S, V = significant(*decomposed(D), tolerance)
     share = np.cumsum(S)
     r = int(np.sum(share <= alpha * share[-1:]))
     rows = U.T @ tau_t
-    left = U * np.einsum("rn,nr->r", rows, V)
-    left[:, :r] = U[:, :r] @ (rows[:r] @ V[:, :r])
-    return tau_t - left @ V.T
+    right = np.einsum("rn,nr->r", rows, V)[:, None] * V.T
+    right[:r] = rows[:r] @ V[:, :r] @ V[:, :r].T
+    return U, right

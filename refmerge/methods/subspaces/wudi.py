@@ -82,5 +82,5 @@ def least_squares(a, tau, tolerance):
 def significant(U, S, V, tolerance=None):
     """The terms of a decomposition above tolerance times the largest singular value, or above what rounding makes of 0."""
     tolerance = max(len(U), len(V)) * np.finfo(np.float64).eps if tolerance is None else tolerance
-    kept = tolerance * S.max(initial=0.0) < S
-    return U[:, kept], S[kept], V[:, kept]
+    r = np.count_nonzero(tolerance * S.max(initial=0.0) < S)
+    return U[:, :r], S[:r], V[:, :r]
