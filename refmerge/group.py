@@ -16,6 +16,7 @@ what is inside. The answer is exact: if the bracket misses, or too much lies in 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -30,6 +31,8 @@ from refmerge.numeric import STRETCH, array_namespace, exact_sum, expansion, hos
 from refmerge.selection import Selection, count_equal, first_want, flat, kth_largest, top_mask
 
 __all__ = ["Asked", "Group", "Log", "Pause", "Place", "State", "Sum"]
+
+PIECE = 16 * STRETCH  # elements of a whole tensor that are added at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +191,11 @@ class Group:
     def sum(self, *xs: Any, of: Callable[[Any], Any] | None = None) -> Any:
         """Sum of each array over the group, or of what `of` makes of it (xp.abs, say): the correctly rounded sum of leaves
         of 1024, each a tree of fixed shape."""
-        return self._ask(Asked("sum", len(xs)), lambda: xs if of is None else [of(x) for x in xs])
+        return self._ask(Asked("sum", len(xs)), lambda: xs if of is None else [_made(of, x) for x in xs])
 
     def dot(self, *pairs: tuple[Any, Any]) -> Any:
         """Inner product of each two arrays over the group: the sum of their products."""
-        return self._ask(Asked("sum", len(pairs)), lambda: [x * y for x, y in pairs])
+        return self._ask(Asked("sum", len(pairs)), lambda: [_made(operator.mul, x, y) for x, y in pairs])
 
     def gram(self, *xs: Any) -> tuple[tuple[float, ...], ...]:
         """The matrix of the inner products of each two of these arrays. Products are made in float64, where those of float32
@@ -303,7 +306,7 @@ class Sum(_Question):
 
     @staticmethod
     def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
-        xs = [flat(x) for x in xs]
+        xs = [x if type(x) is _Made else flat(x) for x in xs]
         size = place.stop - place.start
         first = min(-place.start % STRETCH, size)
         last = size if place.stop >= place.size else max(first, size - place.stop % STRETCH)
@@ -312,7 +315,7 @@ class Sum(_Question):
         else:
             xs = hosts(xs) if type(xs[0]) is Lazy else xs
             whole = [x[first:last] for x in xs]
-        parts = [expansion(sums.tolist()) for sums in leaf_sums(*whole)]
+        parts = [expansion(sums.tolist()) for sums in _sums(whole)]
         cut = [
             ((place.tensor, (place.start + a) // STRETCH), place.start + a, [np.array(host(x[a:b])) for x in xs])
             for a, b in ((0, first), (last, size))
@@ -355,6 +358,40 @@ class Sum(_Question):
         return self._answer
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """f of the entries of NumPy's arrays, of which only the part is computed that is asked for."""
+
+    f: Callable[..., np.ndarray]
+    of: tuple[np.ndarray, ...]
+
+    @property
+    def size(self) -> int:
+        return self.of[0].size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.f(*(x[part] for x in self.of))
+
+
+def _made(f: Callable[..., Any], *of: Any) -> Any:
+    """f of each entry of these arrays; of large ones of NumPy's as they are needed."""
+    if all(_is_large(x) for x in of):
+        return _Made(f, tuple(flat(x) for x in of))
+    return f(*of)
+
+
+def _sums(xs: Sequence[Any]) -> list[np.ndarray]:
+    """`leaf_sums` of arrays; of large ones of NumPy's piece by piece."""
+    if not all(type(x) is _Made or _is_large(x) for x in xs):
+        return leaf_sums(*(x[:] if type(x) is _Made else x for x in xs))
+    pieces = [leaf_sums(*(x[a : a + PIECE] for x in xs)) for a in range(0, xs[0].size, PIECE)]
+    return [np.concatenate(sums) for sums in zip(*pieces)]
+
+
+def _is_large(x: Any) -> bool:
+    return is_numpy_array(x) and x.size > PIECE
+
+
 class _Gram(Sum):
     """Sums of the products of each two arrays, which are made in float64, one after another."""
 
@@ -362,7 +399,7 @@ class _Gram(Sum):
     def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
         flats = [flat(x) for x in xs]
         wide = [in_float64(x) for x in (hosts(flats) if type(flats[0]) is Lazy else flats)]
-        made = [Sum.part(want, place, [x * y]) for x, y in combinations_with_replacement(wide, 2)]
+        made = [Sum.part(want, place, [_made(operator.mul, *xy)]) for xy in combinations_with_replacement(wide, 2)]
         cut = [(c[0][0], c[0][1], [array for _, _, (array,) in c]) for c in zip(*(cut for _, cut in made))]
         return [sums for parts, _ in made for sums in parts], cut
 

@@ -37,8 +37,8 @@ def one_after_another(tau, alpha, tolerance):
 
 
 def taken(tau_t, D, alpha, tolerance):
-    """U and E V^T of what tau_t loses: its part in the leading block of D's singular vectors, whose singular values sum up to
-    at most the share alpha of all, and the rest of that basis' diagonal."""
+    """U and E V^T of what tau_t loses: its part in the leading block of D's singular vectors, whose singular values sum up
+    to at most the share alpha of all, and the rest of that basis' diagonal."""
     U, S, V = significant(*decomposed(D), tolerance)
     share = np.cumsum(S)
     r = int(np.sum(share <= alpha * share[-1:]))
