@@ -191,11 +191,11 @@ class Group:
     def sum(self, *xs: Any, of: Callable[[Any], Any] | None = None) -> Any:
         """Sum of each array over the group, or of what `of` makes of it (xp.abs, say): the correctly rounded sum of leaves
         of 1024, each a tree of fixed shape."""
-        return self._ask(Asked("sum", len(xs)), lambda: xs if of is None else [_made(of, x) for x in xs])
+        return self._ask(Asked("sum", len(xs)), lambda: xs if of is None else _made(of, [(x,) for x in xs]))
 
     def dot(self, *pairs: tuple[Any, Any]) -> Any:
         """Inner product of each two arrays over the group: the sum of their products."""
-        return self._ask(Asked("sum", len(pairs)), lambda: [_made(operator.mul, x, y) for x, y in pairs])
+        return self._ask(Asked("sum", len(pairs)), lambda: _made(operator.mul, pairs))
 
     def gram(self, *xs: Any) -> tuple[tuple[float, ...], ...]:
         """The matrix of the inner products of each two of these arrays. Products are made in float64, where those of float32
@@ -360,7 +360,7 @@ class Sum(_Question):
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """f of the entries of NumPy's arrays, of which only the part is computed that is asked for."""
+    """f of the entries of NumPy's arrays, of which only the part that is asked for is computed."""
 
     f: Callable[..., np.ndarray]
     of: tuple[np.ndarray, ...]
@@ -373,23 +373,18 @@ class _Made:
         return self.f(*(x[part] for x in self.of))
 
 
-def _made(f: Callable[..., Any], *of: Any) -> Any:
-    """f of each entry of these arrays; of large ones of NumPy's as they are needed."""
-    if all(_is_large(x) for x in of):
-        return _Made(f, tuple(flat(x) for x in of))
-    return f(*of)
+def _made(f: Callable[..., Any], of: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """f of each of these tuples of arrays; where all are NumPy's, when it is needed."""
+    if all(is_numpy_array(x) for xs in of for x in xs):
+        return [_Made(f, tuple(flat(x) for x in xs)) for xs in of]
+    return [f(*xs) for xs in of]
 
 
 def _sums(xs: Sequence[Any]) -> list[np.ndarray]:
-    """`leaf_sums` of arrays; of large ones of NumPy's piece by piece."""
-    if not all(type(x) is _Made or _is_large(x) for x in xs):
-        return leaf_sums(*(x[:] if type(x) is _Made else x for x in xs))
-    pieces = [leaf_sums(*(x[a : a + PIECE] for x in xs)) for a in range(0, xs[0].size, PIECE)]
-    return [np.concatenate(sums) for sums in zip(*pieces)]
-
-
-def _is_large(x: Any) -> bool:
-    return is_numpy_array(x) and x.size > PIECE
+    """`leaf_sums` of arrays; of NumPy's one after another, and piece by piece."""
+    if not all(type(x) is _Made or is_numpy_array(x) for x in xs):
+        return leaf_sums(*xs)
+    return [np.concatenate([leaf_sums(x[a : a + PIECE])[0] for a in range(0, x.size or 1, PIECE)]) for x in xs]
 
 
 class _Gram(Sum):
@@ -399,7 +394,7 @@ class _Gram(Sum):
     def part(want: Any, place: Place, xs: Sequence[Any]) -> Any:
         flats = [flat(x) for x in xs]
         wide = [in_float64(x) for x in (hosts(flats) if type(flats[0]) is Lazy else flats)]
-        made = [Sum.part(want, place, [_made(operator.mul, *xy)]) for xy in combinations_with_replacement(wide, 2)]
+        made = [Sum.part(want, place, [xy]) for xy in _made(operator.mul, list(combinations_with_replacement(wide, 2)))]
         cut = [(c[0][0], c[0][1], [array for _, _, (array,) in c]) for c in zip(*(cut for _, cut in made))]
         return [sums for parts, _ in made for sums in parts], cut
 

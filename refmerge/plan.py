@@ -530,19 +530,22 @@ def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
 def _trial(like: Work) -> Ran:
     """What a method asks of a group of several blocks, and how often it passes over it: seen on small random arrays, with
     the parameters of the first tensor."""
-    method, tensor, models, over = like.method, like.tensors[0], len(like.models), like.over
-    if like.view(tensor) in ("tensor", "model"):
+    method, first, models, over = like.method, like.tensors[0], len(like.models), like.over
+    whole = like.view(first) in ("tensor", "model")
+    if whole and (over != "model" or "group" not in method.asks or len(like.tensors) == 1):
         return Ran(1)
     draw = np.random.default_rng(0)
-    arrays = [{"x": draw.standard_normal((48, 64)).astype(np.float32)} for _ in range(models + 1)]
+    shape = (12, 16) if whole else (48, 64)
+    tensors = [Tensor(t.name, shape, "float32", first.params) for t in like.tensors[: 1 + whole]]
+    arrays = [{t.name: draw.standard_normal(shape).astype(np.float32) for t in tensors} for _ in range(models + 1)]
     sources = [ArraySource(a, "") for a in arrays]
-    small = Tensor("x", (48, 64), "float32", tensor.params)
-    keys = [key for key, kind in method.stats.items() if kind == "element"]
-    stats = [ArraySource({stat_name("x", key): draw.random((48, 64)) for key in keys}, "") for _ in range(models + 1)]
+    keys = [stat_name(t.name, key) for key, kind in method.stats.items() if kind == "element" for t in tensors]
+    stats = [ArraySource({key: draw.random(shape) for key in keys}, "") for _ in range(models + 1)]
     of = stats if method.needs == "base and models" else stats[1:]
     over = "model" if over != "tensor" else over
-    work = Work(method, sources[1:], sources[0], [small], over, stats=of if keys else None, nonfinite="propagate")
-    sinks = {o: ArraySink({"x": ("F32", (48, 64))}, arrays[0]["x"]) for o in method.outputs or ("",)}
+    work = Work(method, sources[1:], sources[0], tensors, over, stats=of if keys else None, nonfinite="propagate")
+    specs = {t.name: ("F32", shape) for t in tensors}
+    sinks = {o: ArraySink(specs, arrays[0][first.name]) for o in method.outputs or ("",)}
     try:
         return run(work, sinks, elements=1024, threads=1)
     except RefmergeError:  # the merge itself will say it, with a tensor's own name
