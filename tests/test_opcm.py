@@ -180,3 +180,11 @@ def test_coordinates_are_as_many_as_the_ranks_allow(seed, rank):
     ]
     merged = refmerge.call("knots", models, base, trim=0.5)
     assert np.linalg.matrix_rank((merged - base).astype(np.float64), tol=1e-3) <= 2 * rank
+
+
+def test_a_tensor_without_entries_stays_as_it_is():
+    for name in ("opcm", "fusion_bench:opcm"):
+        models = [{"a.weight": np.zeros((0, 3)), "b.weight": x * np.eye(2)} for x in (1.0, 2.0)]
+        merged = refmerge.merge(models, name, base={"a.weight": np.zeros((0, 3)), "b.weight": np.zeros((2, 2))})
+        assert merged["a.weight"].shape == (0, 3)
+        np.testing.assert_allclose(merged["b.weight"], 1.5 * np.eye(2), atol=1e-12)
