@@ -571,7 +571,7 @@ def test_nan_in_float32_is_an_error_and_no_warning():
     zero = {"mlp.c_fc.weight": np.zeros((2, 2), np.float32)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(InputError, match="gives nan for tensor 'mlp.c_fc.weight'"):
+        with pytest.raises(InputError, match=r"gives nan for tensor 'mlp\.c_fc\.weight'"):
             merge([zero, zero], "official:wudi", base=zero, iter_num=1)
 
 

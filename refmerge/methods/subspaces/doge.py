@@ -80,7 +80,7 @@ def shared_basis(T, subspace, tolerance):
     first = np.concatenate([U_t[:, : r // len(T)] for U_t in U], axis=1)
     large = np.concatenate([(U_t * S_t)[:, : r // len(T)] for U_t, S_t in zip(U, S)], axis=1)
     B, shares, _ = significant(*decomposed(first), tolerance)
-    alike = np.split(B, np.flatnonzero(shares[1:] < (1 - 1e-9) * shares[:-1]) + 1, axis=1)
+    alike = np.split(B, np.flatnonzero(shares[1:] < (1 - max(tolerance, 1e-9)) * shares[:-1]) + 1, axis=1)
     return np.concatenate([part @ decomposed(part.T @ large)[0] for part in alike], axis=1)[:, : r // subspace]
 
 

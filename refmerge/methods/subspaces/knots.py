@@ -38,7 +38,7 @@ def knots(
     tau = [finite(as_matrix(change(theta_t, base)), name) for theta_t in models]
     # 2. align
     U, S = significant(*decomposed(np.concatenate(tau, axis=1)), tolerance)[:2]
-    C = [within(base, coordinates(tau_t, U, S)) for tau_t in tau]
+    C = [within(base, coordinates(tau_t, U, S, tolerance)) for tau_t in tau]
     # 3. drop and rescale
     C = drop(C, rng, density, rescale=True)
     # 4. trim
@@ -51,10 +51,13 @@ def knots(
     return base + lambda_ * like((U @ merged[: len(S)]).reshape(base.shape), base)
 
 
-def coordinates(tau_t, U, S):
-    """U^T tau_t, and 0 where that is so small that it may be rounding's of a zero, which would agree in sign by chance."""
+def coordinates(tau_t, U, S, tolerance):
+    """U^T tau_t, and 0 where that may be rounding's of a zero, which would agree in sign by chance: in rows that are short
+    beside the longest, and where an entry is next to nothing."""
     C = U.T @ tau_t
-    return np.where(np.abs(C) <= 1e-10 * S.max(initial=0.0), 0.0, C)
+    length = np.linalg.norm(C, axis=1, keepdims=True)
+    real = (length > tolerance * length.max(initial=0.0)) & (np.abs(C) > 1e-10 * S.max(initial=0.0))
+    return np.where(real, C, 0.0)
 
 
 def trimmed(C, group, share, real):
