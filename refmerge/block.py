@@ -129,7 +129,7 @@ def _largest(dtype: str) -> float:
 def _report_range(method: Method, x: Any, t: Tensor, start: int) -> None:
     """Raise the error for a result that is not finite, or would not be in the dtype that it is kept in."""
     values = host(x).reshape(-1)
-    first = int(np.flatnonzero(~(np.abs(values) < _largest(t.out)))[0])
+    first = int(np.flatnonzero(~(np.abs(values.astype(np.float64)) < _largest(t.out)))[0])
     index = tuple(int(i) for i in np.unravel_index(start + first, t.shape))
     raise InputError(
         f"{method.name} gives {float(values[first])} for tensor {t.name!r} at {index}, which is not finite in "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import warnings
 from fractions import Fraction
 from itertools import product
 
@@ -564,6 +565,14 @@ def test_a_result_beyond_its_dtype_is_an_error(dtype, largest, above):
     with pytest.raises(InputError, match=r"tensor 'w' at \(0, 1\), which is not finite in .*out_dtype.*propagate"):
         merge([{"w": np.array([[1.0, above]])}], "linear", out_dtype=word)
     assert np.isinf(merge([{"w": np.array([above])}], "linear", out_dtype=word, nonfinite="propagate")["w"][0])
+
+
+def test_nan_in_float32_is_an_error_and_no_warning():
+    zero = {"mlp.c_fc.weight": np.zeros((2, 2), np.float32)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=r"gives nan for tensor 'mlp\.c_fc\.weight'"):
+            merge([zero, zero], "official:wudi", base=zero, iter_num=1)
 
 
 def test_a_result_that_is_infinite_by_itself_is_an_error():

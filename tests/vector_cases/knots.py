@@ -134,6 +134,24 @@ def hand() -> Hand:
         flags="KnotsZeroCoordinates",
         tolerance=1e-15,
     )
+    short, alone = [[4.0, 0.0], [0.0, 2.0**-20]], [[0.0, 0.0], [0.0, 3.0]]
+    case(
+        "short-row",
+        "the first model changes the second row by 2^-20, below 1e-5 of what it changes the first by; the second model by 3",
+        [short, alone],
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("knots", {"trim": 1.0}, [[4.0, 0.0], [0.0, 3.0]], "its row of coordinates counts as 0, and is not averaged with 3"),
+        (OFFICIAL, {}, [[4.0, 0.0], [0.0, 1.5 + 2.0**-21]], "(3 + 2^-20) / 2"),
+        flags="KnotsZeroCoordinates",
+    )
+    case(
+        "short-row-kept",
+        "the same with tolerance 0",
+        [short, alone],
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("knots", {"trim": 1.0, "tolerance": 0.0}, [[4.0, 0.0], [0.0, 1.5 + 2.0**-21]], "(3 + 2^-20) / 2"),
+        tolerance=1e-12,
+    )
     case(
         "small",
         "one row: (4, 3) and (2, -1), times 2^-40",

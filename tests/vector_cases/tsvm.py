@@ -257,8 +257,23 @@ def hand() -> Hand:
         [[[4.0, 2.0**-10]], [[2.0, -(2.0**-11)]]],
         [[0.0, 0.0]],
         ("tsvm", {}, [[3.0, 1.0]], "Q = (1, +-1)/sqrt(2): 4/2 (1, 1) + 2/2 (1, -1)"),
-        ("tsvm", {"tolerance": 1e-3}, [[3.0, 0.0]], "they share (1, 0): 4/2 + 2/2"),
+        ("tsvm", {"tolerance": 1e-3}, [[3.0, 1.8 * 2.0**-12]], "they share (20, 12 x): 4/2 + 2/2 of (1, 0.6 x)"),
         flags="TsvmDependent",
+    )
+    case(
+        "weak-and-close",
+        "4 e_1 e_1^T and 1/8 of e_2 e_2^T, or of (0.96 e_2 + 0.28 e_3) e_3^T; the weakest left direction has 0.4 %",
+        [
+            np.diag([4.0, 0.125, 0.0, 0.0]).tolist(),
+            [[4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.12, 0.0], [0.0, 0.0, 0.035, 0.0], [0.0] * 4],
+        ],
+        [[0.0] * 4] * 4,
+        (
+            "tsvm",
+            {"tolerance": 0.01},
+            [[4.0, 0.0, 0.0, 0.0], [0.0, 0.0875, 0.0875, 0.0], [0.0, 0.0125, 0.0125, 0.0], [0.0] * 4],
+            "it counts as zero, though the vectors are 16 degrees apart: they share (7 e_2 + e_3)/sqrt(50), over sqrt(2)",
+        ),
     )
     case(
         "vector",

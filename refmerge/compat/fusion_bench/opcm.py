@@ -49,7 +49,9 @@ def length(x):
 
 def cleaned(task_tv, merged_tv, alpha):
     """What is left of the entries in the bases of the merged matrix: not the diagonal, nor the block before the first
-    singular value at which the share alpha is exceeded; no block where it never is."""
+    singular value at which the share alpha is exceeded; no block where it never is. Their code fails without entries."""
+    if not task_tv.size:
+        return task_tv
     u, s, vt = np.linalg.svd(merged_tv, full_matrices=True)
     P = u.T @ task_tv @ vt.T
     np.fill_diagonal(P, 0)

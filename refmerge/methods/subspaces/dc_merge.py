@@ -40,11 +40,12 @@ def dc_merge(
     # 2. task singular vectors
     k = max(1, min(base.shape) // len(models))
     tasks = [leading(scores(theta_t - base), k, tolerance, name) for theta_t in models]
+    sizes = np.concatenate([S_t for _, S_t, _ in tasks])
     # 3. smooth
     tasks = [(U_t, smoothed(S_t, smoothing, rho), V_t) for U_t, S_t, V_t in tasks]
     # 4. cover space
     U, S, V = side_by_side(tasks)
-    P, Q = polar(U, tolerance), polar(V, tolerance)
+    P, Q = polar(U, sizes, tolerance), polar(V, sizes, tolerance)
     # 5. project
     M = [((P.T @ U_t) * S_t) @ (V_t.T @ Q) for U_t, S_t, V_t in tasks]
     # 6. keep the largest

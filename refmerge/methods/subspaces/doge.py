@@ -5,6 +5,7 @@ import numpy as np
 from refmerge.matrices import decomposed
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
+from refmerge.methods.subspaces.tsvm import directions
 from refmerge.methods.subspaces.wudi import adam, inverse, is_layer, significant
 from refmerge.numeric import array_namespace, like, scores, total
 
@@ -78,9 +79,10 @@ def shared_basis(T, subspace, tolerance):
     r = min(T[0].shape)
     U, S, _ = zip(*(significant(*decomposed(T_t), tolerance) for T_t in T))
     first = np.concatenate([U_t[:, : r // len(T)] for U_t in U], axis=1)
-    large = np.concatenate([(U_t * S_t)[:, : r // len(T)] for U_t, S_t in zip(U, S)], axis=1)
-    B, shares, _ = significant(*decomposed(first), tolerance)
-    alike = np.split(B, np.flatnonzero(shares[1:] < (1 - 1e-9) * shares[:-1]) + 1, axis=1)
+    sizes = np.concatenate([S_t[: r // len(T)] for S_t in S])
+    large = first * sizes
+    B, shares, _ = directions(first, sizes, tolerance)
+    alike = np.split(B, np.flatnonzero(shares[1:] < (1 - max(tolerance, 1e-9)) * shares[:-1]) + 1, axis=1)
     return np.concatenate([part @ decomposed(part.T @ large)[0] for part in alike], axis=1)[:, : r // subspace]
 
 

@@ -40,7 +40,7 @@ def iso_cts(
     tasks = [leading(outside(U[:, :c], theta_t - base), n, tolerance, name, S[0]) for theta_t in models if n]
     # 4. orthogonalise
     U, S, V = side_by_side([*tasks, common])
-    P, Q = polar(U, tolerance), polar(V, tolerance)
+    P, Q = polar(U, S, tolerance), polar(V, S, tolerance)
     # 5. make isotropic
     return base + lambda_ * product(P, isotropic(S) * Q.T, base)
 

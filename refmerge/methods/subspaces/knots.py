@@ -54,11 +54,18 @@ def knots(
 
 @once
 def aligned(tau, tolerance):
-    """U and S of the task vectors side by side, and U^T tau_t of each: 0 where it is so small that it may be rounding's of a
-    zero, which would agree in sign by chance."""
+    """U and S of the task vectors side by side, and the coordinates of each in that basis."""
     U, S, _ = significant(*decomposed(np.concatenate(tau, axis=1), spend=True), tolerance)
-    C = [U.T @ tau_t for tau_t in tau]
-    return U, S, *(np.where(np.abs(C_t) <= 1e-10 * S.max(initial=0.0), 0.0, C_t) for C_t in C)
+    return U, S, *(coordinates(tau_t, U, S, tolerance) for tau_t in tau)
+
+
+def coordinates(tau_t, U, S, tolerance):
+    """U^T tau_t, and 0 where that may be rounding's of a zero, which would agree in sign by chance: in rows that are short
+    beside the longest, and where an entry is next to nothing."""
+    C = U.T @ tau_t
+    length = np.linalg.norm(C, axis=1, keepdims=True)
+    real = (length > tolerance * length.max(initial=0.0)) & (np.abs(C) > 1e-10 * S.max(initial=0.0))
+    return np.where(real, C, 0.0)
 
 
 def trimmed(C, group, share, real):

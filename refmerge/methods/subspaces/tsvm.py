@@ -36,7 +36,7 @@ def tsvm(
     k = max(1, min(base.shape) // len(models))
     U, S, V = side_by_side([leading(scores(theta_t - base), k, tolerance, name) for theta_t in models])
     # 3. decorrelate
-    P, Q = polar(U, tolerance), polar(V, tolerance)
+    P, Q = polar(U, S, tolerance), polar(V, S, tolerance)
     # 4. merge
     return base + lambda_ * product(P, (Q * S).T, base)
 
@@ -66,9 +66,29 @@ def side_by_side(triplets):
     return np.concatenate(U, axis=1), np.concatenate(S), np.concatenate(V, axis=1)
 
 
-def polar(X, tolerance):
-    """A B^T of X = A diag(sigma) B^T: the nearest matrix of orthonormal columns. Directions that the columns do not span,
-    whose sigma counts as zero, are left out, so that columns which are equal share one. X may be overwritten."""
+def polar(X, S, tolerance):
+    """A B^T of X = A diag(sigma) B^T: the nearest matrix of orthonormal columns, of columns that are equal a share of one. X
+    may be overwritten."""
+    A, _, B = directions(X, S, tolerance)
+    return product_over(A, B.T, A)
+
+
+def directions(X, S, tolerance):
+    """The singular triplets (A, sigma, B) of X without the directions in which X diag(S) counts as zero: a vector of a small
+    singular value has more rounding in it. X may be overwritten."""
     A, sigma, B = decomposed(X, spend=True)
-    rho = rank(sigma, tolerance)
-    return product_over(A[:, :rho], B[:, :rho].T, A)
+    if not independent(sigma, B, S, tolerance):
+        W, w, _ = decomposed(sigma[:, None] * B.T * S)
+        W = W[:, : rank(w, tolerance)]
+        C, sigma, B = decomposed((W.T * sigma) @ B.T)
+        A = A @ (W @ C)
+    return A, sigma, B
+
+
+def independent(sigma, B, S, tolerance):
+    """Whether X diag(S) surely has no direction that counts as zero: its least singular value is above 1 / |its inverse|."""
+    if len(sigma) < len(S):
+        return False
+    with np.errstate(all="ignore"):
+        inverse = np.linalg.norm(B / sigma / S[:, None])
+    return tolerance * np.max(S, initial=0.0) * np.max(sigma, initial=0.0) * inverse < 1
