@@ -163,7 +163,7 @@ class Trial:
     @property
     def along(self) -> str:
         """The parameter that goes from the first input (0) to the last (1)."""
-        return next(key for key in ("t", "alpha", "mu") if key in self.method.params)
+        return next(key for key in ("t", "alpha", "mu", "eta") if key in self.method.params)
 
     # What comes out.
 
@@ -350,7 +350,7 @@ def between(t: Trial) -> None:
     fixed: dict[str, Any] = {"lambda_": 1.0, "normalize": True}
     if "weight" in t.method.params:
         fixed["weight"] = [t.choose(1.0, 0.5, 3.0) for _ in models]
-    fixed |= {key: t.choose(0.0, 0.25, 0.5, 1.0) for key in ("t", "alpha")}
+    fixed |= {key: t.choose(0.0, 0.25, 0.5, 1.0) for key in ("t", "alpha", "eta")}
     merged = t.merge(models, base, t.params(len(models), **fixed))
     inputs = [*models, *([base] if base else [])]
     held = each(lambda x, *ys: np.clip(x, np.min(ys, axis=0), np.max(ys, axis=0)) if x.size else x, merged, *inputs)
@@ -478,7 +478,7 @@ def task_arithmetic(t: Trial) -> None:
 
 @law()
 def endpoints(t: Trial) -> None:
-    """t (or alpha, or mu) 0 gives the first input and 1 the last."""
+    """t (or alpha, mu or eta) 0 gives the first input and 1 the last."""
     models, base = t.inputs()
     first = models[0] if base is None else base
     t.same(t.merge(models, base, t.params(len(models)) | {t.along: 0.0}), first)

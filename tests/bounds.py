@@ -143,6 +143,13 @@ def wise_ft(s: Sample) -> Value:
     return Value(sum(terms), 3, magnitudes(terms), 2)
 
 
+@bound(k="3", size="|(1 - eta) theta_0| + |eta theta_S|", lost="2", params={"eta": 0.3})
+def liti(s: Sample) -> Value:
+    eta = s.params["eta"]
+    terms = [s.number(1 - eta) * s.base, s.number(eta) * s.models[0]]
+    return Value(sum(terms), 3, magnitudes(terms), 2)
+
+
 @bound(k="3 N", size="(1 - mu)^N |theta_0| + sum mu (1 - mu)^(N-n) |theta_n|", lost="2 N", params={"mu": 0.3})
 def ema(s: Sample) -> Value:
     mu, rest, N = s.number(s.params["mu"]), s.number(1 - s.params["mu"]), len(s.models)
@@ -681,7 +688,7 @@ value, counted over {many} entries of such fine-tunes in that dtype. The coeffic
 of three models, and 1 / 0.6; *long* are their powers with exponent 1.0937. The probabilities q_n of `della` and
 `della_linear`, alpha of `bitdelta` and lambda_t of `emr` are of many digits everywhere; the scales of `ramplus_tl`, mostly
 1.02, are taken as found in float64 everywhere, *as written* too. N is the number of models, three where a method takes so
-many; `lines` is shown for a tensor in no block.
+many; `lines` is shown for a tensor in no block; in the brackets of `liti` eta is its parameter.
 
 ## What has no bound here
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from refmerge import InputError, UsageError, call, merge, open_checkpoint
 from refmerge.checkpoint import save
-from refmerge.methods.task_vectors.emr import mask, unified
-from refmerge.methods.task_vectors.ties import elect
+from refmerge.methods.task_vectors.emr import unified
+from refmerge.methods.task_vectors.ties import elect, elected
 from refmerge.procedures.task_vectors.emr_restore import emr_restore
 from refmerge.procedures.task_vectors.emr_store import emr_store
 from refmerge.testing import assert_same
@@ -49,7 +49,7 @@ def test_what_the_mask_leaves_has_the_elected_sign_and_the_largest_magnitude(tau
     gamma = elect(tau)
     tau_uni = unified(tau, gamma)
     for tau_t in tau:
-        left = mask(tau_t, gamma) * tau_uni
+        left = elected(tau_t, gamma) * tau_uni
         assert np.all(left * gamma >= 0)
         assert np.all((left == 0) | (np.abs(left) >= np.abs(tau_t)) & (left * tau_t > 0))
     largest = [max((abs(t[i]) for t in tau if t[i] * gamma[i] > 0), default=0.0) for i in range(6)]

@@ -211,4 +211,11 @@ def hand() -> Hand:
         {NAME: [[0.0] * 5]},
         ("bitdelta", {}, {NAME: [[6710887.0] * 5]}, ""),
     )
+    h.case(
+        "axes",
+        "four axes; delta = (1, -3, 4, 0): the mean of the magnitudes is 2, the signs + - + +",
+        [{NAME: [[[[2.0, -2.0]]], [[[5.0, 1.0]]]]}],
+        {NAME: [[[[1.0, 1.0]]], [[[1.0, 1.0]]]]},
+        ("bitdelta", {}, {NAME: [[[[3.0, -1.0]]], [[[3.0, 3.0]]]]}, ""),
+    )
     return h

@@ -312,4 +312,25 @@ def hand() -> Hand:
     )
     h.case("density-above-one", "density 3/2", [[1.0]], [0.0], ("breadcrumbs", {"density": 1.5}, REFUSED, ""))
     h.case("gamma-negative", "gamma -1/4", [[1.0]], [0.0], ("breadcrumbs", {"gamma": -0.25}, REFUSED, ""))
+    h.case(
+        "axes",
+        "tau = (1, 2, 3, 4) of three axes: 4 removed, 3 and 2 kept",
+        [[[[1.0], [2.0]], [[3.0], [4.0]]]],
+        [[[0.0], [0.0]], [[0.0], [0.0]]],
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.25, "lambda_": 1.0}, [[[0.0], [2.0]], [[3.0], [0.0]]], ""),
+    )
+    h.case(
+        "equal-models",
+        "tau = (1, 2, 3, 4) twice: 4 removed, 3 and 2 kept in each",
+        [[1.0, 2.0, 3.0, 4.0]] * 2,
+        [0.0] * 4,
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.25, "lambda_": 1.0}, [0.0, 4.0, 6.0, 0.0], ""),
+    )
+    h.case(
+        "all-base",
+        "zeros are ranked, removed and kept",
+        [[3.0, -0.5]] * 2,
+        [3.0, -0.5],
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.0, "lambda_": 1.0}, [3.0, -0.5], ""),
+    )
     return h

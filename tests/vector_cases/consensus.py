@@ -223,4 +223,19 @@ def hand() -> Hand:
         ("consensus", plain(0, multitask="ties", density=0.5), {"ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
     )
     h.case("density-above-one", "density 3/2", [[1.0]], [0.0], ("consensus", plain(1, density=1.5), REFUSED, ""))
+    h.case(
+        "equal-models",
+        "tau = (2, -1) twice, tau_MTL = (4, -2): 2 > lambda 2 at lambda 1/2, and not at 1",
+        [[3.0, 0.0]] * 2,
+        [1.0, 1.0],
+        ("consensus", {"threshold": 0.5}, [5.0, -1.0], ""),
+        ("consensus", {"threshold": 1.0}, [1.0, 1.0], ""),
+    )
+    h.case(
+        "axes",
+        "tau = (4, 0, 2, 1) of three axes and one entry of 4, twice at lambda 1/2: what changed stays, and is added twice",
+        [{"conv": [[[4.0], [0.0]], [[2.0], [1.0]]], "one": [4.0]}] * 2,
+        {"conv": [[[0.0], [0.0]], [[0.0], [0.0]]], "one": [0.0]},
+        ("consensus", {"threshold": 0.5}, {"conv": [[[8.0], [0.0]], [[4.0], [2.0]]], "one": [8.0]}, ""),
+    )
     return h

@@ -302,4 +302,28 @@ def hand() -> Hand:
         ("dare_linear", {"density": 0.5}, {"x": [5.0], "ids": i64(3, 4)}, ""),
         stats=[{"x.mask": np.array([1], np.uint8)}],
     )
+    h.case(
+        "axes",
+        "tau = (1, 2, 3, 4) of three axes, the first and the last kept with 1/2, and one entry of 4, kept",
+        [{"conv": [[[1.0], [2.0]], [[3.0], [4.0]]], "one": [4.0]}],
+        {"conv": [[[0.0], [0.0]], [[0.0], [0.0]]], "one": [0.0]},
+        ("dare_linear", {"density": 0.5}, {"conv": [[[2.0], [0.0]], [[0.0], [8.0]]], "one": [8.0]}, ""),
+        masks=[{"conv": [[[1], [0]], [[0], [1]]], "one": [1]}],
+    )
+    h.case(
+        "one-model",
+        "tau = (2, 4), the second kept with 1/4: 1 + 16",
+        [[3.0, 5.0]],
+        [1.0, 1.0],
+        ("dare_linear", {"density": 0.25}, [1.0, 17.0], ""),
+        masks=[[0, 1]],
+    )
+    h.case(
+        "equal-models",
+        "tau = (2, 4) twice, kept with 1/2 as (4, 0) and (4, 8)",
+        [[2.0, 4.0]] * 2,
+        [0.0, 0.0],
+        ("dare_linear", {"density": 0.5}, [8.0, 8.0], ""),
+        masks=[[1, 0], [1, 1]],
+    )
     return h

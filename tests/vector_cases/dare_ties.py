@@ -306,4 +306,29 @@ def hand() -> Hand:
     )
     h.case("density-above-one", "probability 3/2", [[1.0]], [0.0], ("dare_ties", {"density": 1.5}, REFUSED, ""))
     h.case("trim-negative", "trim -1/4", [[1.0]], [0.0], ("dare_ties", {"trim": -0.25}, REFUSED, ""))
+    h.case(
+        "axes",
+        "d = 5, k = int(2.5) = 2; tau = (1, 2, 3, 4) of three axes, kept as (2, 0, 0, 8), and one entry of 3, kept as 6, "
+        "of which 8 and 6 are the largest",
+        [{"conv": [[[1.0], [2.0]], [[3.0], [4.0]]], "one": [3.0]}],
+        {"conv": [[[0.0], [0.0]], [[0.0], [0.0]]], "one": [0.0]},
+        ("dare_ties", {"density": 0.5, "trim": 0.5}, {"conv": [[[0.0], [0.0]], [[0.0], [8.0]]], "one": [6.0]}, ""),
+        masks=[{"conv": [[[1], [0]], [[0], [1]]], "one": [1]}],
+    )
+    h.case(
+        "equal-models",
+        "tau = (2, -4) twice, kept with 1/2 as (4, 0) and (4, -8): the mean of 4 and 4, and -8 alone",
+        [[2.0, -4.0]] * 2,
+        [0.0, 0.0],
+        ("dare_ties", {"density": 0.5, "trim": 1.0}, [4.0, -8.0], ""),
+        masks=[[1, 0], [1, 1]],
+    )
+    h.case(
+        "all-base",
+        "zeros, whatever is kept",
+        [[3.0, -0.5]] * 2,
+        [3.0, -0.5],
+        ("dare_ties", {"density": 0.5}, [3.0, -0.5], ""),
+        masks=[[1, 0], [1, 1]],
+    )
     return h

@@ -328,4 +328,12 @@ def hand() -> Hand:
         {"x": [0.0], "ids": i64(1, 2)},
         ("della", plain(1.0, 0.0), {"x": [3.0], "ids": i64(1, 2)}, ""),
     )
+    h.case(
+        "equal-models",
+        "q = 1/2; delta = (2, -4) twice, kept as (4, 0) and (4, -8): the mean of 4 and 4, and -8 alone",
+        [[2.0, -4.0]] * 2,
+        [0.0, 0.0],
+        ("della", {"density": 0.5, "epsilon": 0.0, "lambda_": 1.0}, [4.0, -8.0], ""),
+        masks=[[1, 0], [1, 1]],
+    )
     return h

@@ -309,4 +309,12 @@ def hand() -> Hand:
         stats=[{"x.mask": np.array([1], np.uint8)}],
     )
     h.case("epsilon-negative", "epsilon -1/4", [[1.0]], [0.0], ("della_linear", plain(0.5, -0.25), REFUSED, ""))
+    h.case(
+        "equal-models",
+        "q = 1/2; delta = (2, -4) twice, kept as (4, 0) and (4, -8): added",
+        [[2.0, -4.0]] * 2,
+        [0.0, 0.0],
+        ("della_linear", {"density": 0.5, "epsilon": 0.0, "lambda_": 1.0}, [8.0, -8.0], ""),
+        masks=[[1, 0], [1, 1]],
+    )
     return h

@@ -164,4 +164,11 @@ def hand() -> Hand:
         ("ema", {"mu": 0.5}, [math.nan, 2.0], ""),
     )
     h.case("mu-negative", "mu = -1/2", [[1.0]], [0.0], ("ema", {"mu": -0.5}, REFUSED, "an average does not leave its terms"))
+    h.case(
+        "axes",
+        "four axes, mu 1/2: 0 and 2 make 1, 1 and 5 make 3; 4 and 8 make 6, 6 and 0 make 3",
+        [[[[[2.0]], [[8.0]]]], [[[[5.0]], [[0.0]]]]],
+        [[[[0.0]], [[4.0]]]],
+        ("ema", {"mu": 0.5}, [[[[3.0]], [[3.0]]]], ""),
+    )
     return h

@@ -248,4 +248,18 @@ def hand() -> Hand:
         {"a.0.w": [-0.0, -0.0]},
         ("lines", plain(2, 0.5, 0.5), {"a.0.w": [0.0, 1.0]}, ""),
     )
+    h.case(
+        "equal-models",
+        "tau = 4 twice: 1 + 1/4 (4 + 4), and 1 + (4 + 4) in the last of two blocks",
+        [{"a.1.w": [5.0], "w": [5.0]}] * 2,
+        {"a.1.w": [1.0], "w": [1.0]},
+        ("lines", plain(2, 0.25, 0.75), {"a.1.w": [9.0], "w": [3.0]}, ""),
+    )
+    h.case(
+        "all-base",
+        "nothing to scale",
+        [{"a.1.w": [5.0], "w": [-0.5]}] * 2,
+        {"a.1.w": [5.0], "w": [-0.5]},
+        ("lines", plain(2, 0.25, 0.75), {"a.1.w": [5.0], "w": [-0.5]}, ""),
+    )
     return h

@@ -346,4 +346,22 @@ def hand() -> Hand:
         ("multislerp", {}, REFUSED, ""),
         options={"integers": "equal"},
     )
+    h.case(
+        "axes",
+        "three axes; lengths of 5, product 7: cos w = 7/25, cos(w/2) = 4/5, and both coefficients are 1 / (2 4/5) = 5/8",
+        [[[[4, 2]], [[-2, 1]], [[0, 0]]], [[[2, 0]], [[0, -1]], [[4, 2]]]],
+        None,
+        ("multislerp", {}, [[[3.75, 1.25]], [[-1.25, 0]], [[2.5, 1.25]]], "5/8 (6, 2, -2, 0, 4, 2)"),
+        dtype="F64",
+        tolerance=1e-14,
+    )
+    h.case(
+        "equal-models",
+        "one direction, (3, 4) / 5, and a mean length of 5; the base is added back",
+        [[4.0, 5.0], [4.0, 5.0], [4.0, 5.0]],
+        [1.0, 1.0],
+        ("multislerp", {}, [4.0, 5.0], ""),
+        dtype="F64",
+        tolerance=1e-15,
+    )
     return h

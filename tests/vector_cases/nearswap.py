@@ -184,4 +184,11 @@ def hand() -> Hand:
         [1.0, 1.0, -(2.0**100)],
         ("nearswap", {"t": "Infinity"}, [1.0, -5.0, 2.0], ""),
     )
+    h.case(
+        "axes",
+        "four axes, t 1: 3 is near 2.5 and swapped; 8 goes to 7, towards 2, and -4 to -3, towards 0; 1 is the model's 1",
+        [[[[[2.5, 2.0]]], [[[0.0, 1.0]]]]],
+        [[[[3.0, 8.0]]], [[[-4.0, 1.0]]]],
+        ("nearswap", {"t": 1.0}, [[[[2.5, 7.0]]], [[[-3.0, 1.0]]]], ""),
+    )
     return h

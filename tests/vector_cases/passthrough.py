@@ -73,4 +73,11 @@ def hand() -> Hand:
         ("passthrough", {"scale": 2.0}, {"x": [3.0], "ids": i64(3, 4)}, ""),
     )
     h.case("no-models", "nothing to pass on", [], None, ("passthrough", {}, REFUSED, ""))
+    h.case(
+        "axes",
+        "four axes: half of each entry",
+        [[[[[2.0, -4.0]]], [[[6.0, 1.0]]]]],
+        None,
+        ("passthrough", {"scale": 0.5}, [[[[1.0, -2.0]]], [[[3.0, 0.5]]]], ""),
+    )
     return h

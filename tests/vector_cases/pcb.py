@@ -276,6 +276,21 @@ def hand() -> Hand:
         {"ids": i64(3, 4, 5, 6), "x": [0.0, 0.0]},
         ("pcb", plain(0.5), {"ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
     )
+    h.case(
+        "axes",
+        "base 1; tau = (2, -4, 0, 1) of three axes, one model, half of it kept",
+        [[[[3.0], [-3.0]], [[1.0], [2.0]]]],
+        [[[1.0], [1.0]], [[1.0], [1.0]]],
+        ("pcb", plain(0.5), [[[3.0], [-3.0]], [[1.0], [1.0]]], ""),
+        tolerance=SLACK,
+    )
+    h.case(
+        "all-base",
+        "all scores are alike, and all task vectors 0",
+        [[3.0, -0.5]] * 2,
+        [3.0, -0.5],
+        ("pcb", plain(0.5), [3.0, -0.5], ""),
+    )
     return h
 
 

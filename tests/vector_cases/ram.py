@@ -166,4 +166,11 @@ def hand() -> Hand:
         {"x": [1.0], "ids": i64(3, 4)},
         paper({"x": [4.0], "ids": i64(3, 4)}),
     )
+    h.case(
+        "axes",
+        "tau = (4, 1) and (0, 3) of three axes: 4 is unique, 1 and 3 are shared",
+        [[[[4.0], [1.0]]], [[[0.0], [3.0]]]],
+        [[[0.0], [0.0]]],
+        ("ram", {}, [[[4.0], [2.0]]], ""),
+    )
     return h

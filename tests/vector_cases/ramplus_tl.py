@@ -283,4 +283,19 @@ def hand() -> Hand:
         paper(scales(0.5, 1.0), {"x": [6.0, 1.0], "ids": i64(3, 4)}, "4 (1 + 1/2)"),
         options={"over": "model"},
     )
+    h.case(
+        "axes",
+        "tau = (4, 1) and (0, 1) of three axes, 1 shared over 1 unique in the first: 4 (1 + 1/2), and the mean of 1 and 1",
+        [[[[4.0], [1.0]]], [[[0.0], [1.0]]]],
+        [[[0.0], [0.0]]],
+        ("ramplus_tl", {"r": 0.5, "alpha": 1.0}, [[[6.0], [1.0]]], ""),
+    )
+    h.case(
+        "equal-models",
+        "tau = (4, -2) thrice: all shared, and nothing to rescale",
+        [[5.0, -1.0]] * 3,
+        [1.0, 1.0],
+        ("ramplus_tl", {"r": 0.5, "alpha": 1.0}, [5.0, -1.0], ""),
+    )
+    h.case("all-base", "no change", [[3.0, -0.5]] * 2, [3.0, -0.5], ("ramplus_tl", {}, [3.0, -0.5], ""))
     return h

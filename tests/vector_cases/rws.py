@@ -308,6 +308,13 @@ def hand() -> Hand:
         ("rws", {}, {"bn1.running_mean": [2.0, 4.0], "bn1.batches": i64(5)}, ""),
     )
     ran(h)
+    h.case(
+        "axes",
+        "a = (2, 0) and r = (1, 4) of three axes: all of r along a is taken out, (0, 4)",
+        [[[[2.0]], [[0.0]]], [[[1.0]], [[4.0]]]],
+        [[[0.0]], [[0.0]]],
+        ("rws", {}, [[[2.0]], [[4.0]]], ""),
+    )
     return h
 
 

@@ -367,4 +367,11 @@ def hand() -> Hand:
         {"x": [0.0], "ids": i64(5)},
         paper(1.0, {"x": [4.0], "ids": i64(5)}),
     )
+    h.case(
+        "axes",
+        "delta = (2, 0) and (0, 2) of three axes: 4 squares each, weights of 1/2, and one model at each entry",
+        [[[[2.0], [0.0]]], [[[0.0], [2.0]]]],
+        [[[0.0], [0.0]]],
+        ("sce", {"density": 1.0}, [[[2.0], [2.0]]], ""),
+    )
     return h

@@ -286,4 +286,23 @@ def hand() -> Hand:
         {"ids": i64(3, 4, 5, 6), "x": [0.0, 0.0]},
         ("tall_masks", plain(0, 0.0, multitask="ties", density=0.5), {"ids": i64(3, 4, 5, 6), "x": [0.0, 2.0]}, ""),
     )
+    h.case(
+        "equal-models",
+        "tau = (2, -1) twice, tau_MTL = (4, -2): 2 > lambda 2 at lambda 1/2, and not at 1",
+        [[3.0, 0.0]] * 2,
+        [1.0, 1.0],
+        ("tall_masks", {"task": 1, "threshold": 0.5}, [5.0, -1.0], ""),
+        ("tall_masks", {"task": 1, "threshold": 1.0}, [1.0, 1.0], ""),
+    )
+    h.case(
+        "axes",
+        "tau = (4, 0, 2, 1) of three axes, and one entry, 4; the other task's (-4, 8, 2, 0) and 0: tau_MTL (0, 8, 4, 1) and "
+        "4; at 1/2, 4 > 2, 0 > 4 is not, 2 > 1, 1 > 0 and 4 > 0",
+        [
+            {"conv": [[[4.0], [0.0]], [[2.0], [1.0]]], "one": [4.0]},
+            {"conv": [[[-4.0], [8.0]], [[2.0], [0.0]]], "one": [0.0]},
+        ],
+        {"conv": [[[0.0], [0.0]], [[0.0], [0.0]]], "one": [0.0]},
+        ("tall_masks", {"threshold": 0.5}, {"conv": [[[0.0], [0.0]], [[4.0], [1.0]]], "one": [4.0]}, ""),
+    )
     return h

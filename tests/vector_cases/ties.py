@@ -400,4 +400,23 @@ def hand() -> Hand:
         [0.0, 0.0],
         ("ties", {"density": 1.0}, [math.nan, 1.0], ""),
     )
+    h.case(
+        "axes",
+        "d = 5, k = int(3.75) = 3; tau = (8, -4, 2, 1; 16) and (4, -2, -6, 1; 3) trimmed to (8, -4, 0, 0; 16) and (4, 0, "
+        "-6, 0; 3); means 6, -4, -6, none and 9.5 of the one entry",
+        [
+            {"conv": [[[9.0], [-3.0]], [[3.0], [2.0]]], "one": [17.0]},
+            {"conv": [[[5.0], [-1.0]], [[-5.0], [2.0]]], "one": [4.0]},
+        ],
+        {"conv": [[[1.0], [1.0]], [[1.0], [1.0]]], "one": [1.0]},
+        ("ties", {"density": 0.75}, {"conv": [[[7.0], [-3.0]], [[-5.0], [1.0]]], "one": [10.5]}, ""),
+    )
+    h.case(
+        "equal-models",
+        "tau = (4, -2) thrice, trimmed to (4, 0); their mean is 4",
+        [[5.0, -1.0]] * 3,
+        [1.0, 1.0],
+        ("ties", {"density": 0.5}, [5.0, 1.0], ""),
+    )
+    h.case("all-base", "nothing to trim or to elect", [[3.0, -0.5]] * 2, [3.0, -0.5], ("ties", {}, [3.0, -0.5], ""))
     return h

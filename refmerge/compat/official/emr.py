@@ -1,8 +1,9 @@
 import numpy as np
 
 from refmerge.method import method
-from refmerge.methods.task_vectors.emr import mask, unified
+from refmerge.methods.task_vectors.emr import unified
 from refmerge.methods.task_vectors.tall_masks import check_task
+from refmerge.methods.task_vectors.ties import elected
 from refmerge.numeric import array_namespace, indicator, stacked_sum
 
 
@@ -17,7 +18,7 @@ def emr(models, base, group, *, task: int = 0, flat: bool = False):
     flag = elect(vectors)
     vector_unified = unified(vectors, flag)
     # 3. mask
-    masked = vector_unified * mask(vectors[task], flag)
+    masked = vector_unified * elected(vectors[task], flag)
     # 4. rescale; 0 / 0 where the task changed nothing
     scale, new_scale = map(np.float32, scales(vectors[task], masked, group, flat))
     rescaler = float(scale / new_scale)

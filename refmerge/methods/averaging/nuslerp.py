@@ -53,8 +53,13 @@ def inner_products(a, b, group, per):
 
 def coefficients(t, omega, x, per):
     """What is taken of a and of b: two numbers, or arrays of one number for each row or column of x."""
-    pairs = [(1 - t, t) if math.sin(w) <= EPS else arc(t, w) for w in omega]
+    pairs = [arc_or_line(t, w) for w in omega]
     if per == "tensor":
         return pairs[0]
     shape = (-1, 1) if per == "row" else (1, *x.shape[1:])
     return [like(np.reshape(c, shape), x) for c in zip(*pairs)]
+
+
+def arc_or_line(t, omega):
+    """What is taken of two vectors, t of the way along the arc; along the line where they are parallel or opposite."""
+    return (1 - t, t) if math.sin(omega) <= EPS else arc(t, omega)

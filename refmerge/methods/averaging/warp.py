@@ -1,12 +1,10 @@
-import math
 from itertools import accumulate
 
 from refmerge.errors import UsageError
 from refmerge.method import PerModel, method
-from refmerge.methods.averaging.slerp import angle, arc
+from refmerge.methods.averaging.nuslerp import EPS, arc_or_line
+from refmerge.methods.averaging.slerp import angle
 from refmerge.numeric import exact_sum, total
-
-EPS = 1e-3  # of an angle's sine, and of a length beside those it is a difference of: less is rounding
 
 
 @method("warp", paper="arXiv:2406.16768", models=(2, None), over=lambda name: layer(name))
@@ -53,5 +51,5 @@ def along_arc(c, t, G):
     sd, dd = exact_sum([c[i] * G[i][m] for i in range(m)]), G[m][m]
     cancelled = ss <= EPS**2 * exact_sum([c[i] * c[i] * G[i][i] for i in range(m)])
     omega = 0.0 if cancelled else angle(ss, dd, sd)
-    s, d = (1 - t, t) if math.sin(omega) <= EPS else arc(t, omega)
+    s, d = arc_or_line(t, omega)
     return [*(s * c_i for c_i in c), d]

@@ -2,8 +2,8 @@ from typing import Literal
 
 from refmerge.method import method
 from refmerge.methods.task_vectors.tall_masks import check_task
-from refmerge.methods.task_vectors.ties import elect
-from refmerge.numeric import array_namespace, indicator
+from refmerge.methods.task_vectors.ties import elect, elected
+from refmerge.numeric import array_namespace
 
 
 @method("emr", paper="arXiv:2405.17461", over="model")
@@ -19,7 +19,7 @@ def emr(models, base, group, *, task: int = 0, average: Literal["entries", "tens
     gamma = elect(tau)
     tau_uni = unified(tau, gamma)
     # 3. mask
-    m_t = mask(tau[task], gamma)
+    m_t = elected(tau[task], gamma)
     # 4. rescale
     lambda_t = rescaler(tau[task], m_t * tau_uni, group, average)
     # 5. recover
@@ -31,13 +31,8 @@ def unified(tau, gamma):
     xp = array_namespace(gamma)
     epsilon = xp.zeros_like(gamma)
     for tau_t in tau:
-        epsilon = xp.maximum(epsilon, mask(tau_t, gamma) * xp.abs(tau_t))
+        epsilon = xp.maximum(epsilon, elected(tau_t, gamma) * xp.abs(tau_t))
     return gamma * epsilon
-
-
-def mask(tau_t, gamma):
-    """1 where the task's entry has the elected sign, and 0 elsewhere."""
-    return indicator(gamma * tau_t > 0, like=tau_t)
 
 
 def rescaler(tau_t, masked, group, average):

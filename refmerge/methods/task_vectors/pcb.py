@@ -1,7 +1,8 @@
 import numpy as np
 
 from refmerge.method import PerModel, method
-from refmerge.numeric import array_namespace, indicator, like, scores, total
+from refmerge.methods.task_vectors.sce import quotient
+from refmerge.numeric import array_namespace, like, scores, total
 
 
 @method("pcb", paper="arXiv:2410.02396", over="model", domain={"density": (0.0, 1.0)})
@@ -22,7 +23,7 @@ def pcb(models, base, group, *, density: float = 0.1, weight: PerModel[float] = 
     # 5. rescale
     divisor = total(beta)
     merged = total(b_n * (w_n * tau_n) for b_n, w_n, tau_n in zip(beta, weight, tau))
-    return base + lambda_ * (merged / (divisor + indicator(divisor == 0, like=divisor)))
+    return base + lambda_ * quotient(merged, divisor)
 
 
 def normalised_products(tau, group):

@@ -1,6 +1,8 @@
 from itertools import combinations
 
 from refmerge.method import method
+from refmerge.methods.task_vectors.bitdelta import signs
+from refmerge.methods.task_vectors.ties import elected
 from refmerge.numeric import array_namespace, indicator, total
 
 
@@ -50,12 +52,16 @@ def shares(delta, group):
 
 def majority(delta, add=total):
     """1 where a model has the sign of the sum, and where the sum is 0 the sign +."""
-    gamma = 2 * indicator(add(delta) >= 0, like=delta[0]) - 1
-    return [indicator(gamma * delta_n > 0, like=delta_n) for delta_n in delta]
+    gamma = signs(add(delta))
+    return [elected(delta_n, gamma) for delta_n in delta]
 
 
 def weighted_mean(delta, agrees, weight, add=total):
     """The weighted mean of the models that agree; 0 where none does."""
     share = [w_n * a_n for w_n, a_n in zip(weight, agrees)]
-    divisor = add(share)
-    return add(s_n * delta_n for s_n, delta_n in zip(share, delta)) / (divisor + indicator(divisor == 0, like=divisor))
+    return quotient(add(s_n * delta_n for s_n, delta_n in zip(share, delta)), add(share))
+
+
+def quotient(x, divisor):
+    """x / divisor, and x itself where the divisor is 0."""
+    return x / (divisor + indicator(divisor == 0, like=divisor))

@@ -3,7 +3,7 @@ from typing import Literal
 
 from refmerge.errors import UsageError
 from refmerge.method import method
-from refmerge.methods.task_vectors.ties import elect, trim
+from refmerge.methods.task_vectors.ties import elect, elected, trim
 from refmerge.numeric import array_namespace, indicator, total
 
 
@@ -44,7 +44,7 @@ def multitask_vector(tau, group, multitask, density):
         return total(tau)
     tau = trim(tau, group, density)
     gamma = elect(tau)
-    return total(indicator(gamma * tau_t > 0, like=tau_t) * tau_t for tau_t in tau)
+    return total(elected(tau_t, gamma) * tau_t for tau_t in tau)
 
 
 def mask(tau_t, tau_MTL, threshold):

@@ -31,9 +31,14 @@ def elect(tau):
     return array_namespace(*tau).sign(total(tau))
 
 
+def elected(tau_n, gamma):
+    """1 where an entry has the elected sign, and 0 elsewhere."""
+    return indicator(gamma * tau_n > 0, like=tau_n)
+
+
 def disjoint_mean(tau, gamma):
     """Mean of the entries whose sign is the elected one; 0 where there is none."""
     xp = array_namespace(gamma)
-    agrees = [indicator(gamma * tau_n > 0, like=tau_n) for tau_n in tau]
-    count = total(agrees)
-    return total(a_n * tau_n for a_n, tau_n in zip(agrees, tau)) / xp.maximum(count, xp.ones_like(count))
+    a = [elected(tau_n, gamma) for tau_n in tau]
+    count = total(a)
+    return total(a_n * tau_n for a_n, tau_n in zip(a, tau)) / xp.maximum(count, xp.ones_like(count))

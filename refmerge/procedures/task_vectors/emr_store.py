@@ -5,8 +5,8 @@ import numpy as np
 
 from refmerge.api import prepare
 from refmerge.checkpoint import CheckpointWriter, open_checkpoint
-from refmerge.methods.task_vectors.emr import emr, magnitudes, mask, unified
-from refmerge.methods.task_vectors.ties import elect
+from refmerge.methods.task_vectors.emr import emr, magnitudes, unified
+from refmerge.methods.task_vectors.ties import elect, elected
 from refmerge.numeric import exact_sum, host, leaf_sums
 from refmerge.procedure import procedure
 from refmerge.sources import stored_bytes
@@ -53,7 +53,7 @@ def emr_store(
             writer.write(f"unified/{t.name}", 0, stored_bytes(tau_uni, work))
             # 3. mask
             for task, tau_t in enumerate(tau):
-                m_t = mask(tau_t, gamma)
+                m_t = elected(tau_t, gamma)
                 packed = np.packbits(host(m_t) != 0)
                 writer.write(f"mask/{t.name}", task * packed.size, packed)
                 for sum_, x in zip(sums[task], magnitudes(tau_t, m_t * tau_uni, t.size or 1, average)):
