@@ -71,3 +71,29 @@ def test_peft_takes_differences():
         assert call("peft:magnitude_prune", given, [7.0, 7.0], **params).tolist() == [4.5, 0.0]
         assert call("peft:dare_linear", given, None, **params).tolist() == [4.5, 0.0]
         assert call("peft:ties", given, None, **params).tolist() == call("peft:dare_ties", given, None, **params).tolist()
+
+
+RESCALED = {"float16": 5.83203125, "bfloat16": 5.8125, "float32": 5.8333330154418945}
+
+
+@pytest.mark.parametrize("dtype", RESCALED)
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_mergekit_rescales_dropped_entries_in_float32(method, dtype):
+    """(5, 1, 1) without its last entry, times 7/6: in float32 that is 5.833333, and in float16 rounded once; bfloat16 alone
+    has 7/6 as 1.1640625, and 5 times that as 5.8125."""
+    zero, model = np.zeros(3, dtype), np.array([5, 1, 1], dtype)
+    stats = [{"x.mask": np.array([1, 1, 0], np.uint8)}]
+    params = {"weight": 1.0, "density": 0.5, "rescale": True}
+    merged = merge([{"x": model}], f"mergekit:{method}", base={"x": zero}, stats=stats, arithmetic="native", **params)["x"]
+    assert merged.dtype == zero.dtype
+    assert merged.astype(np.float64).tolist() == [RESCALED[dtype], *np.array([7 / 6, 0], dtype).tolist()]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_mergekit_draws_nothing_at_density_0(method):
+    given = [[1.0, 2.0], [3.0, 4.0]], [1.0, 1.0]
+    masks = [{}, {"mask": np.array([1, 0])}]
+    merged = call(f"mergekit:{method}", *given, weight=1.0, density=[0.0, 0.5], rescale=False, stats=masks)
+    assert merged.tolist() == [3.0, 1.0]
+    with pytest.raises(UsageError, match=r"mergekit: density -0\.5 is below 0"):
+        call(f"mergekit:{method}", *given, weight=1.0, density=[0.5, -0.5])

@@ -302,4 +302,15 @@ def hand() -> Hand:
         ("dare_linear", {"density": 0.5}, {"x": [5.0], "ids": i64(3, 4)}, ""),
         stats=[{"x.mask": np.array([1], np.uint8)}],
     )
+    h.case(
+        "float64",
+        "tau = (1 + 2^-30, 2, -1) in float64, of which the first two stay",
+        [[1.0 + 2.0**-30, 2.0, -1.0]],
+        [0.0] * 3,
+        ("dare_linear", {"density": 0.5, "rescale": False}, [1.0 + 2.0**-30, 2.0, 0.0], ""),
+        ("mergekit:dare_linear", mergekit_dare(0.5, [1.0], False), [1.0, 2.0, 0.0], "1 in float32"),
+        flags="DareFloat32",
+        masks=[[1, 1, 0]],
+        dtype="F64",
+    )
     return h

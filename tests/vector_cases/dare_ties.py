@@ -306,4 +306,15 @@ def hand() -> Hand:
     )
     h.case("density-above-one", "probability 3/2", [[1.0]], [0.0], ("dare_ties", {"density": 1.5}, REFUSED, ""))
     h.case("trim-negative", "trim -1/4", [[1.0]], [0.0], ("dare_ties", {"trim": -0.25}, REFUSED, ""))
+    h.case(
+        "float64",
+        "tau = (1 + 2^-30, 2, -1) in float64, of which the first two stay",
+        [[1.0 + 2.0**-30, 2.0, -1.0]],
+        [0.0] * 3,
+        ("dare_ties", {"density": 0.5, "trim": 1.0, "rescale": False}, [1.0 + 2.0**-30, 2.0, 0.0], ""),
+        ("mergekit:dare_ties", mergekit_dare(0.5, [1.0], False), [1.0, 2.0, 0.0], "1 in float32"),
+        flags="DareFloat32",
+        masks=[[1, 1, 0]],
+        dtype="F64",
+    )
     return h

@@ -328,4 +328,15 @@ def hand() -> Hand:
         {"x": [0.0], "ids": i64(1, 2)},
         ("della", plain(1.0, 0.0), {"x": [3.0], "ids": i64(1, 2)}, ""),
     )
+    h.case(
+        "float64",
+        "tau = (1 + 2^-30, 2, -1) in float64, of which the first two stay",
+        [[1.0 + 2.0**-30, 2.0, -1.0]],
+        [0.0] * 3,
+        ("della", plain(0.5, 0.25, rescale=False), [1.0 + 2.0**-30, 2.0, 0.0], ""),
+        ("mergekit:della", mergekit(0.5, 0.25, rescale=False), [1.0, 2.0, 0.0], "1 in float32"),
+        flags="DellaFloat32",
+        masks=[[1, 1, 0]],
+        dtype="F64",
+    )
     return h

@@ -309,4 +309,15 @@ def hand() -> Hand:
         stats=[{"x.mask": np.array([1], np.uint8)}],
     )
     h.case("epsilon-negative", "epsilon -1/4", [[1.0]], [0.0], ("della_linear", plain(0.5, -0.25), REFUSED, ""))
+    h.case(
+        "float64",
+        "tau = (1 + 2^-30, 2, -1) in float64, of which the first two stay",
+        [[1.0 + 2.0**-30, 2.0, -1.0]],
+        [0.0] * 3,
+        ("della_linear", plain(0.5, 0.25, rescale=False), [1.0 + 2.0**-30, 2.0, 0.0], ""),
+        ("mergekit:della_linear", mergekit(0.5, 0.25, rescale=False), [1.0, 2.0, 0.0], "1 in float32"),
+        flags="DellaFloat32",
+        masks=[[1, 1, 0]],
+        dtype="F64",
+    )
     return h
