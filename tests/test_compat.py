@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -97,3 +99,13 @@ def test_mergekit_draws_nothing_at_density_0(method):
     assert merged.tolist() == [3.0, 1.0]
     with pytest.raises(UsageError, match=r"mergekit: density -0\.5 is below 0"):
         call(f"mergekit:{method}", *given, weight=1.0, density=[0.5, -0.5])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mergekit_linear_adds_products_before_they_are_rounded(dtype):
+    """A third is (1 + 2^-25) / 3 in float32, and 3072 of them 1024 + 2^-15, which rounds to 1024: of -1024 + 1024 nothing
+    would be left."""
+    given = [{"x": np.array([-1024.0, 1.0], dtype)}, {"x": np.array([3072.0, math.inf], dtype)}]
+    options = {"arithmetic": "native", "nonfinite": "propagate"}
+    merged = merge(given, "mergekit:linear", weight=[1.0, 1 / 3], normalize=False, **options)["x"]
+    assert merged.dtype == dtype and merged.astype(np.float64).tolist() == [2.0**-15, math.inf]

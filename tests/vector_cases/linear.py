@@ -10,6 +10,7 @@ from vector_cases import REFUSED, Exact, Hand, Paper, i64
 CODE = {
     "fusion_bench:linear": "tanganke/fusion_bench@54c9e8c fusion_bench/method/simple_average.py and weighted_average",
     "mergelm:linear": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.average_merging",
+    "mergellm:linear": "yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.average_merging",
     "mergekit:linear": "mergekit 0.1.5 mergekit/merge_methods/linear.py:linear_merge",
     "official:uniform_soup": "mlfoundations/model-soups@d5398f1 main.py",
 }
@@ -104,6 +105,7 @@ def hand() -> Hand:
         ("official:uniform_soup", {}, [2.0**127], "each model is scaled by 1/N first"),
         ("fusion_bench:linear", {}, [math.inf], "simple_average: sum first"),
         ("mergelm:linear", {}, [math.inf], "the mean of a stack: sum first"),
+        ("mergellm:linear", {}, [math.inf], "the mean of a stack: sum first"),
         flags="LinearOverflowingSum",
     )
     h.case(
@@ -129,6 +131,8 @@ def hand() -> Hand:
         None,
         ("linear", {"normalize": False}, [258.0], "summed in float32, rounded once"),
         ("mergekit:linear", {"weight": [1.0] * 3, "normalize": False}, [258.0], "likewise since 0.1.5"),
+        ("mergelm:linear", {}, [86.0], "258 / 3: the sum of a stack is in float32"),
+        ("mergellm:linear", {}, [86.0], "258 / 3: the sum of a stack is in float32"),
         flags="LinearRoundsEachStep",
         dtype="BF16",
     )
@@ -249,5 +253,16 @@ def hand() -> Hand:
         [[-0.0, -0.0], [-0.0, 0.0]],
         None,
         ("linear", {}, [-0.0, 0.0], ""),
+    )
+    h.case(
+        "fused",
+        "-1024 and 3072 with weights 1 and 1/3, which is (1 + 2^-25) / 3 in float32",
+        [[-1024.0], [3072.0]],
+        None,
+        ("linear", {"weight": [1.0, 1 / 3], "normalize": False}, [0.0], "1024 + 2^-15 rounds to 1024"),
+        ("mergekit:linear", {"weight": [1.0, 1 / 3], "normalize": False}, [2.0**-15], "added before it is rounded"),
+        flags="LinearFused",
+        dtype="BF16",
+        options={"arithmetic": "native"},
     )
     return h
