@@ -131,8 +131,6 @@ def hand() -> Hand:
         None,
         ("linear", {"normalize": False}, [258.0], "summed in float32, rounded once"),
         ("mergekit:linear", {"weight": [1.0] * 3, "normalize": False}, [258.0], "likewise since 0.1.5"),
-        ("mergelm:linear", {}, [86.0], "258 / 3: the sum of a stack is in float32"),
-        ("mergellm:linear", {}, [86.0], "258 / 3: the sum of a stack is in float32"),
         flags="LinearRoundsEachStep",
         dtype="BF16",
     )
@@ -264,5 +262,16 @@ def hand() -> Hand:
         flags="LinearFused",
         dtype="BF16",
         options={"arithmetic": "native"},
+    )
+    h.case(
+        "mean-rounds-once",
+        "the mean of 256, 1 and 1 in bfloat16, 258 / 3; of a sum in bfloat16 it would be 256 / 3, rounded to 85.5",
+        [[256.0], [1.0], [1.0]],
+        None,
+        ("linear", {}, [86.0], "summed in float32, rounded once"),
+        ("mergelm:linear", {}, [86.0], "the mean of a stack is summed in float32"),
+        ("mergellm:linear", {}, [86.0], "the mean of a stack is summed in float32"),
+        flags="LinearRoundsEachStep",
+        dtype="BF16",
     )
     return h
