@@ -113,9 +113,9 @@ def test_mergekit_linear_adds_products_before_they_are_rounded(dtype):
 
 @pytest.mark.parametrize("filter_wise", [True, False])
 def test_mergekit_model_stock_rounds_no_squares(filter_wise):
-    """Twice (17/16, 17/16, 17/16) in bfloat16: the products 289/256 round to 9/8, so that the dot is 27/8; the norm is the root
-    of 867/256, 1.8403, rounds to 59/32, and its square to 109/32. The cosine 108/109 rounds to 127/128, the ratio to 255/256,
-    and that of 17/16 to 135/128. Of squares that round, cosine and ratio are 1."""
+    """Twice (17/16, 17/16, 17/16) in bfloat16. The products, 289/256, round to 9/8, so that the dot is 27/8; the norm is the
+    root of 867/256, 1.8403, and rounds to 59/32, its square to 109/32. The cosine 108/109 rounds to 127/128, the ratio to
+    255/256, and that of 17/16 to 135/128. Were squares rounded too, cosine and ratio would be 1."""
     zero, model = {"x": np.zeros((1, 3), "bfloat16")}, {"x": np.full((1, 3), 17 / 16, "bfloat16")}
     merged = merge([model, model], "mergekit:model_stock", base=zero, filter_wise=filter_wise, arithmetic="native")["x"]
     assert merged.astype(np.float64).tolist() == [[135 / 128] * 3]

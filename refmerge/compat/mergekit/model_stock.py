@@ -36,8 +36,9 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
 
 
 def mean_cosine(delta, group, filter_wise, p):
-    """Of each two task vectors, over the tensor or for each row; p rounds to the precision in which a tool keeps these. Where
-    that is 16 bits, the products of a dot are rounded before they are added, and the squares of a norm are not."""
+    """Of each two task vectors, over the tensor or for each row; p rounds to the precision in which a tool keeps these.
+
+    In 16 bits the products of a dot are rounded before they are added, and the squares of a norm are not."""
     pairs = list(combinations(range(len(delta)), 2))
     squares, dots = inner_products(list(map(at_least_float32, delta)), pairs, group, filter_wise)
     if in_sixteen_bits(delta[0]):
