@@ -88,8 +88,8 @@ def find(name: str) -> Entry:
     if ":" in name:
         registry.get(name)  # raises the error that says what the tool has
     every = [*registry.names(), *registry.procedures(), *pages.names("recipe")]
-    near = [n for n in every if n.partition(":")[2] == name]
-    near += difflib.get_close_matches(name, [n for n in every if ":" not in n], n=3)
+    near = [n for n in every if name and n.partition(":")[2] == name]
+    near += difflib.get_close_matches(name.lower(), [n for n in every if ":" not in n], n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UsageError(f"no method, procedure or recipe {name!r}{hint} (`refmerge methods` lists them all)")
 

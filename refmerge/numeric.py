@@ -22,8 +22,8 @@ from refmerge.native import Rounded
 
 __all__ = [
     "array_namespace", "at_least_float32", "at_precision", "at_ranks", "by_columns", "clamp", "divided", "exact_sum",
-    "expansion", "host", "hosts", "in_float64", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks", "scores",
-    "stacked_sum", "top_along", "total", "tree_sum", "value_of",
+    "expansion", "host", "hosts", "in_float32", "in_float64", "indicator", "keys_of", "leaf_sums", "like", "mean", "ranks",
+    "rounded_like", "scores", "stacked_sum", "top_along", "total", "tree_sum", "value_of",
 ]  # fmt: skip
 
 
@@ -210,6 +210,21 @@ def at_least_float32(x: Any) -> Any:
         return x.values
     xp = array_namespace(x)
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+
+
+def in_float32(x: Any) -> Any:
+    """x in float32: 16-bit floats widened, float64 rounded."""
+    if isinstance(x, Rounded):
+        return x.values
+    xp = array_namespace(x)
+    return x if x.dtype == xp.float32 else xp.astype(x, xp.float32)
+
+
+def rounded_like(x: Any, other: Any) -> Any:
+    """x in the dtype of another array, rounded where that is narrower."""
+    if isinstance(other, Rounded):
+        return x if isinstance(x, Rounded) else Rounded(x, other.dtype)
+    return x if x.dtype == other.dtype else array_namespace(x).astype(x, other.dtype)
 
 
 def in_float64(x: Any) -> Any:

@@ -107,22 +107,35 @@ def get(name: str) -> Method:
         if loaded is not None:
             kind = type(loaded).__name__
             warnings.warn(f"plug-in {name!r} of refmerge.methods is no Method but {kind}", stacklevel=2)
-    tool, _, bare = name.rpartition(":")
     known = [n for n in names() if n != name]  # a plug-in of that name is broken
-    if tool:
-        same_tool = [n for n in known if n.startswith(tool + ":")]
-        has = f"{tool} has {', '.join(same_tool)}" if same_tool else "no entry of that tool exists"
-        also = [n for n in known if n == bare or n.endswith(":" + bare)]
-        others = f"; {bare} exists as {', '.join(also)}" if also else ""
-        raise UsageError(f"no method {name!r}: {has}{others}")
+    if ":" in name:
+        raise UsageError(_no_entry(name, known))
     from refmerge import pages  # which imports this module
 
     for kind in ("procedure", "recipe"):
         if name in pages.names(kind):
             raise UsageError(f"{name} is a {kind} and not a method: `refmerge methods {name}` shows how it is used")
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UsageError(f"no method {name!r}{hint} (available: {', '.join(n for n in known if ':' not in n)})")
+
+
+def _no_entry(name: str, known: list[str]) -> str:
+    """That there is no entry `tool:method` of that name, which one is near, and what else the tool has."""
+    tool, _, bare = name.rpartition(":")
+    tools = list(dict.fromkeys(n.partition(":")[0] for n in known if ":" in n))
+    same_tool = [n for n in known if n.startswith(tool + ":")]
+    if same_tool:
+        theirs = [n.partition(":")[2] for n in same_tool]
+        near = [f"{tool}:{n}" for n in difflib.get_close_matches(bare.lower(), theirs)]
+        has = f"{tool} has {', '.join(same_tool)}"
+    else:
+        near = [f"{t}:{bare.lower()}" for t in difflib.get_close_matches(tool.lower(), tools)]
+        has = f"no entry of that tool exists; tools are {', '.join(tools)}"
+    hint = next((f"; did you mean {n}?" for n in near if n in known), "")
+    also = [n for n in known if n.rpartition(":")[2] == bare]
+    others = f"; {bare} exists as {', '.join(also)}" if also else ""
+    return f"no method {name!r}{hint} ({has}{others})"
 
 
 def backend_names() -> list[str]:

@@ -274,8 +274,10 @@ def test_bibtex_is_all_that_is_printed(tmp_path: Path) -> None:
         ("tise", "did you mean ties"),
         ("rws_signatures", "did you mean rws_signature"),
         ("dare", "official:dare or dare_ties"),
+        ("TIES", "did you mean ties"),
         ("fusion_bench:ties_merging", "'fusion_bench:ties_merging'"),
-        ("mergekit:tise", "mergekit:ties"),
+        ("mergekit:tise", "did you mean mergekit:ties?"),
+        ("", "no method, procedure or recipe '' (`refmerge methods` lists them all)"),
     ],
 )
 def test_unknown_names(tmp_path: Path, name: str, near: str) -> None:

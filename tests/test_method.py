@@ -421,8 +421,13 @@ def test_a_broken_backend_is_named_and_the_others_listed(plugins, plugin_module)
     [
         ("tise", r"no method 'tise'; did you mean ties\? \(available: arcee_fusion, .*wise_ft, wudi\)"),
         ("qqqq", r"no method 'qqqq' \(available: arcee_fusion"),
-        ("mergekit:widen", "mergekit has mergekit:arcee_fusion, .*; widen exists as widen, official:widen"),
-        ("nobody:ties", "no entry of that tool exists; ties exists as ties, .*mergekit:ties, .*official:ties"),
+        ("TIES", r"no method 'TIES'; did you mean ties\?"),
+        ("mergekit:widen", r"\(mergekit has mergekit:arcee_fusion, .*; widen exists as widen, official:widen\)$"),
+        ("mergekit:tise", r"'mergekit:tise'; did you mean mergekit:ties\? \(mergekit has mergekit:arcee_fusion, "),
+        ("mergkit:ties", r"'mergkit:ties'; did you mean mergekit:ties\? \(no entry of that tool exists; tools are "),
+        ("MergeLM:TIES", r"'MergeLM:TIES'; did you mean mergelm:ties\? "),
+        ("nobody:ties", r"'nobody:ties' \(no entry .*; ties exists as ties, .*mergekit:ties, .*official:ties, "),
+        (":ties", r"no method ':ties' \(no entry of that tool .*; ties exists as ties, "),
         ("", "no method ''"),
     ],
 )

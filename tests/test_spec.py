@@ -433,6 +433,13 @@ def test_text_of_a_method(file):
                 assert not _dotted(node.value).startswith("xp"), ast.unparse(node)
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT / "refmerge")))
+def test_a_long_method_says_why(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    code = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    assert len(code) <= 80 or lines[0].startswith("# Longer than others: ")
+
+
 def test_vectors_name_their_method():
     for name in testing.names():
         text = (resources.files("refmerge.spec") / "vectors" / f"{name}.json").read_text(encoding="utf-8")

@@ -326,4 +326,15 @@ def hand() -> Hand:
         ("dare_linear", {"density": 0.5}, [8.0, 8.0], ""),
         masks=[[1, 0], [1, 1]],
     )
+    h.case(
+        "float64",
+        "tau = (1 + 2^-30, 2, -1) in float64, of which the first two stay",
+        [[1.0 + 2.0**-30, 2.0, -1.0]],
+        [0.0] * 3,
+        ("dare_linear", {"density": 0.5, "rescale": False}, [1.0 + 2.0**-30, 2.0, 0.0], ""),
+        ("mergekit:dare_linear", mergekit_dare(0.5, [1.0], False), [1.0, 2.0, 0.0], "1 in float32"),
+        flags="DareFloat32",
+        masks=[[1, 1, 0]],
+        dtype="F64",
+    )
     return h

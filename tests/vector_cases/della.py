@@ -336,4 +336,15 @@ def hand() -> Hand:
         ("della", {"density": 0.5, "epsilon": 0.0, "lambda_": 1.0}, [4.0, -8.0], ""),
         masks=[[1, 0], [1, 1]],
     )
+    h.case(
+        "float64",
+        "tau = (1 + 2^-30, 2, -1) in float64, of which the first two stay",
+        [[1.0 + 2.0**-30, 2.0, -1.0]],
+        [0.0] * 3,
+        ("della", plain(0.5, 0.25, rescale=False), [1.0 + 2.0**-30, 2.0, 0.0], ""),
+        ("mergekit:della", mergekit(0.5, 0.25, rescale=False), [1.0, 2.0, 0.0], "1 in float32"),
+        flags="DellaFloat32",
+        masks=[[1, 1, 0]],
+        dtype="F64",
+    )
     return h

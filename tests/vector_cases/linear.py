@@ -10,6 +10,7 @@ from vector_cases import REFUSED, Exact, Hand, Paper, i64
 CODE = {
     "fusion_bench:linear": "tanganke/fusion_bench@54c9e8c fusion_bench/method/simple_average.py and weighted_average",
     "mergelm:linear": "yule-BUAA/MergeLM@6d49ad9 model_merging_methods/merging_methods.py:MergingMethod.average_merging",
+    "mergellm:linear": "yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.average_merging",
     "mergekit:linear": "mergekit 0.1.5 mergekit/merge_methods/linear.py:linear_merge",
     "official:uniform_soup": "mlfoundations/model-soups@d5398f1 main.py",
 }
@@ -104,6 +105,7 @@ def hand() -> Hand:
         ("official:uniform_soup", {}, [2.0**127], "each model is scaled by 1/N first"),
         ("fusion_bench:linear", {}, [math.inf], "simple_average: sum first"),
         ("mergelm:linear", {}, [math.inf], "the mean of a stack: sum first"),
+        ("mergellm:linear", {}, [math.inf], "the mean of a stack: sum first"),
         flags="LinearOverflowingSum",
     )
     h.case(
@@ -256,5 +258,27 @@ def hand() -> Hand:
         [[[[[2.0, 4.0]]], [[[6.0, 8.0]]]], [[[[4.0, 0.0]]], [[[2.0, 0.0]]]]],
         None,
         ("linear", {}, [[[[3.0, 2.0]]], [[[4.0, 4.0]]]], ""),
+    )
+    h.case(
+        "fused",
+        "-1024 and 3072 with weights 1 and 1/3, which is (1 + 2^-25) / 3 in float32",
+        [[-1024.0], [3072.0]],
+        None,
+        ("linear", {"weight": [1.0, 1 / 3], "normalize": False}, [0.0], "1024 + 2^-15 rounds to 1024"),
+        ("mergekit:linear", {"weight": [1.0, 1 / 3], "normalize": False}, [2.0**-15], "added before it is rounded"),
+        flags="LinearFused",
+        dtype="BF16",
+        options={"arithmetic": "native"},
+    )
+    h.case(
+        "mean-rounds-once",
+        "the mean of 256, 1 and 1 in bfloat16, 258 / 3; of a sum in bfloat16 it would be 256 / 3, rounded to 85.5",
+        [[256.0], [1.0], [1.0]],
+        None,
+        ("linear", {}, [86.0], "summed in float32, rounded once"),
+        ("mergelm:linear", {}, [86.0], "the mean of a stack is summed in float32"),
+        ("mergellm:linear", {}, [86.0], "the mean of a stack is summed in float32"),
+        flags="LinearRoundsEachStep",
+        dtype="BF16",
     )
     return h

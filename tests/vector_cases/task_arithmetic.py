@@ -12,6 +12,7 @@ CODE = {
     "fusion_bench:task_arithmetic": "tanganke/fusion_bench@54c9e8c fusion_bench/method/task_arithmetic/task_arithmetic.py",
     "mergelm:task_arithmetic": "yule-BUAA/MergeLM@6d49ad9 "
     "model_merging_methods/merging_methods.py:MergingMethod.task_arithmetic",
+    "peft:task_arithmetic": "huggingface/peft@5d602fd src/peft/utils/merge_utils.py:task_arithmetic",
     "official:task_arithmetic": "mlfoundations/task_vectors@826a64c src/task_vectors.py:TaskVector",
 }
 TOOLS = ("fusion_bench",)
@@ -75,6 +76,7 @@ def hand() -> Hand:
         [0.0],
         ("task_arithmetic", {"weight": [1.0, 3.0]}, [28.0], "4 + 24"),
         ("mergekit:task_arithmetic", {"weight": [1.0, 3.0], "normalize": True}, [7.0], "(4 + 24) / (1 + 3)"),
+        ("peft:task_arithmetic", {"weights": [1.0, 3.0]}, [28.0], "4 + 24; it has no base"),
         flags="TaskArithmeticNormalize",
     )
     h.case(

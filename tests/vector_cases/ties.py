@@ -16,6 +16,8 @@ CODE = {
     "mergellm:ties": "yule-BUAA/MergeLLM@9178ef9 model_merging_methods/merging_methods.py:MergingMethod.ties_merging",
     "peft:ties": "huggingface/peft@5d602fd src/peft/utils/merge_utils.py:ties",
     "sd_mecha:ties": "ljleb/sd-mecha@b8d4d88 sd_mecha/extensions/builtin/merge_methods/ties.py:ties_sum",
+    "sd_mecha:ties_sum_extended": "ljleb/sd-mecha@b8d4d88 "
+    "sd_mecha/extensions/builtin/merge_methods/ties.py:ties_sum_extended",
     "official:ties": "prateeky2806/ties-merging@44e7891 src/utils/merge_utils.py:merge_methods",
 }
 TOOLS = ("fusion_bench", "mergelm", "mergellm")
@@ -419,4 +421,24 @@ def hand() -> Hand:
         ("ties", {"density": 0.5}, [5.0, 1.0], ""),
     )
     h.case("all-base", "nothing to trim or to elect", [[3.0, -0.5]] * 2, [3.0, -0.5], ("ties", {}, [3.0, -0.5], ""))
+    h.case(
+        "stock",
+        "tau = (2, 0) and (0, 4), orthogonal, untrimmed",
+        [[2.0, 0.0], [0.0, 4.0]],
+        [0.0, 0.0],
+        ("ties", {"density": 1.0}, [2.0, 4.0], "one model each"),
+        ("sd_mecha:ties_sum_extended", {"k": 1.0}, [0.0, 0.0], "times 2 cos / (1 + cos), which is 0"),
+        ("sd_mecha:ties_sum_extended", {"k": 1.0, "apply_stock": True}, [2.0, 4.0], "not multiplied"),
+        flags="TiesStock",
+    )
+    h.case(
+        "stock-of-rows",
+        "rows (5, 0) and (3, 4) with cosine 3/5, and (1, 0) and (1, 0) with cosine 1, untrimmed",
+        [[[5.0, 0.0], [1.0, 0.0]], [[3.0, 4.0], [1.0, 0.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("ties", {"density": 1.0}, [[4.0, 4.0], [1.0, 0.0]], "(5 + 3) / 2, 4 alone; (1 + 1) / 2"),
+        ("sd_mecha:ties_sum_extended", {"k": 1.0}, [[3.0, 3.0], [1.0, 0.0]], "times 6/5 / (8/5) = 3/4, and 1"),
+        flags="TiesStock",
+        tolerance=2e-7,
+    )
     return h

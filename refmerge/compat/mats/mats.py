@@ -1,3 +1,4 @@
+# Longer than others: the operators of four kinds of statistics, and three starts.
 import math
 
 import numpy as np

@@ -6,12 +6,17 @@ after another, as mergekit does. Else the inner products of the inputs tell all 
 
 import numpy as np
 
-from refmerge.numeric import at_least_float32, total
+from refmerge.numeric import at_least_float32, at_precision, total
 
 
 def in_sixteen_bits(x):
     """Whether these arrays are rounded to 16 bits after each operation."""
     return str(x.dtype).endswith("float16")
+
+
+def at(value, xs):
+    """Host numbers, rounded to the precision of tensors."""
+    return at_precision(np.asarray(value), xs[0])
 
 
 def norms(group, *xs):

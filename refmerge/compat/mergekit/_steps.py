@@ -1,6 +1,7 @@
 """Steps that mergekit's task-arithmetic family shares (mergekit 0.1.5, generalized_task_arithmetic.py and sparsify.py)."""
 
-from refmerge.numeric import array_namespace, at_precision, indicator, stacked_sum
+from refmerge.errors import UsageError
+from refmerge.numeric import array_namespace, at_precision, in_float32, indicator, rounded_like, stacked_sum
 
 
 def largest(delta, density, group):
@@ -23,9 +24,25 @@ def without_outliers(delta, density, gamma, group):
     return [(o - i) * d for o, i, d in zip(masks[: len(delta)], masks[len(delta) :], delta)]
 
 
-def bernoulli(delta, density, rng):
-    """Random sparsifier: keep with probability density; no draw where density >= 1."""
-    return [d if rho >= 1 else rng.keep(rho, model=n) * d for n, (d, rho) in enumerate(zip(delta, density))]
+def bernoulli(delta, density, rescale, rng, group):
+    """Random sparsifier: keep with probability density; no draw where density >= 1, nor where it is 0."""
+    if any(rho < 0 for rho in density):
+        raise UsageError(f"mergekit: density {min(density):g} is below 0, and no probability")
+    masks = [1.0 if rho >= 1 else rng.keep(rho, model=n) if rho else 0.0 for n, rho in enumerate(density)]
+    kept = [m * d for m, d in zip(masks, delta)]
+    return drawn(kept, delta, density, rescale, group)
+
+
+def drawn(kept, delta, density, rescale, group):
+    """What a random sparsifier makes of the entries that it keeps, in float32 whatever the tensors are, bfloat16 aside."""
+
+    def wide(x):
+        return x if str(x.dtype).endswith("bfloat16") else in_float32(x)
+
+    sparse = list(map(wide, kept))
+    if rescale:
+        sparse = rescaled(sparse, list(map(wide, delta)), density, group)
+    return [d if rho >= 1 else rounded_like(s, d) for d, rho, s in zip(delta, density, sparse)]
 
 
 def rescaled(sparse, delta, density, group):

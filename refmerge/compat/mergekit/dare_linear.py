@@ -1,4 +1,4 @@
-from refmerge.compat.mergekit._steps import bernoulli, rescaled, weighted_sum
+from refmerge.compat.mergekit._steps import bernoulli, weighted_sum
 from refmerge.method import PerModel, method
 
 
@@ -20,9 +20,7 @@ def dare_linear(
     # 1. task vectors
     delta = [x - base for x in models]
     # 2. drop
-    sparse = bernoulli(delta, density, rng)
-    if rescale:
-        sparse = rescaled(sparse, delta, density, group)
+    sparse = bernoulli(delta, density, rescale, rng, group)
     # 3. add
     mixed = weighted_sum(sparse, weight, normalize)
     return base + lambda_ * mixed

@@ -1,6 +1,6 @@
 import numpy as np
 
-from refmerge.compat.mergekit._steps import consensus, rescaled
+from refmerge.compat.mergekit._steps import consensus, drawn
 from refmerge.errors import UsageError
 from refmerge.method import PerModel, method
 from refmerge.numeric import array_namespace, at_precision, at_ranks, host, like
@@ -30,24 +30,22 @@ def della(
     # 1. task vectors
     delta = [x - base for x in models]
     # 2. drop
-    sparse = magprune(delta, density, epsilon, rng)
-    if rescale:
-        sparse = rescaled(sparse, delta, density, group)
+    sparse = magprune(delta, density, epsilon, rescale, rng, group)
     # 3. elect and merge
     mixed = consensus(sparse, weight, normalize)
     return base + lambda_ * mixed
 
 
-def magprune(delta, density, epsilon, rng):
+def magprune(delta, density, epsilon, rescale, rng, group):
     """Rank sparsifier: all if density >= 1, none if it is <= 0; else keep with probabilities that grow with the rank of the
     magnitude along axis 1 (a vector is one row), and shrink where epsilon is negative."""
     xp = array_namespace(*delta)
-    sparse = []
+    kept = []
     for n, (d, rho, eps) in enumerate(zip(delta, density, epsilon)):
         if rho >= 1:
-            sparse.append(d)
+            kept.append(d)
         elif rho <= 0:
-            sparse.append(xp.zeros_like(d))
+            kept.append(xp.zeros_like(d))
         else:
             if not (0 < rho - eps <= 1 and 0 <= rho + eps < 1):
                 raise UsageError(f"mergekit: density {rho:g} +- epsilon {eps:g} must lie inside (0, 1)")
@@ -55,8 +53,8 @@ def magprune(delta, density, epsilon, rng):
             def p(d=d, rho=rho, eps=eps):
                 return at_ranks(probabilities(rho, eps, d), xp.abs(d), axis=1)
 
-            sparse.append(rng.keep(p, model=n) * d)
-    return sparse
+            kept.append(rng.keep(p, model=n) * d)
+    return drawn(kept, delta, density, rescale, group)
 
 
 def probabilities(density, epsilon, d):

@@ -1,4 +1,4 @@
-from refmerge.compat.mergekit._steps import rescaled, weighted_sum
+from refmerge.compat.mergekit._steps import weighted_sum
 from refmerge.compat.mergekit.della import magprune
 from refmerge.method import PerModel, method
 
@@ -27,9 +27,7 @@ def della_linear(
     # 1. task vectors
     delta = [x - base for x in models]
     # 2. drop
-    sparse = magprune(delta, density, epsilon, rng)
-    if rescale:
-        sparse = rescaled(sparse, delta, density, group)
+    sparse = magprune(delta, density, epsilon, rescale, rng, group)
     # 3. add
     mixed = weighted_sum(sparse, weight, normalize)
     return base + lambda_ * mixed

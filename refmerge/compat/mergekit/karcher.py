@@ -1,8 +1,8 @@
 import numpy as np
 
-from refmerge.compat.mergekit._sphere import dots, in_sixteen_bits, length, norms
+from refmerge.compat.mergekit._sphere import at, dots, in_sixteen_bits, length, norms
 from refmerge.method import method
-from refmerge.numeric import array_namespace, at_least_float32, at_precision, divided, total
+from refmerge.numeric import array_namespace, at_least_float32, divided, total
 
 
 @method("mergekit:karcher", paper="mergekit 0.1.5 karcher.py")
@@ -19,10 +19,6 @@ def karcher(models, group, *, max_iter: int = 10, tol: float = 1e-5):
     # 2. merge
     scale = at(sum(1 / len(models) * nu_n for nu_n in nu), models)
     return float(scale) * u
-
-
-def at(value, x):
-    return at_precision(np.asarray(value), x[0])
 
 
 def at_once(x, max_iter, tol, G):

@@ -2,9 +2,10 @@ from itertools import combinations
 
 import numpy as np
 
+from refmerge.compat.mergekit._sphere import in_sixteen_bits
 from refmerge.method import method
 from refmerge.methods.task_vectors.model_stock import inner_products
-from refmerge.numeric import at_precision, divided, like, total
+from refmerge.numeric import at_least_float32, at_precision, divided, like, total
 
 
 @method(
@@ -35,9 +36,13 @@ def model_stock(models, base, group, *, filter_wise: bool = False):
 
 
 def mean_cosine(delta, group, filter_wise, p):
-    """Of each two task vectors, over the tensor or for each row; p rounds to the precision in which a tool keeps these."""
+    """Of each two task vectors, over the tensor or for each row; p rounds to the precision in which a tool keeps these.
+
+    In 16 bits the products of a dot are rounded before they are added, and the squares of a norm are not."""
     pairs = list(combinations(range(len(delta)), 2))
-    squares, dots = inner_products(delta, pairs, group, filter_wise)
+    squares, dots = inner_products(list(map(at_least_float32, delta)), pairs, group, filter_wise)
+    if in_sixteen_bits(delta[0]):
+        _, dots = inner_products(delta, pairs, group, filter_wise)
     norms = [p(np.sqrt(xx)) for xx in squares]
     cosines = [np.clip(p(p(d) / np.maximum(p(norms[i] * norms[j]), 1e-6)), -1, 1) for d, (i, j) in zip(dots, pairs)]
     return p(sum(cosines) / len(cosines))

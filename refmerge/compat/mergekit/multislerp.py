@@ -2,9 +2,9 @@ import math
 
 import numpy as np
 
-from refmerge.compat.mergekit._sphere import dots, in_sixteen_bits, length, norms
+from refmerge.compat.mergekit._sphere import at, dots, in_sixteen_bits, length, norms
 from refmerge.method import PerModel, method
-from refmerge.numeric import at_precision, divided, stacked_sum, total
+from refmerge.numeric import divided, stacked_sum, total
 
 
 @method("mergekit:multislerp", paper="mergekit 0.1.5 multislerp.py")
@@ -25,10 +25,6 @@ def multislerp(models, group, base=None, *, weight: PerModel[float], normalize_w
     # 3. mean direction and length
     merged = step_by_step(x, w, eps, group) if in_sixteen_bits(x[0]) else at_once(x, w, eps, group.gram(*x))
     return merged if base is None else base + merged
-
-
-def at(value, x):
-    return at_precision(np.asarray(value), x[0])
 
 
 def at_once(x, w, eps, G):

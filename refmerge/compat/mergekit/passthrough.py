@@ -1,8 +1,9 @@
 from refmerge.method import PerModel, method
+from refmerge.methods.averaging.passthrough import passthrough as ours
 
 
 @method("mergekit:passthrough", paper="mergekit 0.1.5 passthrough.py", models=(1, 1))
 def passthrough(models, *, scale: PerModel[float | None] = None):
-    """One model as it is, or multiplied by a number."""
+    """As the method: one model as it is, or multiplied by a number."""
     # 1. scale
-    return models[0] if scale[0] is None else scale[0] * models[0]
+    return models[0] if scale[0] is None else ours.run(models, scale=scale[0])

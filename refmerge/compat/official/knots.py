@@ -1,15 +1,17 @@
+# Longer than others: a decomposition to and fro, DARE, a trim and an election of its own, and three ways to merge.
 from typing import Literal
 
 import numpy as np
 
 from refmerge.compat.official._steps import with_majority
+from refmerge.compat.official.ties import agreeing, disjoint
 from refmerge.errors import UsageError
 from refmerge.kept import once
 from refmerge.method import method
 from refmerge.methods.subspaces.knots import within
 from refmerge.methods.subspaces.low_rank_residual import finite
 from refmerge.methods.task_vectors.ties import elect
-from refmerge.numeric import array_namespace, host, indicator, like, stacked_sum, total
+from refmerge.numeric import array_namespace, host, indicator, like
 
 
 @method(
@@ -97,20 +99,12 @@ def at_least(C, group, d, share):
     return [indicator(a >= c, like=a) * C_t for a, c, C_t in zip(magnitude, least, C)]
 
 
-def agreeing(C, gamma):
-    xp = array_namespace(gamma)
-    return [indicator(xp.where(gamma > 0, C_t > 0, C_t < 0), like=C_t) * C_t for C_t in C]
-
-
 def merge(C, how):
     """The mean over what is not zero, the sum, or the largest magnitude, which has lost its sign."""
+    if how != "max":
+        return disjoint(C, None, how)
     xp = array_namespace(*C)
-    if how == "max":
-        largest = xp.abs(C[0])
-        for C_t in C[1:]:
-            largest = xp.maximum(largest, xp.abs(C_t))
-        return largest
-    if how == "sum":
-        return stacked_sum(C)
-    count = total(indicator(C_t != 0, like=C_t) for C_t in C)
-    return stacked_sum(C) / xp.maximum(count, xp.ones_like(count))
+    largest = xp.abs(C[0])
+    for C_t in C[1:]:
+        largest = xp.maximum(largest, xp.abs(C_t))
+    return largest

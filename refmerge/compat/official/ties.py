@@ -1,3 +1,4 @@
+# Longer than others: three ways to trim, four to elect, seven to merge, and any of them may be combined.
 import math
 
 import numpy as np

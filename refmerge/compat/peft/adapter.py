@@ -11,7 +11,7 @@ from _serve import Replayed, serve  # noqa: E402
 
 del sys.path[0]  # where folders have the names of tools
 
-METHODS = ("dare_linear", "dare_ties", "magnitude_prune", "ties")
+METHODS = ("dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties")
 
 
 def entry(method):

@@ -22,9 +22,12 @@ def of_deltas(name, models, base, **params):
     return method(name)(*(m - base for m in models), **params)
 
 
-def ties(models, base, stats, alpha=1.0, **params):
-    deltas = {name: of_deltas("ties_sum", [m[name] for m in models], base[name], **params) for name in base}
-    return {name: base[name] + alpha * delta for name, delta in deltas.items()}
+def ties(function):
+    def run(models, base, stats, alpha=1.0, **params):
+        deltas = {name: of_deltas(function, [m[name] for m in models], base[name], **params) for name in base}
+        return {name: base[name] + alpha * delta for name, delta in deltas.items()}
+
+    return run
 
 
 def model_stock(models, base, stats, **params):
@@ -41,5 +44,6 @@ def dare_linear(models, base, stats, **params):
 
 
 if __name__ == "__main__":
-    entries = {"dare_linear": dare_linear, "model_stock": model_stock, "slerp": slerp, "ties": ties}
+    entries = {"dare_linear": dare_linear, "model_stock": model_stock, "slerp": slerp}
+    entries |= {"ties": ties("ties_sum"), "ties_sum_extended": ties("ties_sum_extended")}
     serve("sd-mecha", version("sd-mecha"), {f"sd_mecha:{name}": f for name, f in entries.items()})

@@ -1,3 +1,4 @@
+from refmerge.compat.sd_mecha._steps import over_count
 from refmerge.method import method
 from refmerge.numeric import array_namespace, divided, total
 
@@ -26,4 +27,4 @@ def mean_of_kept(delta, masks):
     """What is dropped leaves no trace, not even of an infinity."""
     xp, count = array_namespace(*delta), total(masks)
     kept = total(xp.where(m > 0, d, xp.zeros_like(d)) for m, d in zip(masks, delta))
-    return kept / xp.maximum(count, xp.ones_like(count))
+    return over_count(kept, count)

@@ -19,19 +19,23 @@ def model_stock(models, base, *, cos_eps: float = 1e-6):
     NaN becomes 0 and an infinity the largest number."""
     # 1. task vectors, in rows
     rows = [as_rows(x - base) for x in models]
+    # 2. interpolation ratio
+    t = stock_ratio(rows, cos_eps)
+    # 3. interpolate
+    merged = finite(t * divided(total(rows), len(models)))
+    return base + array_namespace(base).reshape(merged, base.shape)
 
-    # 2. mean cosine of neighbours
+
+def stock_ratio(rows, cos_eps):
+    """For each row N c / (1 + (N - 1) c), where c is the mean cosine of neighbours in the list."""
+
     def p(x):
-        return at_precision(x, base)
+        return at_precision(x, rows[0])
 
     unit = [directions(x, cos_eps) for x in rows]
     cosines = [p(host(tree_sum(x * y, axis=-1))) for x, y in pairwise(unit)]
-    N, c = len(models), p(sum(cosines) / len(cosines))
-    # 3. interpolation ratio
-    t = like(p(p(N * c) / p(1 + p((N - 1) * c))), base)[..., None]
-    # 4. interpolate
-    merged = finite(t * divided(total(rows), N))
-    return base + array_namespace(base).reshape(merged, base.shape)
+    N, c = len(rows), p(sum(cosines) / len(cosines))
+    return like(p(p(N * c) / p(1 + p((N - 1) * c))), rows[0])[..., None]
 
 
 def as_rows(x):

@@ -1,8 +1,6 @@
-from refmerge.compat.official._steps import at_least_kth_smallest
-from refmerge.compat.sd_mecha._steps import finite
+from refmerge.compat.sd_mecha._steps import finite, trimmed, voted
 from refmerge.method import method
-from refmerge.methods.task_vectors.ties import disjoint_mean, elect
-from refmerge.numeric import array_namespace
+from refmerge.methods.task_vectors.ties import disjoint_mean
 
 
 @method(
@@ -19,8 +17,8 @@ def ties(models, base, group, *, k: float = 1.0, vote_sgn: bool = False, alpha: 
     # 1. task vectors
     tau = [x - base for x in models]
     # 2. trim; ties at the threshold stay
-    tau = at_least_kth_smallest(tau, [max(int((1 - k) * group.size), 1)] * len(tau), group, "sd_mecha:ties")
+    tau = trimmed(tau, k, group, "sd_mecha:ties")
     # 3. elect sign
-    gamma = elect(tau if vote_sgn else list(map(array_namespace(*tau).sign, tau)))
+    gamma = voted(tau, vote_sgn)
     # 4. disjoint merge
     return base + alpha * finite(disjoint_mean(tau, gamma), 0.0)
