@@ -104,6 +104,20 @@ class Stage:
         return False
 
 
+class Before(Protocol):
+    """What is done to the inputs of a plan before the first block is read. progress: told what is being done. matrix: bytes
+    of the largest thing that it holds; products: multiplications that it takes at least, for each model. told: what was
+    done, for the report."""
+
+    progress: Callable[[str], None] | None
+    matrix: int
+    products: int
+
+    def __call__(self) -> None: ...
+
+    def told(self) -> dict[str, Any]: ...
+
+
 @dataclass
 class Plan:
     """What `refmerge.api.prepare` makes of a call; `run` does it.
@@ -138,7 +152,7 @@ class Plan:
     checkpoints: tuple[Checkpoint, ...] = ()
     donor: Checkpoint | None = None
     out_dtype: str | None = None
-    before: Callable[[], None] | None = None
+    before: Before | None = None
     rest: Sequence[Work] = ()
     stages: Sequence[Stage] = ()
     config: dict[str, Any] | None = None

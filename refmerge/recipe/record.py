@@ -90,6 +90,7 @@ def keep_record(
             "outputs": [_file(path, folder, wanted) for path in written],
             "recipe": {k: v for k, v in describe(resolved).items() if k != "vocabulary" and v not in (None, [], {})},
             **_tensors(plan, {str(c.path): m for m, c in models.items()}),
+            **({} if plan.before is None else {"alignment": plan.before.told()}),
             **({} if resolved.rows_from is None else {"vocabulary": resolved.rows_from}),
             **({} if plan.work.nonfinite != POLICY else {"skipped": _skipped(plan, models)}),
             **({} if plan.arranged is None else {"components": _components(plan.arranged, models)}),
