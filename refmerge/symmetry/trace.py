@@ -414,8 +414,8 @@ class _Namespace:
 NAMESPACE = _Namespace()
 _ENTRYWISE = {
     "abs", "absolute", "add", "clip", "cos", "divide", "equal", "erf", "exp", "expm1", "greater", "greater_equal",
-    "isfinite", "less", "less_equal", "log", "log1p", "logaddexp", "maximum", "minimum", "multiply", "negative", "not_equal", "pow",
-    "power", "reciprocal", "sign", "sin", "sqrt", "square", "subtract", "tanh", "where", "zeros_like", "ones_like",
+    "isfinite", "less", "less_equal", "log", "log1p", "logaddexp", "maximum", "minimum", "multiply", "negative", "not_equal",
+    "pow", "power", "reciprocal", "sign", "sin", "sqrt", "square", "subtract", "tanh", "where", "zeros_like", "ones_like",
 }  # fmt: skip
 _SYMMETRIC = {"all", "any", "max", "mean", "min", "prod", "std", "sum", "var"}
 
