@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,11 +13,12 @@ from click.testing import CliRunner
 
 import refmerge
 from refmerge import registry
-from refmerge.checkpoint import open_checkpoint, save
+from refmerge.checkpoint import journal, open_checkpoint, save, writer
 from refmerge.cli import main
 from refmerge.errors import InputError, RecipeError, UsageError
 from refmerge.nets import llama, mlp
 from refmerge.procedure import Procedure
+from refmerge.procedures.alignment import git_rebasin
 from refmerge.recipe import describe, parse_recipe, resolve, schema_json
 from refmerge.recipe.run import prepare_recipe
 from refmerge.symmetry import architectures
@@ -253,6 +255,44 @@ def test_what_the_report_says(tmp_path):
     objective = [sum(np.vdot(model[n], m[n]) for n in model) for m in (other, model)]
     assert told == {"./b": {"moved": {"layers.0": "2 of 7"}, "objective": pytest.approx(objective, rel=1e-5)}}
     assert {line.partition(", layers")[0] for line in said} == {f"git_rebasin: ./b, sweep {i}" for i in (0, 1)}
+
+
+def test_an_interrupted_merge_goes_on_with_its_permutations(tmp_path, monkeypatch):
+    """The bytes of one that was not interrupted, report and all, and units are not matched twice."""
+    model = {n: x.astype(np.float32) for n, x in llama.init(np.random.default_rng(0), 4, 2).items()}
+    shuffled(tmp_path, model, architectures.llama(model, 4, 2), CONFIG)
+    text = RECIPE.replace("sorted", "git_rebasin")
+    run(tmp_path, text, threads=1)
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
+    shutil.rmtree(tmp_path / "merged")
+    note, matched = journal.Journal.note, []
+
+    def stopping(self, names):
+        note(self, names)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "NOTE_SECONDS", 0.0)
+        patch.setattr(journal.Journal, "note", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, text, threads=1, resume=True)
+    assert not (tmp_path / "merged").exists() and len(list(tmp_path.glob(".merged*.stages/alignment.safetensors"))) == 1
+    monkeypatch.setattr(git_rebasin, "weight_matching", lambda *args, **_: matched.append(args))
+    with pytest.raises(UsageError, match="is of another merge"):
+        run(tmp_path, text + "  parameters: {sweeps: 3}\n", threads=1, resume=True)
+    (tmp_path / "recipe.yml").write_text(text)
+    run(tmp_path, text, threads=1, resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == whole
+    assert matched == [] and not list(tmp_path.glob(".merged*"))
+
+
+def test_other_alignments_start_anew(tmp_path):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    shuffled(tmp_path, model, architectures.mlp(model))
+    with pytest.raises(UsageError, match=r"not for .* what is aligned first by other than permutations"):
+        run(tmp_path, RECIPE.replace("sorted", "otfusion"), resume=True)
+    merged = run(tmp_path, RECIPE.replace("sorted", "otfusion"))
+    assert all(np.allclose(merged[n], model[n], rtol=0, atol=1e-12) for n in model)
 
 
 def test_it_belongs_to_native_recipes():

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from refmerge import registry
-from refmerge.checkpoint import Checkpoint
+from refmerge.checkpoint import Checkpoint, open_checkpoint, save
 from refmerge.errors import UsageError
 from refmerge.plan import Plan
-from refmerge.procedure import Procedure
 from refmerge.recipe.document import Problems, quote
 from refmerge.recipe.schema import Align, did_you_mean
 from refmerge.sources import DiskSource
+from refmerge.symmetry.spec import Perms
+from refmerge.symmetry.view import permuted
 
 __all__ = ["Aligner", "Alignment", "alignment"]
 
@@ -114,7 +117,8 @@ def _same(a: str, b: str) -> bool:
 
 
 class Aligner:
-    """Puts aligned checkpoints in place of a plan's when it is called. progress: told what is being done. matrix: bytes of
+    """Puts aligned checkpoints in place of a plan's when it is called. progress: told what is being done. kept: a file from
+    which permutations are taken if it is there, and in which they are left for the next run if it is not. matrix: bytes of
     the largest matrix of all pairs of units; products: multiplications for all of these matrices, once, for one model."""
 
     def __init__(self, align: Alignment, models: Sequence[str], base: str | None, plan: Plan) -> None:
@@ -142,16 +146,39 @@ class Aligner:
         self.matrix = 8 * max(sizes.values(), default=0) ** 2
         self.products = sum(n * math.prod(shapes[tensor]) for p, n in sizes.items() for tensor, _ in self._spec.uses(p))
         self.progress: Callable[[str], None] | None = None
+        self.kept: Path | None = None
         self._told: dict[str, Any] = {}
 
     def __call__(self) -> None:
-        more = {"progress": self._visited} if "progress" in inspect.signature(self._procedure.run).parameters else {}
-        result = self._procedure(self._checkpoints, self._spec, **self._parameters, **more)
-        for source, model in zip(self._sources, result.models, strict=True):
+        if self.kept is not None and self.kept.exists():
+            models = self._taken_up(self.kept)
+        else:
+            more = {"progress": self._visited} if "progress" in inspect.signature(self._procedure.run).parameters else {}
+            result = self._procedure(self._checkpoints, self._spec, **self._parameters, **more)
+            models, self._told = result.models, _told(self.names, result)
+            if self.kept is not None:
+                self._keep(self.kept, result.permutations)
+        for source, model in zip(self._sources, models, strict=True):
             if not isinstance(model, Checkpoint):
                 raise UsageError(f"{self._procedure.name} gives no checkpoints: align in Python, and merge what it gives")
             source.checkpoint = model
-        self._told = _told(self._procedure, self.names, result)
+
+    def said(self) -> list[Any] | None:
+        """What decides the alignment beside the checkpoints, the one that stays first, as JSON can hold it; None where the
+        procedure gives no permutations, which could be kept."""
+        if "permutations" not in getattr(get_type_hints(self._procedure.run).get("return"), "__dataclass_fields__", ()):
+            return None
+        return [self._procedure.name, self._parameters, self.names, repr(self._spec.axes)]
+
+    def _keep(self, file: Path, permutations: Sequence[Perms]) -> None:
+        found = {f"{k} {p}": x for k, perms in enumerate(permutations) for p, x in perms.items()}
+        save(found, file, metadata={"told": json.dumps(self._told)})
+
+    def _taken_up(self, file: Path) -> list[Any]:
+        with open_checkpoint(file) as found:
+            perms = [{p: found[f"{k} {p}"] for p in self._spec.permutations} for k in range(len(self.names))]
+            self._told = json.loads(found.metadata["told"])
+        return [permuted(self._spec, p, checkpoint) for p, checkpoint in zip(perms, self._checkpoints)]
 
     def _visited(self, visit: Any) -> None:
         if self.progress is not None:
@@ -162,7 +189,7 @@ class Aligner:
         return self._told
 
 
-def _told(procedure: Procedure, names: Sequence[str], result: Any) -> dict[str, Any]:
+def _told(names: Sequence[str], result: Any) -> dict[str, Any]:
     """Of each model: how many units of each permutation moved, and what was made larger by that, before and after. Digits
     that depend on how a machine rounds are left out."""
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
