@@ -21,7 +21,7 @@ from refmerge.procedure import Procedure
 from refmerge.procedures.alignment import git_rebasin
 from refmerge.recipe import describe, parse_recipe, resolve, schema_json
 from refmerge.recipe.run import prepare_recipe
-from refmerge.symmetry import architectures
+from refmerge.symmetry import Slices, Spec, architectures
 
 RECIPE = """\
 refmerge: 1
@@ -212,6 +212,31 @@ def test_what_tensors_do_not_tell_is_in_the_recipe(tmp_path, aligner):
     with pytest.raises(UsageError, match="names do not tell in which order decoder, encoder come: give layers"):
         run(tmp_path, RECIPE, overwrite=True)
     assert same(run(tmp_path, RECIPE + "  spec: {layers: [encoder, decoder]}\n", overwrite=True), model)
+
+
+def test_a_spec_in_the_recipe(tmp_path, aligner):
+    """Blocks of a network that is none of those known, with two gates in one tensor."""
+    draw = np.random.default_rng(0).standard_normal
+    model = {"in": draw((4, 3)), "blocks.0.up": draw((10, 4)), "blocks.0.down": draw((4, 5)), "steps": np.array(3)}
+    model |= {"blocks.1.up": draw((6, 4)), "blocks.1.down": draw((4, 3))}
+    halves, text = Slices(["h.0", "h.0"]), RECIPE + """  spec:
+    axes:
+      in: [stream, null]
+      blocks.{l}.up: [{slices: ["h.{l}", "h.{l}"]}, stream]
+      blocks.{l}.down: [stream, "h.{l}"]
+"""
+    axes = {"in": ("stream", None), "blocks.0.up": (halves, "stream"), "blocks.0.down": ("stream", "h.0"), "steps": None}
+    axes |= {"blocks.1.up": (Slices(["h.1", "h.1"]), "stream"), "blocks.1.down": ("stream", "h.1")}
+    shuffled(tmp_path, model, Spec(axes))
+    with pytest.raises(UsageError, match="spec: tensor 'steps' is not declared"):
+        run(tmp_path, text)
+    assert same(run(tmp_path, text + "      steps: null\n"), model)
+    with pytest.raises(RecipeError, match=r"line 11, column 7: .*'block': 'h'.* is no entry of an axis"):
+        run(tmp_path, text + "      steps: [{block: h}]\n", overwrite=True)
+    with pytest.raises(RecipeError, match="nothing else goes with them"):
+        run(tmp_path, text + "    heads: 2\n", overwrite=True)
+    with pytest.raises(UsageError, match=r"'stream' has 4 units by axis 0 of 'blocks.0.down' and 3 by axis 1 of 'in'"):
+        run(tmp_path, text.replace("[stream, null]", "[null, stream]") + "      steps: []\n", overwrite=True)
 
 
 def test_models_of_other_heads(tmp_path, aligner):

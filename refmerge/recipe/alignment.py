@@ -21,7 +21,8 @@ from refmerge.plan import Plan
 from refmerge.recipe.document import Problems, quote
 from refmerge.recipe.schema import Align, did_you_mean
 from refmerge.sources import DiskSource
-from refmerge.symmetry.spec import Perms
+from refmerge.symmetry.axes import read
+from refmerge.symmetry.spec import Perms, Spec
 from refmerge.symmetry.view import permuted
 
 __all__ = ["Aligner", "Alignment", "alignment"]
@@ -30,7 +31,8 @@ __all__ = ["Aligner", "Alignment", "alignment"]
 @dataclass(frozen=True)
 class Alignment:
     """What is done to the models before they are merged. method: a procedure's name. to: the model that stays. spec: the
-    architecture and what its tensors do not tell; empty where names of tensors and config.json tell all."""
+    architecture and what its tensors do not tell, or the axes of all tensors; empty where names of tensors and config.json
+    tell all."""
 
     method: str
     to: str
@@ -55,7 +57,15 @@ def alignment(align: Align | None, models: Sequence[str], base: str | None, prob
     if to is None:
         problems.add(("align", "to"), f"{quote(align.to)} is none of the models")
         return None
-    spec = {} if align.spec is None else align.spec.model_dump(exclude_none=True)
+    spec = {} if align.spec is None else {k: v for k, v in align.spec.model_dump().items() if v is not None}
+    if "axes" in spec and len(spec) > 1:
+        problems.add(("align", "spec"), "axes are those of an architecture of one's own: nothing else goes with them")
+    for tensor, entries in spec.get("axes", {}).items():
+        try:
+            for entry in entries or ():
+                read(entry)
+        except UsageError as e:
+            problems.add(("align", "spec", "axes", tensor), str(e))
     return Alignment(align.method, to, spec, given)
 
 
@@ -123,8 +133,6 @@ class Aligner:
 
     def __init__(self, align: Alignment, models: Sequence[str], base: str | None, plan: Plan) -> None:
         """UsageError where the spec does not fit a model, or the procedure does not take the parameters."""
-        from refmerge.symmetry.architectures import detect
-
         found = {} if base is None or plan.work.base is None else {base: plan.work.base}
         found |= dict(zip(models, plan.work.models))
         sources = {align.to: found.pop(align.to), **found}  # the one that stays comes first
@@ -133,9 +141,9 @@ class Aligner:
         self._checkpoints = [s.checkpoint for s in self._sources]
         self._parameters, self._procedure = dict(align.parameters), registry.procedure(align.method)
         first, *others = self._checkpoints
-        self._spec = detect(first, **align.spec)
+        self._spec = _spec(align.spec, first, first.config)
         for name, checkpoint in zip(self.names[1:], others):
-            if detect(checkpoint, checkpoint.config or first.config, **align.spec) != self._spec:
+            if _spec(align.spec, checkpoint, checkpoint.config or first.config) != self._spec:
                 raise UsageError(f"align: the config.json of {name} has other heads than that of {align.to}")
         shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
         sizes = {p: n for p, n in self._spec.sizes(first).items() if not self._spec.owners[p]}
@@ -168,7 +176,7 @@ class Aligner:
         procedure gives no permutations, which could be kept."""
         if "permutations" not in getattr(get_type_hints(self._procedure.run).get("return"), "__dataclass_fields__", ()):
             return None
-        return [self._procedure.name, self._parameters, self.names, repr(self._spec.axes)]
+        return [self._procedure.name, self._parameters, self.names, self._spec.told()]
 
     def _keep(self, file: Path, permutations: Sequence[Perms]) -> None:
         found = {f"{k} {p}": x for k, perms in enumerate(permutations) for p, x in perms.items()}
@@ -187,6 +195,14 @@ class Aligner:
     def told(self) -> dict[str, Any]:
         """What the alignment did, of each model; empty before it was called."""
         return self._told
+
+
+def _spec(said: Mapping[str, Any], model: Checkpoint, config: Mapping[str, Any] | None) -> Spec:
+    from refmerge.symmetry.architectures import declared, detect
+
+    if "axes" in said:
+        return declared(model, {n: None if e is None else [read(x) for x in e] for n, e in said["axes"].items()})
+    return detect(model, config, **said)
 
 
 def _told(names: Sequence[str], result: Any) -> dict[str, Any]:

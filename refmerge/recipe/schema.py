@@ -189,12 +189,16 @@ class NativeModelEntry(ModelEntry):
 
 
 class Architecture(_Closed):
-    """A known architecture, and what of it the names and shapes of tensors and config.json do not tell."""
+    """A known architecture, and what of it the names and shapes of tensors and config.json do not tell; or, of another one,
+    the axes of all tensors (refmerge.symmetry.axes)."""
 
     architecture: Literal["mlp", "vgg", "resnet", "vit", "gpt2", "llama"] | None = None
     heads: Annotated[int, Field(ge=1)] | None = None
     groups: Annotated[int, Field(ge=1, description="Heads of keys and values")] | None = None
     layers: Annotated[list[str], Field(min_length=1, description="Of an mlp, in their order")] | None = None
+    axes: Annotated[
+        dict[str, list[Any] | None], Field(min_length=1, description="Tensor, with {l} for a number -> what moves each axis")
+    ] | None = None
 
 
 def _architecture(value: Any) -> Any:

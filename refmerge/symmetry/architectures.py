@@ -21,7 +21,7 @@ from refmerge.nets import vgg as vgg_net
 from refmerge.symmetry.axes import Block, Entry, Nested, Slices
 from refmerge.symmetry.spec import Model, Spec
 
-__all__ = ["ARCHITECTURES", "detect", "gpt2", "llama", "mlp", "resnet", "vgg", "vit"]
+__all__ = ["ARCHITECTURES", "declared", "detect", "gpt2", "llama", "mlp", "resnet", "vgg", "vit"]
 
 Axes = Mapping[str, Sequence[Entry] | None]
 
@@ -250,6 +250,12 @@ def detect(
     return ARCHITECTURES[name](model, **wanted)
 
 
+def declared(model: Model, axes: Axes) -> Spec:
+    """The spec of the model's tensors whose axes are declared by name, with {l} for the number of a layer there and in the
+    names of permutations. UsageError for a tensor that is not among them."""
+    return _spec("spec", model, axes)
+
+
 def _told_by_names(model: Model) -> str:
     """The architecture that has such names. UsageError for names of none."""
     found = next((a for a, signs in _SIGNS.items() if any(s in name for s in signs for name in model)), None)
@@ -259,7 +265,7 @@ def _told_by_names(model: Model) -> str:
         if (name.rpartition(".")[2], len(x.shape)) not in (("weight", 2), ("bias", 1)):
             raise UsageError(
                 f"the tensors are of no known architecture ({', '.join(ARCHITECTURES)}); {name!r} is none of an mlp: "
-                "write a Spec"
+                "write a spec"
             )
     return "mlp"
 
@@ -295,9 +301,8 @@ def _spec(architecture: str, model: Model, axes: Axes) -> Spec:
                 found[name] = entries if not match.groups() else _named(entries, match[1])
                 break
         else:
-            raise UsageError(
-                f"{architecture}: tensor {name!r} is none of this architecture: leave it out, or write a Spec that has it"
-            )
+            none = "not declared" if architecture == "spec" else "none of this architecture"
+            raise UsageError(f"{architecture}: tensor {name!r} is {none}: leave it out, or write a spec that has it")
     return Spec(found)
 
 
