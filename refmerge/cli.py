@@ -288,6 +288,7 @@ def _told(resolved: Resolved, p: Plan, tensor: str | None, time_it: bool) -> dic
     read_as = [c.note for c in p.checkpoints if c.note]
     found = {**describe(resolved), "adapters": adapters, "read_as": read_as, "figures": figures}
     found |= {} if p.arranged is None else {"arranged": p.arranged.told()}
+    found |= {} if p.before is None else {"alignment": {"products": p.before.products, "matrix": p.before.matrix}}
     return {**found, **({"listed": listed} if tensor else {})}
 
 
@@ -319,6 +320,10 @@ def _show_plan(resolved: Resolved, facts: dict[str, Any]) -> None:
             say(f"{'' if i else 'components':12}{line}")
     if resolved.align is not None:
         say(f"aligned     to {resolved.align.to} by {resolved.align.method}, before anything else")
+        if "alignment" in facts:
+            of = facts["alignment"]
+            more = f"{of['products']:,} multiplications to compare the units of a pair once"
+            say(f"{'':12}{more}, {size(of['matrix'])} for the largest matrix; memory and time below are without that")
     for module in resolved.modules:
         layers = 0
         for s in () if module.whole else module.slices:
@@ -991,6 +996,9 @@ class MergeProgress:
         self._shown = time.monotonic()
         for work in (w for p in plans for w in p.works):
             work.progress, work.working = self._advance, self._name
+        for p in plans:
+            if p.before is not None:
+                p.before.progress = self._describe
         bar.start()
 
     def _advance(self, nbytes: int) -> None:
@@ -1001,8 +1009,11 @@ class MergeProgress:
             self._bar.refresh()
 
     def _name(self, tensor: Tensor) -> None:
+        self._describe(f"{self._plan.work.method.name} {tensor.name}")
+
+    def _describe(self, what: str) -> None:
         assert self._bar is not None
-        self._bar.update(self._task, description=f"{self._plan.work.method.name} {tensor.name}", refresh=True)
+        self._bar.update(self._task, description=what, refresh=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if self._bar is None:

@@ -32,17 +32,21 @@ def of_output(*, inputs: Any, recipe: Any, layout: Any) -> dict[str, str]:
 
 def of_merge(plan: Plan, options: Mapping[str, Any]) -> dict[str, str] | None:
     """Digests of the program, the inputs, the recipe and the layout of the output (`options`), those of the merges before
-    it among them; None where the inputs are not files alone, or something is done to them first. Threads and block sizes
-    are not among them: they change no bit."""
+    it among them; None where the inputs are not files alone, or something is done to them first that cannot be kept.
+    Threads and block sizes are not among them: they change no bit."""
     inputs, recipes = [], []
     for one in plan.all_plans:
         checkpoints: dict[Checkpoint, int] = {}
         works = [_work(work, checkpoints) for work in one.works]
-        if one.before is not None or None in works or not all(known(c) for c in checkpoints):
+        before = None if one.before is None else one.before.said()
+        if (one.before is not None and before is None) or None in works or not all(known(c) for c in checkpoints):
             return None
         inputs.append([c.fingerprint() for c in checkpoints])
         copied = [[name, *_from(source, name, checkpoints)] for name, source in sorted(one.copied.items())]
-        recipes.append({"works": works, "copied": copied, "backend": one.backend.name, "makes": sorted(one.specs.items())})
+        makes = sorted(one.specs.items())
+        recipes.append({
+            "before": before, "works": works, "copied": copied, "backend": one.backend.name, "makes": makes
+        })  # fmt: skip
     return of_output(inputs=inputs, recipe=recipes, layout={"tensors": sorted(plan.specs.items()), **options})
 
 

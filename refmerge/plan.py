@@ -54,7 +54,8 @@ WORTH_COMPILING = 1 << 25  # entries; fewer are merged before a compiler has sta
 INTERPRETER = 38_000_000  # bytes of a process that has imported all this, beside its blocks
 
 _NOT_RESUMED = (
-    "resume is for models on disk that are merged into one model: not for arrays, several outputs, or what is aligned first"
+    "resume is for models on disk that are merged into one model: not for arrays, several outputs, or what is aligned first "
+    "by other than permutations"
 )
 HELD = 1 << 28  # bytes of another merge's result that are in memory together, where it is not written
 Specs = dict[str, tuple[str, tuple[int, ...]]]
@@ -104,6 +105,24 @@ class Stage:
         return False
 
 
+class Before(Protocol):
+    """What is done to the inputs of a plan before the first block is read. progress: told what is being done. matrix: bytes
+    of the largest thing that it holds; products: multiplications that it takes at least, for each model. kept: a file from
+    which what it found is taken, or in which it is left for a run that goes on with this one. told: what was done, for the
+    report. said: what decides it beside the inputs; None where nothing can be kept."""
+
+    progress: Callable[[str], None] | None
+    kept: Path | None
+    matrix: int
+    products: int
+
+    def __call__(self) -> None: ...
+
+    def told(self) -> dict[str, Any]: ...
+
+    def said(self) -> list[Any] | None: ...
+
+
 @dataclass
 class Plan:
     """What `refmerge.api.prepare` makes of a call; `run` does it.
@@ -138,7 +157,7 @@ class Plan:
     checkpoints: tuple[Checkpoint, ...] = ()
     donor: Checkpoint | None = None
     out_dtype: str | None = None
-    before: Callable[[], None] | None = None
+    before: Before | None = None
     rest: Sequence[Work] = ()
     stages: Sequence[Stage] = ()
     config: dict[str, Any] | None = None
@@ -218,6 +237,8 @@ class Plan:
                 sinks[o] = self._disk_sink(writers.enter_context(writer), self._specs_of(o))
                 done = self._done(writer.finished)
                 writer.reuse(done)
+            if self.before is not None and merge is not None:
+                self.before.kept = writer.on_the_way("alignment.safetensors")
             options = {"max_shard_size": limit, "resume": resume and merge is not None}
             with self.staged(writer, keep=intermediates, overwrite=overwrite, **options):
                 self.fill(sinks, done)

@@ -16,11 +16,13 @@ __all__ = ["Procedure", "procedure"]
 
 @dataclass(frozen=True)
 class Procedure:
-    """name: registry name. run: the function as written; calling the Procedure calls it. paper: its source."""
+    """name: registry name. run: the function as written; calling the Procedure calls it. paper: its source. check: takes the
+    same arguments and raises what can be told of them before a weight is read; None where there is no such thing."""
 
     name: str
     run: Callable[..., Any]
     paper: str
+    check: Callable[..., None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -30,6 +32,8 @@ class Procedure:
         return inspect.getdoc(self.run) or ""
 
 
-def procedure(name: str, *, paper: str) -> Callable[[Callable[..., Any]], Procedure]:
+def procedure(
+    name: str, *, paper: str, check: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Any]], Procedure]:
     """Declare a procedure."""
-    return lambda run: Procedure(name, run, paper)
+    return lambda run: Procedure(name, run, paper, check)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from click.testing import CliRunner
 
 import refmerge
 from refmerge import registry
-from refmerge.checkpoint import open_checkpoint, save
+from refmerge.checkpoint import journal, open_checkpoint, save, writer
 from refmerge.cli import main
-from refmerge.errors import RecipeError, UsageError
+from refmerge.errors import InputError, RecipeError, UsageError
 from refmerge.nets import llama, mlp
 from refmerge.procedure import Procedure
+from refmerge.procedures.alignment import git_rebasin
 from refmerge.recipe import describe, parse_recipe, resolve, schema_json
 from refmerge.recipe.run import prepare_recipe
-from refmerge.symmetry import architectures
+from refmerge.symmetry import Slices, Spec, architectures
 
 RECIPE = """\
 refmerge: 1
@@ -41,7 +44,7 @@ def aligner(monkeypatch, tmp_path):
     calls, known = [], registry.procedure
     canonicalize = known("canonicalize")
 
-    def run(models, spec, *, order: float = 1.0, among=None):
+    def run(models, spec, *, order: float = 1.0, among: Sequence[int] | None = None):
         calls.append(([m.path.name for m in models], order, among))
         first = canonicalize(models[0], spec, scales=None)
         found = [models[0]]
@@ -121,10 +124,11 @@ def test_a_plan_reads_no_weight(tmp_path, aligner):
     (tmp_path / "recipe.yml").write_text(RECIPE)
     resolved, plan = prepare_recipe(tmp_path / "recipe.yml")
     assert aligner == [] and plan.before is not None
-    assert describe(resolved)["align"] == {"method": "sorted", "to": "./a", "spec": None, "parameters": {}}
+    assert describe(resolved)["align"] == {"method": "sorted", "to": "./a", "spec": {}, "parameters": {}}
     told = CliRunner().invoke(main, ["plan", str(tmp_path / "recipe.yml"), "--no-time"])
     assert told.exit_code == 0, told.output
-    assert re.search(r"^aligned +to ./a by sorted, before anything else$", told.output, re.MULTILINE)
+    said = r"^aligned +to ./a by sorted, before anything else\n +1,020 multiplications .*, 392 B for the largest matrix;"
+    assert re.search(said, told.output, re.MULTILINE)
     assert aligner == []
 
 
@@ -154,12 +158,169 @@ def test_models_that_the_spec_does_not_fit(tmp_path, aligner):
         ("{method: sorted, parameters: {order: {value: 1}}}", "'order' must be a number, true or false, text, or a list"),
         ("{method: sorted, over: 1}", r"unknown key 'over' \(known here: method, spec, to, parameters\)"),
         ("sorted", "'align' must be a mapping"),
+        ("{method: sorted, spec: {head: 4}}", r"unknown key 'head'; did you mean 'heads'"),
+        ("{method: sorted, spec: {heads: 0}}", "'heads' is out of range: 0"),
+        ("{method: pleas}", "pleas needs similarity too, which a recipe cannot give: call it in Python"),
+        ("{method: git_rebasin, parameters: {progress: 3}}", r"'progress' of git_rebasin cannot be set in a recipe \(what"),
+        ("{method: git_rebasin, parameters: {out: x}}", "'out' of git_rebasin cannot be set in a recipe"),
+        ("{method: git_rebasin, parameters: {weight: [1, 2]}}", "'weight' of git_rebasin cannot be set in a recipe"),
+        ("{method: git_rebasin, parameters: {start: [1]}}", "'start' of git_rebasin cannot be set in a recipe"),
+        ("{method: git_rebasin, parameters: {sweeps: x}}", "'sweeps' of git_rebasin must be a whole number, not 'x'"),
+        ("{method: git_rebasin, parameters: {sweeps: true}}", "'sweeps' of git_rebasin must be a whole number, not True"),
+        ("{method: git_rebasin, parameters: {by: weigth}}", "'by' of git_rebasin must be one of 'weights', .*'weigth'"),
+        ("{method: git_rebasin, parameters: {leave: bias}}", "'leave' of git_rebasin must be a list, not 'bias'"),
+        ("{method: otfusion, parameters: {exact: 1}}", "'exact' of otfusion must be true or false, not 1"),
     ],
 )
 def test_what_is_refused(aligner, align, message):
     text = RECIPE.partition("align:")[0] + f"align: {align}\n"
     with pytest.raises(RecipeError, match=message):
         resolve(parse_recipe(text))
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ("sweeps: 0", "sweeps = 0 is no whole number above 0"),
+        ("by: activations", "activations go with by='activations'"),
+        ("by: straight_through", "straight_through takes gradient"),
+        ("order: [layers.0]", r"order names \['layers.0'\]: each of layers.0, layers.1 once"),
+    ],
+)
+def test_a_plan_says_what_the_procedure_would(tmp_path, parameters, message):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    shuffled(tmp_path, model, architectures.mlp(model))
+    (tmp_path / "recipe.yml").write_text(RECIPE.replace("sorted", "git_rebasin") + f"  parameters: {{{parameters}}}\n")
+    with pytest.raises(UsageError, match=message):
+        prepare_recipe(tmp_path / "recipe.yml")
+
+
+def test_what_tensors_do_not_tell_is_in_the_recipe(tmp_path, aligner):
+    """Heads of a model without config, and the layers of an autoencoder, whose names come in another order."""
+    model = llama.init(np.random.default_rng(0), 4, 2)
+    shuffled(tmp_path, model, architectures.llama(model, 4, 2))
+    assert same(run(tmp_path, RECIPE + "  spec: {heads: 4, groups: 2}\n"), model)
+    with pytest.raises(UsageError, match=r"are not 3 parts of one size"):
+        run(tmp_path, RECIPE + "  spec: {heads: 3, groups: 2}\n", overwrite=True)
+    with pytest.raises(UsageError, match=r"llama has no layers to be given \(known here: heads, groups\)"):
+        run(tmp_path, RECIPE + "  spec: {heads: 4, layers: [a]}\n", overwrite=True)
+    draw = np.random.default_rng(0).standard_normal
+    model = {"encoder.weight": draw((3, 6)), "encoder.bias": draw(3), "decoder.weight": draw((6, 3))}
+    spec = architectures.mlp(model, ["encoder", "decoder"])
+    other = spec.apply({"encoder": np.array([2, 0, 1])}, model)
+    for name, tensors in (("a", model), ("b", other)):
+        save(tensors, tmp_path / name, overwrite=True)
+    with pytest.raises(UsageError, match="names do not tell in which order decoder, encoder come: give layers"):
+        run(tmp_path, RECIPE, overwrite=True)
+    assert same(run(tmp_path, RECIPE + "  spec: {layers: [encoder, decoder]}\n", overwrite=True), model)
+
+
+def test_a_spec_in_the_recipe(tmp_path, aligner):
+    """Blocks of a network that is none of those known, with two gates in one tensor."""
+    draw = np.random.default_rng(0).standard_normal
+    model = {"in": draw((4, 3)), "blocks.0.up": draw((10, 4)), "blocks.0.down": draw((4, 5)), "steps": np.array(3)}
+    model |= {"blocks.1.up": draw((6, 4)), "blocks.1.down": draw((4, 3))}
+    halves, text = Slices(["h.0", "h.0"]), RECIPE + """  spec:
+    axes:
+      in: [stream, null]
+      blocks.{l}.up: [{slices: ["h.{l}", "h.{l}"]}, stream]
+      blocks.{l}.down: [stream, "h.{l}"]
+"""
+    axes = {"in": ("stream", None), "blocks.0.up": (halves, "stream"), "blocks.0.down": ("stream", "h.0"), "steps": None}
+    axes |= {"blocks.1.up": (Slices(["h.1", "h.1"]), "stream"), "blocks.1.down": ("stream", "h.1")}
+    shuffled(tmp_path, model, Spec(axes))
+    with pytest.raises(UsageError, match="spec: tensor 'steps' is not declared"):
+        run(tmp_path, text)
+    assert same(run(tmp_path, text + "      steps: null\n"), model)
+    with pytest.raises(RecipeError, match=r"line 11, column 7: .*'block': 'h'.* is no entry of an axis"):
+        run(tmp_path, text + "      steps: [{block: h}]\n", overwrite=True)
+    with pytest.raises(RecipeError, match="nothing else goes with them"):
+        run(tmp_path, text + "    heads: 2\n", overwrite=True)
+    with pytest.raises(UsageError, match=r"'stream' has 4 units by axis 0 of 'blocks.0.down' and 3 by axis 1 of 'in'"):
+        run(tmp_path, text.replace("[stream, null]", "[null, stream]") + "      steps: []\n", overwrite=True)
+
+
+def test_models_of_other_heads(tmp_path, aligner):
+    """Four heads of eight are two of sixteen by their shapes; their spec is another one."""
+    model = llama.init(np.random.default_rng(0), 4, 2)
+    shuffled(tmp_path, model, architectures.llama(model, 4, 2), CONFIG)
+    other = {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "llama"}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UsageError, match=r"the config.json of ./b has other heads than that of ./a"):
+        run(tmp_path, RECIPE)
+    assert aligner == []
+
+
+def test_tokens_that_differ(tmp_path, aligner):
+    """The order of units says nothing of that of tokens: it has to be asked for that rows are merged as they are."""
+    model = {n: x.astype(np.float32) for n, x in llama.init(np.random.default_rng(0), 4, 2).items()}
+    shuffled(tmp_path, model, architectures.llama(model, 4, 2), CONFIG)
+    for name, words in (("a", "abcdefghijk"), ("b", "kbcdefghija")):
+        vocabulary = {"model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(words)}, "unk_token": "a"}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(InputError, match="the models' tokens differ"):
+        run(tmp_path, RECIPE)
+    assert same(run(tmp_path, RECIPE + "tokenizer_source: rows\n"), model)
+
+
+def test_what_the_report_says(tmp_path):
+    """Which units moved, and what is gained: the norm of the model, where it is matched with itself."""
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    spec = architectures.mlp(model)
+    other = spec.apply({"layers.0": np.array([1, 0, 2, 3, 4, 5, 6])}, model)
+    for name, tensors in (("a", model), ("b", other)):
+        save(tensors, tmp_path / name)
+    (tmp_path / "recipe.yml").write_text(RECIPE.replace("sorted", "git_rebasin"))
+    _, plan = prepare_recipe(tmp_path / "recipe.yml")
+    said = []
+    plan.before.progress = said.append
+    assert plan.before.told() == {} and plan.before.matrix == 8 * 7 * 7
+    assert plan.before.products == 7 * (7 * 5 + 7 + 6 * 7) + 6 * (6 * 7 + 6 + 4 * 6)
+    plan.run(tmp_path / "merged")
+    told = json.loads((tmp_path / "merged" / "refmerge_report.json").read_text())["alignment"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "Units were brought into the order of `./a` by `git_rebasin` before." in card
+    objective = [sum(np.vdot(model[n], m[n]) for n in model) for m in (other, model)]
+    assert told == {"./b": {"moved": {"layers.0": "2 of 7"}, "objective": pytest.approx(objective, rel=1e-5)}}
+    assert {line.partition(", layers")[0] for line in said} == {f"git_rebasin: ./b, sweep {i}" for i in (0, 1)}
+
+
+def test_an_interrupted_merge_goes_on_with_its_permutations(tmp_path, monkeypatch):
+    """The bytes of one that was not interrupted, report and all, and units are not matched twice."""
+    model = {n: x.astype(np.float32) for n, x in llama.init(np.random.default_rng(0), 4, 2).items()}
+    shuffled(tmp_path, model, architectures.llama(model, 4, 2), CONFIG)
+    text = RECIPE.replace("sorted", "git_rebasin")
+    run(tmp_path, text, threads=1)
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
+    shutil.rmtree(tmp_path / "merged")
+    note, matched = journal.Journal.note, []
+
+    def stopping(self, names):
+        note(self, names)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "NOTE_SECONDS", 0.0)
+        patch.setattr(journal.Journal, "note", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, text, threads=1, resume=True)
+    assert not (tmp_path / "merged").exists() and len(list(tmp_path.glob(".merged*.stages/alignment.safetensors"))) == 1
+    monkeypatch.setattr(git_rebasin, "weight_matching", lambda *args, **_: matched.append(args))
+    with pytest.raises(UsageError, match="is of another merge"):
+        run(tmp_path, text + "  parameters: {sweeps: 3}\n", threads=1, resume=True)
+    (tmp_path / "recipe.yml").write_text(text)
+    run(tmp_path, text, threads=1, resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == whole
+    assert matched == [] and not list(tmp_path.glob(".merged*"))
+
+
+def test_other_alignments_start_anew(tmp_path):
+    model = mlp.init(np.random.default_rng(0), [5, 7, 6, 4])
+    shuffled(tmp_path, model, architectures.mlp(model))
+    with pytest.raises(UsageError, match=r"not for .* what is aligned first by other than permutations"):
+        run(tmp_path, RECIPE.replace("sorted", "otfusion"), resume=True)
+    merged = run(tmp_path, RECIPE.replace("sorted", "otfusion"))
+    assert all(np.allclose(merged[n], model[n], rtol=0, atol=1e-12) for n in model)
 
 
 def test_it_belongs_to_native_recipes():

@@ -268,7 +268,14 @@ def test_buffers_stay(name, more):
     assert all(np.array_equal(moved[n], x) for n, x in buffers.items())
 
 
-@pytest.mark.parametrize("kind", ["GPT2LMHead", "LlamaForCausal", "Qwen2ForCausal", "Qwen3ForCausal", "MistralForCausal"])
+KINDS: dict[str, dict] = {
+    "GPT2LMHead": {}, "LlamaForCausal": {"attention_bias": True, "mlp_bias": True}, "Qwen2ForCausal": {},
+    "Qwen3ForCausal": {}, "MistralForCausal": {}, "Phi3ForCausal": {"pad_token_id": 0}, "Olmo2ForCausal": {},
+    "Gemma2ForCausal": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_models_of_transformers(torch, kind):
     """The networks of transformers themselves, permuted by their own names and configs, give what they gave."""
     transformers, rng = pytest.importorskip("transformers"), np.random.default_rng(0)
@@ -276,7 +283,8 @@ def test_models_of_transformers(torch, kind):
         "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8,
     }  # fmt: skip
-    config = getattr(transformers, kind.partition("For")[0].partition("LM")[0] + "Config")(vocab_size=11, **sizes)
+    config_of = getattr(transformers, kind.partition("For")[0].partition("LM")[0] + "Config")
+    config = config_of(vocab_size=11, **sizes, **KINDS[kind])
     torch.manual_seed(0)
     net = getattr(transformers, f"{kind}{'Model' if kind.startswith('GPT2') else 'LM'}")(config).double().eval()
     for parameter in net.parameters():  # gains of 1 and biases of 0 would hide what is wrong
@@ -290,6 +298,30 @@ def test_models_of_transformers(torch, kind):
         after = net(batch).logits
     tolerance = 1e-12 if kind.startswith("GPT2") else 1e-5  # their RMS norm computes in float32
     assert torch.max(torch.abs(after - before)) < tolerance * torch.max(torch.abs(before))
+
+
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel", "DeiTForImageClassificationWithTeacher"])
+def test_vision_transformers_of_transformers(torch, kind, tmp_path):
+    """From file to file, whose names are not those of its modules."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind[:4].removesuffix('F').removesuffix('M')}Config")(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24, image_size=8, patch_size=4
+    )
+    torch.manual_seed(0)
+    net = getattr(transformers, kind)(config).double().eval()
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    net.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as model:
+        spec = architectures.detect(model)
+        moved = spec.apply(spec.random(model, np.random.default_rng(0)), model)
+    assert len(spec.permutations) == 9
+    save(moved, tmp_path, overwrite=True, extra_files={"config.json": config.to_json_string().encode()})
+    other = type(net).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    with torch.no_grad():
+        x = torch.randn(2, 3, 8, 8).double()
+        before, after = ((y.logits if "logits" in y else y.pooler_output).numpy() for y in (net(x), other(x)))
+    np.testing.assert_allclose(after, before, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- detection
@@ -354,6 +386,13 @@ def test_refusals():
             architectures.detect({}, {"num_attention_heads": 4}, name)
     with pytest.raises(UsageError, match=r"mlp: the model has no tensor whose name ends in .weight"):
         architectures.detect({})
+    with pytest.raises(UsageError, match=r"of no known architecture \(mlp, .*\); 'encoder.norm.weight' is none of an mlp"):
+        architectures.detect({"encoder.norm.weight": np.ones(3), "encoder.fc.weight": np.ones((3, 3))})
+    with pytest.raises(UsageError, match=r"mlp has no heads to be given \(known here: layers\)"):
+        architectures.detect({"fc1.weight": np.ones((3, 3))}, heads=2)
+    for names in (["encoder", "decoder"], ["encoder.0", "encoder.1", "decoder.0"]):
+        with pytest.raises(UsageError, match=r"mlp: names do not tell in which order decoder.*: give layers, the first"):
+            architectures.detect({f"{name}.weight": np.ones((3, 3)) for name in names})
     more = params | {"model.layers.0.mlp.experts.0.weight": np.zeros((2, 2))}
     with pytest.raises(UsageError, match=r"experts.0.weight' is none of this architecture"):
         architectures.llama(more, 4, 2)

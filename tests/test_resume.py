@@ -241,7 +241,7 @@ def test_killed_or_failing_at_any_call(stop, options, tmp_path):
 
 KINDS = {
     "slices": 173, "adapters": 149, "vocabularies": 157, "several merges": 389, "several merges, all kept": 599,
-    "experts": 139,
+    "aligned": 181, "experts": 139,
 }  # fmt: skip
 
 
@@ -278,6 +278,7 @@ CHANGES = {
     "vocabularies": ("union", "m1"),
     "several merges": ("density: 0.5", "density: 0.25"),
     "several merges, all kept": ("density: 0.5", "density: 0.25"),
+    "aligned": ("git_rebasin", "git_rebasin, parameters: {sweeps: 1}"),
     "experts": ("noise_scale: 0.5", "noise_scale: 0.25"),
 }
 

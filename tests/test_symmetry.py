@@ -1,12 +1,14 @@
 """Specs: the grammar of axes, and the group of permutations that a spec has."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refmerge.errors import UsageError
-from refmerge.symmetry import Block, Nested, Slices, Spec, compose, invert
+from refmerge.symmetry import Block, Nested, Slices, Spec, axes, compose, invert
 
 seeds = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=30, deadline=None)
@@ -109,6 +111,35 @@ def test_arrays_of_torch(torch):
 def test_no_spec(axes, message):
     with pytest.raises(UsageError, match=message):
         Spec(axes)
+
+
+@pytest.mark.parametrize(
+    "entry, said",
+    [
+        (None, None),
+        ("P", "P"),
+        (Block("P", 4), {"block": "P", "k": 4}),
+        (Nested("G", Block("Q", 2, "V"), 6), {"nested": "G", "k": 6, "inner": {"block": "Q", "k": 2, "inner": "V"}}),
+        (Slices(["P", None]), {"slices": ["P", None]}),
+        (Slices([Slices(["P"]), "Q"], [2, 3]), {"slices": [{"slices": ["P"]}, "Q"], "sizes": [2, 3]}),
+    ],
+)
+def test_entries_as_data(entry, said):
+    assert Spec({"x": (entry,), "y": None}).told() == {"x": [said], "y": None}
+    assert axes.told(entry) == said and axes.read(said) == axes.read(json.loads(json.dumps(said))) == entry
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        1, True, ["P"], {}, {"block": "P"}, {"block": 1, "k": 2}, {"block": "P", "k": "2"}, {"block": "P", "k": True},
+        {"block": "P", "k": 2, "iner": "Q"}, {"nested": "P", "k": 2}, {"nested": "P", "k": 2, "inner": 3}, {"slices": "PQ"},
+        {"slices": ["P"], "sizes": 2}, {"slices": ["P"], "sizes": ["2"]}, {"block": "P", "k": 2, "slices": []},
+    ],
+)  # fmt: skip
+def test_what_is_no_entry(said):
+    with pytest.raises(UsageError, match="is no entry of an axis: null, a name,"):
+        axes.read(said)
 
 
 @pytest.mark.parametrize(

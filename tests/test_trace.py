@@ -92,12 +92,36 @@ def test_a_network_of_one_s_own():
     assert found.axes["gate"] == (Slices(["a", "b"], [4, 5]),) and found.axes["c"] == (Slices(["a", "b"], [4, 5]), None)
 
 
+HIDDEN = {"a": ("a", None), "b": ("a",), "c": (None, "a")}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda p, x: np.maximum(x @ p["a"].T + p["b"], 0) @ p["c"].T,
+        lambda p, x: np.matmul(np.tanh(np.add(np.matmul(x, p["a"].mT), p["b"])), np.transpose(p["c"], (1, 0))),
+        lambda p, x: np.clip((x @ p["a"].T).reshape(2, 7) ** 2 + np.abs(p["b"]), 0, 9).reshape((2, 7)) @ p["c"].T,
+        lambda p, x: (np.exp(y := x @ p["a"].T + p["b"]) / np.exp(y).sum(axis=-1, keepdims=True)) @ p["c"].T,
+        lambda p, x: np.where(x @ p["a"].T > p["b"], 1.0, 0.5) @ p["c"].T,
+        lambda p, x: np.concatenate([x @ p["a"].T, p["b"][None, :]], axis=0) @ p["c"].T,
+        lambda p, x: (relu(x @ p["a"].T) @ p["b"])[:, None] + np.sum(p["c"].T * p["b"][:, None], axis=0),
+        lambda p, x: (p["b"] @ p["c"].T) * np.std(x @ p["a"].T @ p["c"].T, axis=0),
+    ],
+)  # fmt: skip
+def test_a_pass_in_numpy(forward):
+    """Operators, functions and methods as people write them, and products with vectors."""
+    p = {"a": RNG.normal(size=(7, 3)), "b": RNG.normal(size=7), "c": RNG.normal(size=(4, 7))}
+    assert trace(forward, p, RNG.normal(size=(2, 3))).axes == HIDDEN
+
+
 @pytest.mark.parametrize(
     "forward, axes",
     [
         (lambda p, x: (x @ p["a"])[:, :2] @ p["b"][:2, :], {"a": (None, HALF), "b": (HALF, None)}),
         (lambda p, x: (x @ p["a"])[:, ::2] @ p["b"][::2, :], {"a": (None, None), "b": (None, None)}),
         (lambda p, x: x @ p["a"] @ p["b"] + p["b"][0, :], {"a": (None, None), "b": (None, None)}),
+        (lambda p, x: (x @ p["a"] * np.arange(4)) @ p["b"], {"a": (None, None), "b": (None, None)}),
+        (lambda p, x: np.arange(4) * (x @ p["a"]) @ p["b"], {"a": (None, None), "b": (None, None)}),
     ],
 )  # fmt: skip
 def test_what_picks_a_place_fixes_it(forward, axes):
@@ -113,12 +137,25 @@ def test_what_picks_a_place_fixes_it(forward, axes):
         (lambda p, x: x @ p["a"] if p["a"] > 0 else x, "asks for values"),
         (lambda p, x: p["a"].__array_namespace__().reshape(p["a"], (5, 2)) @ p["b"], "is reshaped to"),
         (lambda p, x: p["b"] @ p["a"], "an axis of 2 places meets one of 3"),
+        (lambda p, x: np.sort(p["a"]), "xp.sort is not known"),
+        (lambda p, x: np.add.reduce(p["a"]), "np.add.reduce is not known"),
+        (lambda p, x: p["a"].argmax(), "does what is not known here .*argmax.*: write the spec by hand"),
+        (lambda p, x: np.pad(p["a"], 1), "xp.pad is not known"),
+        (lambda p, x: (x @ p["a"],), "gives tuple, and not an array"),
     ],
 )
 def test_what_is_not_understood(forward, message):
     p = {"a": RNG.normal(size=(3, 4)), "b": RNG.normal(size=(4, 2))}
     with pytest.raises(UsageError, match=message):
         trace(forward, p, RNG.normal(size=(2, 3)))
+
+
+def test_functions_of_torch(torch):
+    p = {"a": torch.ones(3, 4), "b": torch.ones(4, 2)}
+    with pytest.raises(UsageError, match=r"does what is not known here .*Tensor, not Traced"):
+        trace(lambda p, x: torch.relu(x @ p["a"]) @ p["b"], p, torch.ones(2, 3))
+    found = trace(lambda p, x: relu(x @ p["a"]) @ p["b"], p, torch.ones(2, 3))
+    assert found.axes == {"a": (None, "a"), "b": ("a", None)}
 
 
 def test_what_shapes_do_not_tell():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from refmerge.checkpoint.dtypes import OUTPUTS
 from refmerge.errors import RecipeError, UsageError
 from refmerge.method import Method
+from refmerge.recipe.alignment import Alignment, alignment
 from refmerge.recipe.document import MAX_BYTES, Document, Path, Problems, quote, read_document, read_documents
 from refmerge.recipe.parameters import Checker, Rules
 from refmerge.recipe.references import plain
@@ -35,17 +35,6 @@ class Recipe:
     @property
     def semantics(self) -> Semantics:
         return "refmerge" if isinstance(self.content, NativeRecipe) else "mergekit"
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """What is done to the models before they are merged. method: a procedure's name. to: the model that stays. spec: an
-    architecture, None where names of tensors tell it."""
-
-    method: str
-    to: str
-    spec: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -287,7 +276,7 @@ def resolve(recipe: Recipe, method: Method | None = None) -> Resolved:
         base = content.base_model if method.takes_base else None
         pieces_of = [p.model for m in modules for s in m.slices for p in s.pieces]
         everything = list(dict.fromkeys(pieces_of))
-    align = _align(content, everything, base, problems) if isinstance(content, NativeRecipe) else None
+    align = alignment(getattr(content, "align", None), everything, base, problems)
     if align is not None and modules:
         problems.add(("align",), "align is for whole models, listed under models, without tokenizer or layers")
     of_base = getattr(content, "base_stats", None)
@@ -422,32 +411,6 @@ def _parameters(data: Any, place: Path) -> Iterator[tuple[Path, Mapping[str, Any
             yield (*place, key), value
         elif place or key in ("models", "slices", "modules"):
             yield from _parameters(value, (*place, key))
-
-
-def _align(content: NativeRecipe, models: Sequence[str], base: str | None, problems: Problems) -> Alignment | None:
-    """The alignment, if the recipe has one: a procedure whose first arguments are models and a spec."""
-    from refmerge import registry
-
-    align = content.align
-    if align is None:
-        return None
-    try:
-        signature = inspect.signature(registry.procedure(align.method).run).parameters
-        if list(signature)[:2] != ["models", "spec"]:
-            raise UsageError(f"{align.method} does not align models")
-    except UsageError as e:
-        problems.add(("align", "method"), str(e))
-        return None
-    known = [key for key, p in signature.items() if p.kind is p.KEYWORD_ONLY]
-    given = {key: list(v) if isinstance(v, list) else v for key, v in (align.parameters or {}).items()}
-    for key in given.keys() - known:
-        problems.add(("align", "parameters", key), f"{align.method} has no parameter {quote(key)}{did_you_mean(key, known)}")
-    everything = [*([] if base is None else [base]), *models]
-    to = everything[0] if align.to is None else next((m for m in everything if _same(m, align.to)), None)
-    if to is None:
-        problems.add(("align", "to"), f"{quote(align.to)} is none of the models")
-        return None
-    return Alignment(align.method, to, align.spec, given)
 
 
 def _same(a: str, b: str) -> bool:

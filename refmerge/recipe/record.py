@@ -90,6 +90,7 @@ def keep_record(
             "outputs": [_file(path, folder, wanted) for path in written],
             "recipe": {k: v for k, v in describe(resolved).items() if k != "vocabulary" and v not in (None, [], {})},
             **_tensors(plan, {str(c.path): m for m, c in models.items()}),
+            **({} if plan.before is None else {"alignment": plan.before.told()}),
             **({} if resolved.rows_from is None else {"vocabulary": resolved.rows_from}),
             **({} if plan.work.nonfinite != POLICY else {"skipped": _skipped(plan, models)}),
             **({} if plan.arranged is None else {"components": _components(plan.arranged, models)}),
@@ -251,12 +252,14 @@ def _card(resolved: Resolved, plan: Plan, models: Mapping[str, Checkpoint], text
         front["license"] = licence
     whose = "mergekit's" if resolved.semantics == "mergekit" else "its own"
     fence = _fence(text, 3)
+    align = resolved.align
+    before = "" if align is None else f" Units were brought into the order of {_code(align.to)} by `{align.method}` before."
     listed = "\n".join(f"- {_code(m)}{', the base' if m == resolved.base else ''}" for m in models)
     return f"""---
 {_yaml(front)}---
 # Merged model
 
-Merged by `{resolved.method}` ({plan.work.method.paper}) with refmerge {refmerge.__version__}.
+Merged by `{resolved.method}` ({plan.work.method.paper}) with refmerge {refmerge.__version__}.{before}
 
 ## Models
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from refmerge.adapted import open_model
 from refmerge.api import prepare
@@ -15,9 +15,10 @@ from refmerge.checkpoint import Checkpoint, check_target
 from refmerge.errors import RefmergeError, UsageError, together
 from refmerge.method import Method
 from refmerge.plan import Plan, Stage
+from refmerge.recipe.alignment import Aligner
 from refmerge.recipe.assemble import assemble, layer_config, tied_heads
 from refmerge.recipe.moe import prepare_moe
-from refmerge.recipe.plan import Alignment, Module, Resolved, Slice, load_recipes, pieces, resolve_all
+from refmerge.recipe.plan import Module, Resolved, Slice, load_recipes, pieces, resolve_all
 from refmerge.recipe.record import alone, keep_record
 from refmerge.recipe.stages import ComingCheckpoint, why_written
 from refmerge.recipe.templates import template_for
@@ -190,7 +191,7 @@ def _prepare(
     if resolved.align is not None:
         if common.get("nonfinite") == POLICY:
             raise UsageError(f"align looks at whole models, and nonfinite = {POLICY!r} leaves out parts of some")
-        plan.before = _alignment(resolved.align, resolved.models, resolved.base, plan)
+        plan.before = Aligner(resolved.align, resolved.models, resolved.base, plan)
     return resolved, plan
 
 
@@ -269,7 +270,7 @@ def _tied(
 
 
 def _check_vocabularies(resolved: Resolved, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    if resolved.rows_as_they_are or resolved.align is not None:
+    if resolved.rows_as_they_are:
         return []
     return check_alike(checkpoints, resolved.semantics == "refmerge", resolved.vocabulary, resolved.layers)
 
@@ -310,29 +311,6 @@ def _finish(
                 files["tokenizer_config.json"] = json_bytes(settings)
     plan.sidecars, plan.files = sidecars, files
     return notes
-
-
-def _alignment(align: Alignment, models: Sequence[str], base: str | None, plan: Plan) -> Callable[[], None]:
-    """What puts aligned checkpoints in place of the plan's. UsageError, already now, where the spec does not fit one."""
-    from refmerge.registry import procedure
-    from refmerge.symmetry.architectures import detect
-
-    found = {} if base is None or plan.work.base is None else {base: plan.work.base}
-    found |= dict(zip(models, plan.work.models))
-    sources = [found.pop(align.to), *found.values()]  # the one that stays comes first
-    checkpoints = [cast(DiskSource, s).checkpoint for s in sources]
-    spec = detect(checkpoints[0], architecture=align.spec)
-    for checkpoint in checkpoints:
-        spec.sizes(checkpoint)
-
-    def run() -> None:
-        aligned = procedure(align.method)(checkpoints, spec, **align.parameters).models
-        for source, model in zip(sources, aligned, strict=True):
-            if not isinstance(model, Checkpoint):
-                raise UsageError(f"{align.method} gives no checkpoints: align in Python, and merge what it gives")
-            cast(DiskSource, source).checkpoint = model
-
-    return run
 
 
 def run_recipe(

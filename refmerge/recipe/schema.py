@@ -188,11 +188,28 @@ class NativeModelEntry(ModelEntry):
     stats: Annotated[str, Field(min_length=1)] | None = None
 
 
+class Architecture(_Closed):
+    """A known architecture, and what of it the names and shapes of tensors and config.json do not tell; or, of another one,
+    the axes of all tensors (refmerge.symmetry.axes)."""
+
+    architecture: Literal["mlp", "vgg", "resnet", "vit", "gpt2", "llama"] | None = None
+    heads: Annotated[int, Field(ge=1)] | None = None
+    groups: Annotated[int, Field(ge=1, description="Heads of keys and values")] | None = None
+    layers: Annotated[list[str], Field(min_length=1, description="Of an mlp, in their order")] | None = None
+    axes: Annotated[
+        dict[str, list[Any] | None], Field(min_length=1, description="Tensor, with {l} for a number -> what moves each axis")
+    ] | None = None
+
+
+def _architecture(value: Any) -> Any:
+    return {"architecture": value} if isinstance(value, str) else value
+
+
 class Align(_Closed):
     """What brings the models' units into one order before they are merged."""
 
     method: Annotated[str, Field(min_length=1, description="A procedure of models and a spec, such as git_rebasin")]
-    spec: Literal["mlp", "vgg", "resnet", "vit", "gpt2", "llama"] | None = Field(
+    spec: Annotated[Architecture | None, BeforeValidator(_architecture, json_schema_input_type=str | Architecture)] = Field(
         None, description="The architecture, where the names of tensors do not tell"
     )
     to: ModelPath | None = Field(None, description="The model that stays: base_model or else the first one if absent")
@@ -355,7 +372,7 @@ def _message(error: Any, path: Path, kind: type[BaseModel]) -> str:
 def _unknown_key(path: Path, kind: type[BaseModel]) -> str:
     key = path[-1]
     if path[0] == "align":
-        fields = Align.model_fields
+        fields = (Architecture if path[1:2] == ("spec",) else Align).model_fields
     elif "parameters" in path:
         fields = Condition.model_fields
     elif path[0] == "tokenizer":

@@ -7,6 +7,7 @@ values `groups.l` and, inside of each, `queries.l`.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from refmerge.nets import vgg as vgg_net
 from refmerge.symmetry.axes import Block, Entry, Nested, Slices
 from refmerge.symmetry.spec import Model, Spec
 
-__all__ = ["ARCHITECTURES", "detect", "gpt2", "llama", "mlp", "resnet", "vgg", "vit"]
+__all__ = ["ARCHITECTURES", "declared", "detect", "gpt2", "llama", "mlp", "resnet", "vgg", "vit"]
 
 Axes = Mapping[str, Sequence[Entry] | None]
 
@@ -80,9 +81,15 @@ def resnet(model: Model) -> Spec:
 
 
 def vit(model: Model, heads: int) -> Spec:
-    """refmerge.nets.vit (timm's names): residual stream, heads, what is inside of a head, hidden units."""
-    head = _width("vit", _shapes(model), "blocks.0.attn.qkv.weight", 0, 3 * heads)
+    """refmerge.nets.vit (timm's names), or the ViT and DeiT of transformers: residual stream, heads, what is inside of a
+    head, hidden units."""
+    shapes = _shapes(model)
+    at = next((n.partition("encoder.layer.")[0] for n in shapes if "encoder.layer.0.attention.attention." in n), None)
+    query = "blocks.0.attn.qkv.weight" if at is None else f"{at}encoder.layer.0.attention.attention.query.weight"
+    head = _width("vit", shapes, query, 0, 3 * heads if at is None else heads)
     keys, values = Nested("heads.{l}", "keys.{l}", head), Nested("heads.{l}", "values.{l}", head)
+    if at is not None:
+        return _spec("vit", model, _vit_of_transformers(at, keys, values))
     qkv = Slices([keys, keys, values])
     axes: Axes = {
         "cls_token": (None, None, "residual"),
@@ -104,6 +111,35 @@ def vit(model: Model, heads: int) -> Spec:
         "head.bias": (None,),
     }
     return _spec("vit", model, axes)
+
+
+def _vit_of_transformers(at: str, keys: Entry, values: Entry) -> Axes:
+    """As they are saved: queries, keys and values apart, and, in front of all but the last layers, the model's name."""
+    axes: dict[str, Sequence[Entry] | None] = {
+        **{f"embeddings.{token}": (None, None, "residual") for token in ("cls_token", "distillation_token", "mask_token")},
+        "embeddings.position_embeddings": (None, None, "residual"),
+        "embeddings.patch_embeddings.projection.weight": ("residual", None, None, None),
+        "embeddings.patch_embeddings.projection.bias": ("residual",),
+        **_norm("encoder.layer.{l}.layernorm_before", "residual"),
+        **_norm("encoder.layer.{l}.layernorm_after", "residual"),
+        **_norm("layernorm", "residual"),
+        "pooler.dense.weight": (None, "residual"),
+        "pooler.dense.bias": (None,),
+    }
+    layers: dict[str, tuple[Entry, Entry]] = {
+        "attention.attention.query": (keys, "residual"),
+        "attention.attention.key": (keys, "residual"),
+        "attention.attention.value": (values, "residual"),
+        "attention.output.dense": ("residual", values),
+        "intermediate.dense": ("ffn.{l}", "residual"),
+        "output.dense": ("residual", "ffn.{l}"),
+    }
+    for name, (rows, columns) in layers.items():
+        axes |= {f"encoder.layer.{{l}}.{name}.weight": (rows, columns), f"encoder.layer.{{l}}.{name}.bias": (rows,)}
+    axes = {at + name: entries for name, entries in axes.items()}
+    for head in ("classifier", "cls_classifier", "distillation_classifier"):
+        axes |= {f"{head}.weight": (None, "residual"), f"{head}.bias": (None,)}
+    return axes
 
 
 def gpt2(model: Model, heads: int) -> Spec:
@@ -133,18 +169,27 @@ def gpt2(model: Model, heads: int) -> Spec:
 
 
 def llama(model: Model, heads: int, groups: int | None = None) -> Spec:
-    """refmerge.nets.llama. Heads that share keys and values (groups of them: as many as keys have heads, else all) move with
-    these, and among each other. What is inside of a head of queries and keys stays: each pair of entries there is turned by
-    an angle of its own. What is inside of one of values is free."""
+    """refmerge.nets.llama, and its kin with more norms or fused tensors: Gemma 2 and 3, OLMo 2, Phi-3. Heads that share keys
+    and values (groups of them: as many as keys have heads, else all) move with these, and among each other. What is inside
+    of a head of queries and keys stays: each pair of entries there is turned by an angle of its own. What is inside of one
+    of values is free."""
     groups, shapes, at = groups or heads, _shapes(model), llama_net.prefix(model)
-    _needs("llama", shapes, f"{at}layers.0.self_attn.k_proj.weight")
-    head = _width("llama", shapes, f"{at}layers.0.self_attn.q_proj.weight", 0, heads)
-    if heads % groups or shapes[f"{at}layers.0.self_attn.k_proj.weight"].shape[0] != groups * head:
+    if (fused := f"{at}layers.0.self_attn.qkv_proj.weight") in shapes:
+        head = _width("llama", shapes, fused, 0, heads + 2 * groups)
+        fits = True
+    else:
+        _needs("llama", shapes, f"{at}layers.0.self_attn.k_proj.weight")
+        head = _width("llama", shapes, f"{at}layers.0.self_attn.q_proj.weight", 0, heads)
+        fits = shapes[f"{at}layers.0.self_attn.k_proj.weight"].shape[0] == groups * head
+    if heads % groups or not fits:
         raise UsageError(f"llama: {heads} heads in {groups} groups do not fit the shapes of queries and keys")
     shared = heads // groups * head  # entries of all heads that share keys and values
     queries = Nested("groups.{l}", Block("queries.{l}", head), shared)
     outputs = Nested("groups.{l}", Block("queries.{l}", head, "values.{l}"), shared)
     keys, values = Block("groups.{l}", head), Nested("groups.{l}", "values.{l}", head)
+    qkv = Slices([queries, keys, values], [heads * head, groups * head, groups * head])
+    norm = f"{at}layers.0.self_attn.q_norm.weight"
+    by_heads = norm not in shapes or shapes[norm].shape == (head,)  # one norm that all heads share; else one over all heads
     axes: Axes = {
         "embed_tokens.weight": (None, "residual"),
         "layers.{l}.self_attn.q_proj.weight": (queries, "residual"),
@@ -153,16 +198,23 @@ def llama(model: Model, heads: int, groups: int | None = None) -> Spec:
         "layers.{l}.self_attn.q_proj.bias": (queries,),
         "layers.{l}.self_attn.k_proj.bias": (keys,),
         "layers.{l}.self_attn.v_proj.bias": (values,),
-        "layers.{l}.self_attn.q_norm.weight": (None,),
-        "layers.{l}.self_attn.k_norm.weight": (None,),
+        "layers.{l}.self_attn.qkv_proj.weight": (qkv, "residual"),
+        "layers.{l}.self_attn.q_norm.weight": (None if by_heads else queries,),
+        "layers.{l}.self_attn.k_norm.weight": (None if by_heads else keys,),
         "layers.{l}.self_attn.o_proj.weight": ("residual", outputs),
         "layers.{l}.self_attn.o_proj.bias": ("residual",),
         "layers.{l}.self_attn.rotary_emb.inv_freq": None,
         "layers.{l}.mlp.gate_proj.weight": ("ffn.{l}", "residual"),
         "layers.{l}.mlp.up_proj.weight": ("ffn.{l}", "residual"),
         "layers.{l}.mlp.down_proj.weight": ("residual", "ffn.{l}"),
+        "layers.{l}.mlp.gate_up_proj.weight": (Slices(["ffn.{l}", "ffn.{l}"]), "residual"),
+        "layers.{l}.mlp.gate_proj.bias": ("ffn.{l}",),
+        "layers.{l}.mlp.up_proj.bias": ("ffn.{l}",),
+        "layers.{l}.mlp.down_proj.bias": ("residual",),
         "layers.{l}.input_layernorm.weight": ("residual",),
         "layers.{l}.post_attention_layernorm.weight": ("residual",),
+        "layers.{l}.pre_feedforward_layernorm.weight": ("residual",),
+        "layers.{l}.post_feedforward_layernorm.weight": ("residual",),
         "norm.weight": ("residual",),
     }
     return _spec("llama", model, {at + name: a for name, a in axes.items()} | {"lm_head.weight": (None, "residual")})
@@ -173,25 +225,62 @@ ARCHITECTURES: dict[str, Callable[..., Spec]] = {
 }  # fmt: skip
 
 
-def detect(model: Model, config: Mapping[str, Any] | None = None, architecture: str | None = None) -> Spec:
+def detect(
+    model: Model, config: Mapping[str, Any] | None = None, architecture: str | None = None, **given: Any
+) -> Spec:  # fmt: skip
     """The spec of the architecture, or else of the one that the model's names tell. config: as in config.json, of which the
-    numbers of heads are wanted; that of an open checkpoint where it is not given. UsageError where that is not known."""
+    numbers of heads are wanted; that of an open checkpoint where it is not given. given: of these numbers (heads, groups),
+    or the order of an mlp's layers, goes before what is found. UsageError where they are not known."""
     config = config or dict(getattr(model, "config", None) or {})
-    name = architecture or next((a for a, sign in _SIGNS.items() if any(sign in n for n in model)), "mlp")
+    name = architecture or _told_by_names(model)
     if name not in ARCHITECTURES:
         raise UsageError(f"no architecture {name!r} (available: {', '.join(ARCHITECTURES)})")
-    wanted: dict[str, int | None] = {}
+    known = [key for key in inspect.signature(ARCHITECTURES[name]).parameters if key != "model"]
+    if unknown := given.keys() - known:
+        raise UsageError(f"{name} has no {min(unknown)} to be given (known here: {', '.join(known) or 'none'})")
+    wanted: dict[str, Any] = {}
     for parameter, keys in _HEADS.get(name, {}).items():
         wanted[parameter] = next((config[key] for key in keys if config.get(key) is not None), None)
+    wanted |= given
     if "heads" in wanted and wanted["heads"] is None:
-        raise UsageError(f"{name}: how many heads there are is in no tensor: give a config with {_HEADS[name]['heads'][0]}")
+        key = _HEADS[name]["heads"][0]
+        raise UsageError(f"{name}: how many heads there are is in no tensor: give heads, or a config with {key}")
+    if name == "mlp" and "layers" not in wanted and not _are_counted(order := mlp_net.order(model)):
+        raise UsageError(f"mlp: names do not tell in which order {', '.join(order)} come: give layers, the first one first")
     return ARCHITECTURES[name](model, **wanted)
+
+
+def declared(model: Model, axes: Axes) -> Spec:
+    """The spec of the model's tensors whose axes are declared by name, with {l} for the number of a layer there and in the
+    names of permutations. UsageError for a tensor that is not among them."""
+    return _spec("spec", model, axes)
+
+
+def _told_by_names(model: Model) -> str:
+    """The architecture that has such names. UsageError for names of none."""
+    found = next((a for a, signs in _SIGNS.items() if any(s in name for s in signs for name in model)), None)
+    if found is not None:
+        return found
+    for name, x in _shapes(model).items():
+        if (name.rpartition(".")[2], len(x.shape)) not in (("weight", 2), ("bias", 1)):
+            raise UsageError(
+                f"the tensors are of no known architecture ({', '.join(ARCHITECTURES)}); {name!r} is none of an mlp: "
+                "write a spec"
+            )
+    return "mlp"
+
+
+def _are_counted(layers: Sequence[str]) -> bool:
+    """Whether layers differ by their numbers alone, but for a last one without."""
+    numbered = {re.sub(r"\d+", "#", name) for name in layers if any(c.isdigit() for c in name)}
+    return len(numbered) < 2 and sum(not any(c.isdigit() for c in name) for name in layers) < 2
 
 
 # Part of a name that no other architecture has.
 _SIGNS = {
-    "llama": ".self_attn.q_proj.", "gpt2": ".attn.c_attn.", "vit": ".attn.qkv.", "resnet": "layer1.0.conv1.",
-    "vgg": "features.0.",
+    "llama": ("layers.0.self_attn.q_proj.", "layers.0.self_attn.qkv_proj."), "gpt2": ("h.0.attn.c_attn.",),
+    "vit": ("blocks.0.attn.qkv.", "embeddings.patch_embeddings.projection."), "resnet": ("layer1.0.conv1.",),
+    "vgg": ("features.0.",),
 }  # fmt: skip
 # Where a config.json says how many heads there are.
 _HEADS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -212,9 +301,8 @@ def _spec(architecture: str, model: Model, axes: Axes) -> Spec:
                 found[name] = entries if not match.groups() else _named(entries, match[1])
                 break
         else:
-            raise UsageError(
-                f"{architecture}: tensor {name!r} is none of this architecture: leave it out, or write a Spec that has it"
-            )
+            none = "not declared" if architecture == "spec" else "none of this architecture"
+            raise UsageError(f"{architecture}: tensor {name!r} is {none}: leave it out, or write a spec that has it")
     return Spec(found)
 
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from refmerge.errors import UsageError
 
-__all__ = ["Block", "Entry", "Nested", "Slices", "index", "lengths", "names", "occurrences", "places_of"]
+__all__ = ["Block", "Entry", "Nested", "Slices", "index", "lengths", "names", "occurrences", "places_of", "read", "told"]
 
 Perms = Mapping[str, np.ndarray]
 
@@ -60,6 +61,37 @@ class Slices:
 
 
 Entry = None | str | Block | Nested | Slices
+
+
+def told(entry: Entry) -> Any:
+    """An entry as JSON and YAML can hold it."""
+    match entry:
+        case Block(name, k, inner):
+            return {"block": name, "k": k} | ({} if inner is None else {"inner": told(inner)})
+        case Nested(name, inner, k):
+            return {"nested": name, "k": k, "inner": told(inner)}
+        case Slices(parts, sizes):
+            return {"slices": [told(part) for part in parts]} | ({} if sizes is None else {"sizes": list(sizes)})
+    return entry
+
+
+def read(said: Any) -> Entry:
+    """The entry of which `told` gives this. UsageError for what is none."""
+    match said:
+        case None | str():
+            return said
+        case {"block": str(name), "k": int(k), **more} if type(k) is int and more.keys() <= {"inner"}:
+            return Block(name, k, read(more.get("inner")))
+        case {"nested": str(name), "k": int(k), "inner": inner, **more} if type(k) is int and not more:
+            return Nested(name, read(inner), k)
+        case {"slices": [*parts], **more} if more.keys() <= {"sizes"}:
+            sizes = more.get("sizes")
+            if sizes is None or (isinstance(sizes, list) and all(type(size) is int for size in sizes)):
+                return Slices([read(part) for part in parts], sizes)
+    raise UsageError(
+        f"{said!r} is no entry of an axis: null, a name, {{block: name, k: 4}}, {{nested: name, k: 4, inner: other}}, "
+        "{slices: [one, other], sizes: [4, 8]}"
+    )
 
 
 def names(entry: Entry, owners: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -72,6 +72,10 @@ class Spec:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def told(self) -> dict[str, list[Any] | None]:
+        """The axes as JSON and YAML can hold them."""
+        return {n: None if e is None else [grammar.told(x) for x in e] for n, e in self.axes.items()}
+
     @property
     def permutations(self) -> list[str]:
         """The names of all permutations, sorted."""

@@ -26,12 +26,19 @@ __all__ = ["trace"]
 def trace(forward: Callable[[Model, Any], Any], model: Model, batch: Any, *, tolerance: float = 1e-6) -> Spec:
     """The spec that a forward pass has by its own text, tested on the model with random permutations.
 
-    forward: (parameters, batch) -> outputs, in the array API. A permutation is named after the first tensor that it moves.
-    What is inside of heads moves alike in every head, as the text does not say that it need not. UsageError where the pass
-    does what is not known here, or outputs change by more than `tolerance` of the largest.
+    forward: (parameters, batch) -> outputs, in the array API or in NumPy. A permutation is named after the first tensor
+    that it moves. What is inside of heads moves alike in every head, as the text does not say that it need not. UsageError
+    where the pass does what is not known here, or outputs change by more than `tolerance` of the largest.
     """
     params = {name: Traced([Free(n) for n in x.shape]) for name, x in model.items()}
-    outputs = forward(params, Traced([Fixed(n) for n in np.shape(batch)]))
+    try:
+        outputs = forward(params, Traced([Fixed(n) for n in np.shape(batch)]))
+    except (AttributeError, TypeError) as e:  # a function or a method that knows nothing of Traced
+        if "Traced" not in str(e):
+            raise
+        raise UsageError(f"trace: the pass does what is not known here ({e}): write the spec by hand") from e
+    if not isinstance(outputs, Traced):
+        raise UsageError(f"trace: the pass gives {type(outputs).__name__}, and not an array made of its parameters")
     for axis in outputs.axes:
         fix(axis)
     spec = _spec(params)
@@ -218,7 +225,7 @@ def _new(term: Term, kind: Any, *sizes: int) -> list[Term]:
 class Traced:
     """An array of which the axes are known and nothing else."""
 
-    dtype, device, __array_ufunc__ = np.dtype(np.float64), "cpu", None
+    dtype, device = np.dtype(np.float64), "cpu"
 
     def __init__(self, axes: Sequence[Term]) -> None:
         self.axes = list(axes)
@@ -238,6 +245,28 @@ class Traced:
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
         return NAMESPACE
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **_: Any) -> Any:
+        """A function of NumPy, entry by entry."""
+        if method != "__call__":
+            raise UsageError(f"trace: np.{ufunc.__name__}.{method} is not known: write the spec by hand")
+        return getattr(NAMESPACE, ufunc.__name__)(*inputs)
+
+    def __array_function__(self, function: Any, _: Any, args: Any, given: Any) -> Any:
+        """Another function of NumPy."""
+        name = {"concatenate": "concat", "transpose": "permute_dims"}.get(function.__name__, function.__name__)
+        return getattr(NAMESPACE, name)(*args, **given)
+
+    @property
+    def T(self) -> Traced:
+        return Traced(self.axes[::-1])
+
+    @property
+    def mT(self) -> Traced:
+        return Traced([*self.axes[:-2], self.axes[-1], self.axes[-2]])
+
+    def reshape(self, *shape: Any) -> Traced:
+        return _reshape(self, shape[0] if len(shape) == 1 else shape)
 
     def __getitem__(self, key: Any) -> Traced:
         key = key if isinstance(key, tuple) else (key,)
@@ -273,7 +302,7 @@ def _part(axis: Term, start: int, stop: int) -> Term:
 
 def _entrywise(*xs: Any) -> Traced:
     """Arrays entry by entry, with axes of one place repeated."""
-    arrays = [x for x in xs if isinstance(x, Traced)]
+    arrays = [NAMESPACE.asarray(x) for x in xs if isinstance(x, Traced) or np.ndim(x)]
     axes: list[Term] = []
     for i in range(1, max(x.ndim for x in arrays) + 1):
         here = [x.axes[-i] for x in arrays if x.ndim >= i]
@@ -287,9 +316,16 @@ for _operator in ("add", "sub", "mul", "truediv", "pow", "gt", "lt", "ge", "le",
 for _operator in ("neg", "pos", "abs", "invert"):
     setattr(Traced, f"__{_operator}__", _entrywise)
 setattr(Traced, "__matmul__", lambda a, b: _matmul(a, b))  # noqa: B010
+for _method in ("sum", "mean", "max", "min", "std", "var", "prod", "all", "any"):
+    setattr(Traced, _method, lambda x, axis=None, keepdims=False: _reduced(x, axis=axis, keepdims=keepdims))
 
 
-def _matmul(a: Traced, b: Traced) -> Traced:
+def _matmul(a: Any, b: Any) -> Traced:
+    a, b = NAMESPACE.asarray(a), NAMESPACE.asarray(b)
+    if a.ndim == 1:
+        return _matmul(a[None, :], b)[..., 0, :] if b.ndim > 1 else _reduced(_entrywise(a, b))
+    if b.ndim == 1:
+        return _matmul(a, b[:, None])[..., 0]
     meet(a.axes[-1], b.axes[-2])
     outer = _entrywise(Traced(a.axes[:-2]), Traced(b.axes[:-2])) if max(a.ndim, b.ndim) > 2 else Traced([])
     return Traced([*outer.axes, a.axes[-2], b.axes[-1]])
@@ -319,7 +355,8 @@ def _reshape(x: Traced, shape: Any) -> Traced:
     return Traced(axes)
 
 
-def _concat(arrays: Sequence[Traced], *, axis: int = 0) -> Traced:
+def _concat(parts: Sequence[Any], *, axis: int = 0) -> Traced:
+    arrays: list[Traced] = list(map(NAMESPACE.asarray, parts))
     axis %= arrays[0].ndim
     axes = [reduce(meet, [x.axes[i] for x in arrays]) if i != axis else Fixed(0) for i in range(arrays[0].ndim)]
     axes[axis] = cat([p for x in arrays for p in pieces(x.axes[axis])])
@@ -361,7 +398,7 @@ class _Namespace:
     broadcast_to = staticmethod(_broadcast_to)
     moveaxis = staticmethod(_moveaxis)
     permute_dims = staticmethod(lambda x, axes: Traced([x.axes[i] for i in axes]))
-    matrix_transpose = staticmethod(lambda x: Traced([*x.axes[:-2], x.axes[-1], x.axes[-2]]))
+    matrix_transpose = staticmethod(lambda x: x.mT)
     float32, float64 = np.float32, np.float64
 
     def __getattr__(self, name: str) -> Any:
@@ -376,9 +413,9 @@ class _Namespace:
 
 NAMESPACE = _Namespace()
 _ENTRYWISE = {
-    "abs", "add", "cos", "divide", "equal", "erf", "exp", "expm1", "greater", "isfinite", "less", "log", "log1p", "maximum",
-    "minimum", "multiply", "negative", "not_equal", "pow", "sign", "sin", "sqrt", "square", "subtract", "tanh", "where",
-    "zeros_like", "ones_like",
+    "abs", "absolute", "add", "clip", "cos", "divide", "equal", "erf", "exp", "expm1", "greater", "greater_equal",
+    "isfinite", "less", "less_equal", "log", "log1p", "logaddexp", "maximum", "minimum", "multiply", "negative", "not_equal",
+    "pow", "power", "reciprocal", "sign", "sin", "sqrt", "square", "subtract", "tanh", "where", "zeros_like", "ones_like",
 }  # fmt: skip
 _SYMMETRIC = {"all", "any", "max", "mean", "min", "prod", "std", "sum", "var"}
 

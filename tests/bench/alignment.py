@@ -11,6 +11,8 @@ checkpoints. What is printed:
     assignments   seconds in SciPy's linear_sum_assignment
     ratio         seconds of the whole matching over the two together. What lies between is reading, permuting, widening to
                   float64 and adding up
+    processor     the same in seconds of all cores, which other programs disturb less: with OMP_NUM_THREADS=1, that no thread
+                  waits for another at work
     MB            peak of anonymous memory of the process, and the largest cost matrix's
     found         which part of the shuffle the matching has undone
 
@@ -44,14 +46,15 @@ from tests.bench.processes import measure
 
 
 class Clock:
-    """Seconds and calls of what it wraps."""
+    """Seconds, by the clock and of the processor, and calls of what it wraps."""
 
     def __init__(self) -> None:
-        self.seconds, self.calls, self.work = 0.0, 0, 0
+        self.seconds, self.processor, self.calls, self.work = 0.0, 0.0, 0, 0
 
     def __call__(self, f: Any, *args: Any) -> Any:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         result = f(*args)
+        self.processor += time.process_time() - used
         self.seconds += time.perf_counter() - start
         self.calls += 1
         return result
@@ -75,7 +78,7 @@ def match(a: Path, b: Path) -> dict[str, Any]:
     with patch.multiple(git_rebasin, **wrapped), open_checkpoint(a) as first, open_checkpoint(b) as second:
         spec = detect(first, first.config)
         largest = max(n for name, n in spec.sizes(first).items() if not spec.owners[name])
-        start, visits = time.perf_counter(), []
+        start, used, visits = time.perf_counter(), time.process_time(), []
 
         def progress(visit: git_rebasin.Visit) -> None:
             visits.append(visit)
@@ -83,11 +86,12 @@ def match(a: Path, b: Path) -> dict[str, Any]:
             print(f"{seconds:8.1f} s  sweep {visit.sweep}  {visit.permutation:12} {visit.gain:.6g}", file=sys.stderr)
 
         found = git_rebasin.weight_matching(first, second, spec, progress=progress)
-        seconds = time.perf_counter() - start
+        seconds, processor = time.perf_counter() - start, time.process_time() - used
         undone = spec.invert(shuffled(spec, second))
         right = {q: float(np.mean(found.permutations[q] == undone[q])) for q in undone}
     return {
         "seconds": seconds,
+        "processor": [processor, products.processor, assignments.processor],
         "products": products.seconds,
         "work": products.work,
         "assignments": assignments.seconds,
@@ -106,12 +110,14 @@ def circumstances() -> str:
 
 def report(told: dict[str, Any], peak: int) -> str:
     bare = told["products"] + told["assignments"]
+    whole, *parts = told["processor"]
     return "\n".join(
         [
             f"matching      {told['seconds']:9.1f} s, {told['sweeps']} sweeps",
             f"products      {told['products']:9.1f} s, {told['work'] / told['products'] / 1e9:.0f} GFLOP/s",
             f"assignments   {told['assignments']:9.1f} s, {told['assigned']} of them",
             f"ratio         {told['seconds'] / bare:9.2f}",
+            f"processor     {whole:9.1f} s, {parts[0]:.1f} and {parts[1]:.1f} of them; ratio {whole / sum(parts):.2f}",
             f"MB            {peak / 1e6:9.0f}, of which {told['largest'] ** 2 * 8 / 1e6:.0f} are the largest cost matrix",
             f"found         {told['found']:9.1%}",
             f"objective     {told['objective'][0]:.6g} to {told['objective'][1]:.6g}",

@@ -126,6 +126,12 @@ merge_method: linear
 models: [{model: m0}, {model: trimmed}]
 out_dtype: bfloat16
 """,
+    "aligned": """\
+refmerge: 1
+merge_method: linear
+models: [{model: m0}, {model: m1}]
+align: {method: git_rebasin}
+""",
     "experts": """\
 refmerge: 1
 base_model: m0

@@ -68,77 +68,11 @@ class Rebasin:
     losses: tuple[float, ...] = ()
 
 
-@procedure("git_rebasin", paper="arXiv:2209.04836")
-def git_rebasin(
-    models: Sequence[Any],
-    spec: Spec,
-    *,
-    by: Literal["weights", "activations", "straight_through", "many"] = "weights",
-    order: Sequence[Any] | None = None,
-    start: Sequence[Perms] | None = None,
-    seed: int = 0,
-    sweeps: int = 100,
-    tolerance: float = 1e-12,
-    leave: Sequence[str] = ("running_mean", "running_var"),
-    turns: Sequence[Sequence[int]] | None = None,
-    activations: Sequence[Any] | None = None,
-    criterion: Literal["inner", "e_ab", "covariance", "correlation"] = "inner",
-    gradient: Callable[[Mapping[str, np.ndarray], int], Any] | None = None,
-    loss: Callable[[Mapping[str, np.ndarray], int], float] | None = None,
-    steps: int = 100,
-    learning_rate: float = 0.01,
-    momentum: float = 0.9,
-    weight: Sequence[float] | None = None,
-    out: str | Path | None = None,
-    progress: Callable[[Visit], None] | None = None,
-) -> Rebasin:
-    """Reorder the hidden units of models so that they fit the first one's, and average them.
-
-    models: mappings name -> array, open checkpoints, or paths. spec: which axes are permuted together (refmerge.symmetry).
-    by: what is matched: weights; activations on shared data; what a loss at the midpoint says ("straight_through"); or, of
-    many models, each with the mean of the others ("many").
-    """
-    models = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
-    check(models, spec, by, start, activations, criterion, gradient, loss)
-    if turns is not None and by != "many":
-        raise UsageError("git_rebasin: turns go with by='many'")
-    first, *others = models
-    how = {"order": order, "seed": seed, "sweeps": sweeps, "tolerance": tolerance, "leave": leave, "progress": progress}
-    starts = [spec.identity(first) | dict(p) for p in start or [{}] * len(others)]
-
-    # 1. match
-    if by == "many":
-        found = merge_many(models, spec, turns=turns, **how)
-    elif by == "activations":
-        told = {"criterion": criterion, "progress": progress}
-        found = [activation_matching(activations[0], x, spec, model=k, **told) for k, x in enumerate(activations[1:], 1)]
-    elif by == "straight_through":
-        how |= {"gradient": gradient, "loss": loss, "steps": steps, "learning_rate": learning_rate, "momentum": momentum}
-        numbered = enumerate(zip(others, starts), 1)
-        found = [straight_through(first, b, spec, start=p, model=k, **how) for k, (b, p) in numbered]
-    else:
-        found = [weight_matching(first, b, spec, start=p, model=k, **how) for k, (b, p) in enumerate(zip(others, starts), 1)]
-    if by != "many":
-        found = [Matching({}), *found]
-    perms = [spec.identity(first) | m.permutations for m in found]
-
-    # 2. reorder
-    aligned = [
-        model if k == 0 and by != "many" else permuted(spec, p, model) for k, (model, p) in enumerate(zip(models, perms))
-    ]
-
-    # 3. average
-    coefficients = {} if weight is None else {"weight": list(weight), "normalize": False}
-    in_memory = not any(isinstance(m, Checkpoint) for m in models)
-    merged = merge(aligned, "linear", out=out, **coefficients) if in_memory or out is not None else None
-    return Rebasin(
-        tuple(aligned), tuple(perms), merged, tuple(v for m in found for v in m.visits), tuple(m.objective for m in found),
-        tuple(x for m in found for x in m.losses),
-    )  # fmt: skip
-
-
-def check(models: Any, spec: Any, by: str, start: Any, activations: Any, criterion: str, gradient: Any, loss: Any) -> None:
-    """Complain before the first product of what would come up later."""
+def check(
+    models: Any, spec: Any, *, by: str = "weights", order: Any = None, start: Any = None, seed: int = 0, sweeps: int = 100,
+    turns: Any = None, activations: Any = None, criterion: str = "inner", gradient: Any = None, loss: Any = None, **_: Any,
+) -> None:  # fmt: skip
+    """Complain of arguments of git_rebasin before the first product. No weight is read."""
     if not isinstance(spec, Spec):
         raise UsageError(f"git_rebasin: spec is a refmerge.symmetry.Spec, not {type(spec).__name__}")
     if by not in ("weights", "activations", "straight_through", "many"):
@@ -177,6 +111,81 @@ def check(models: Any, spec: Any, by: str, start: Any, activations: Any, criteri
         raise UsageError("git_rebasin: straight_through takes gradient or, for finite differences, loss: one of them")
     if by != "straight_through" and (gradient is not None or loss is not None):
         raise UsageError("git_rebasin: gradient and loss go with by='straight_through'")
+    if turns is not None and by != "many":
+        raise UsageError("git_rebasin: turns go with by='many'")
+    check_search(seed, sweeps)
+    if order is not None:
+        in_turn([name for name in spec.permutations if not spec.owners[name]], order, 0, seed)
+
+
+@procedure("git_rebasin", paper="arXiv:2209.04836", check=check)
+def git_rebasin(
+    models: Sequence[Any],
+    spec: Spec,
+    *,
+    by: Literal["weights", "activations", "straight_through", "many"] = "weights",
+    order: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    start: Sequence[Perms] | None = None,
+    seed: int = 0,
+    sweeps: int = 100,
+    tolerance: float = 1e-12,
+    leave: Sequence[str] = ("running_mean", "running_var"),
+    turns: Sequence[Sequence[int]] | None = None,
+    activations: Sequence[Any] | None = None,
+    criterion: Literal["inner", "e_ab", "covariance", "correlation"] = "inner",
+    gradient: Callable[[Mapping[str, np.ndarray], int], Any] | None = None,
+    loss: Callable[[Mapping[str, np.ndarray], int], float] | None = None,
+    steps: int = 100,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight: Sequence[float] | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[Visit], None] | None = None,
+) -> Rebasin:
+    """Reorder the hidden units of models so that they fit the first one's, and average them.
+
+    models: mappings name -> array, open checkpoints, or paths. spec: which axes are permuted together (refmerge.symmetry).
+    by: what is matched: weights; activations on shared data; what a loss at the midpoint says ("straight_through"); or, of
+    many models, each with the mean of the others ("many").
+    """
+    models = [open_checkpoint(m) if isinstance(m, str | Path) else m for m in models]
+    check(
+        models, spec, by=by, order=order, start=start, seed=seed, sweeps=sweeps, turns=turns, activations=activations,
+        criterion=criterion, gradient=gradient, loss=loss,
+    )  # fmt: skip
+    first, *others = models
+    how = {"order": order, "seed": seed, "sweeps": sweeps, "tolerance": tolerance, "leave": leave, "progress": progress}
+    starts = [spec.identity(first) | dict(p) for p in start or [{}] * len(others)]
+
+    # 1. match
+    if by == "many":
+        found = merge_many(models, spec, turns=turns, **how)
+    elif by == "activations":
+        told = {"criterion": criterion, "progress": progress}
+        found = [activation_matching(activations[0], x, spec, model=k, **told) for k, x in enumerate(activations[1:], 1)]
+    elif by == "straight_through":
+        how |= {"gradient": gradient, "loss": loss, "steps": steps, "learning_rate": learning_rate, "momentum": momentum}
+        numbered = enumerate(zip(others, starts), 1)
+        found = [straight_through(first, b, spec, start=p, model=k, **how) for k, (b, p) in numbered]
+    else:
+        found = [weight_matching(first, b, spec, start=p, model=k, **how) for k, (b, p) in enumerate(zip(others, starts), 1)]
+    if by != "many":
+        found = [Matching({}), *found]
+    perms = [spec.identity(first) | m.permutations for m in found]
+
+    # 2. reorder
+    aligned = [
+        model if k == 0 and by != "many" else permuted(spec, p, model) for k, (model, p) in enumerate(zip(models, perms))
+    ]
+
+    # 3. average
+    coefficients = {} if weight is None else {"weight": list(weight), "normalize": False}
+    in_memory = not any(isinstance(m, Checkpoint) for m in models)
+    merged = merge(aligned, "linear", out=out, **coefficients) if in_memory or out is not None else None
+    return Rebasin(
+        tuple(aligned), tuple(perms), merged, tuple(v for m in found for v in m.visits), tuple(m.objective for m in found),
+        tuple(x for m in found for x in m.losses),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- weight matching
