@@ -313,3 +313,16 @@ def test_a_norm_needs_a_tap_before_it():
     model = {f"bn.{key}": np.ones(2) for key in ("weight", "bias", "running_mean", "running_var")}
     with pytest.raises(UsageError, match="no tap has what norm 'bn' reads"):
         repair(model, [], forward, [X])
+
+
+def test_correlation_by_the_batches_own_deviations():
+    """5 / (2 + eps) of a unit with itself that is 0, 2 and 4, 6; with its negative the same below 0."""
+    x = [np.array([[0.0, 0.0], [2.0, -2.0]]), np.array([[4.0, -4.0], [6.0, -6.0]])]
+    found = batch_correlation(x, x, deviations="batches")
+    np.testing.assert_allclose(found, np.array([[1, -1], [-1, 1]]) * 5 / 2.0001, rtol=1e-12)
+    np.testing.assert_allclose(batch_correlation(x, x), np.array([[1, -1], [-1, 1]]) * 5 / 5.0001, rtol=1e-12)
+    for batches, how, said in (
+        (x, "all", "none of 'moments', 'batches'"), ([], "moments", "no batches"), ([x[0][:1]], "batches", "one row"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            batch_correlation(batches, batches, deviations=how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -130,15 +130,28 @@ def averaged(found: Sequence[Statistics]) -> Statistics:
     return Statistics(np.mean([s.mean for s in found], axis=0), np.mean([s.var for s in found], axis=0))
 
 
-def batch_correlation(first: Iterable[Any], second: Iterable[Any], *, eps: float = 1e-4) -> np.ndarray:
+def batch_correlation(
+    first: Iterable[Any],
+    second: Iterable[Any],
+    *,
+    eps: float = 1e-4,
+    deviations: Literal["moments", "batches"] = "moments",
+) -> np.ndarray:
     """The correlation of two models' units (rows: the first's) by which the authors align them before they average: of
-    batches of activations (rows, units), each of which counts alike; eps is added to the products of deviations."""
-    moments = []
-    for a, b in zip(first, second, strict=True):
-        a, b = by_unit({"a": a}, "a"), by_unit({"b": b}, "b")
-        moments.append((a.mean(axis=0), b.mean(axis=0), (a * a).mean(axis=0), (b * b).mean(axis=0), a.T @ b / len(a)))
-    ma, mb, qa, qb, outer = (sum(x) / len(moments) for x in zip(*moments))
-    sa, sb = (np.sqrt(np.maximum(q - m * m, 0.0)) for q, m in ((qa, ma), (qb, mb)))  # of constants rounding may go below 0
+    batches of activations (rows, units), each of which counts alike; eps is added to the products of deviations. deviations:
+    those of all batches together, by their "moments", or the means of each of the "batches"' unbiased ones."""
+    if deviations not in ("moments", "batches"):
+        raise UsageError(f"repair: deviations = {deviations!r} is none of 'moments', 'batches'")
+    pairs = [(by_unit({"a": a}, "a"), by_unit({"b": b}, "b")) for a, b in zip(first, second, strict=True)]
+    if not pairs:
+        raise UsageError("repair: no batches")
+    ma, mb = (np.mean([x[i].mean(axis=0) for x in pairs], axis=0) for i in (0, 1))
+    outer = np.mean([a.T @ b / len(a) for a, b in pairs], axis=0)
+    if deviations == "batches":
+        sa, sb = (np.mean([np.sqrt(unbiased(x[i], "units")) for x in pairs], axis=0) for i in (0, 1))
+    else:
+        qa, qb = (np.mean([(x[i] * x[i]).mean(axis=0) for x in pairs], axis=0) for i in (0, 1))
+        sa, sb = (np.sqrt(np.maximum(q - m * m, 0.0)) for q, m in ((qa, ma), (qb, mb)))  # rounding may go below 0
     return (outer - np.outer(ma, mb)) / (np.outer(sa, sb) + eps)
 
 
