@@ -609,4 +609,6 @@ def along(models: Sequence[Any], of: Task, points: int = 25, measures: Sequence[
 
     found = loss_barrier(models, loss, points=points, **LENIENT)
     error = barrier_of(found.t, errors)
-    return Line(found, error, {name: MEASURES[name](models, of) for name in dict.fromkeys(measures)}, of.samples)
+    with np.errstate(all="ignore"):
+        more = {name: MEASURES[name](models, of) for name in dict.fromkeys(measures)}
+    return Line(found, error, more, of.samples)

@@ -426,6 +426,17 @@ def test_three_samples_have_no_debiased_likeness():
     assert all(row[1] is None for row in table.rows.values()) and "-" in table.text()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", compare_measures.MEASURES)
+def test_measures_of_weights_that_are_not_finite(name):
+    if name == "quadratic":
+        pytest.importorskip("torch")
+    one, two, x, y = units_exchanged()
+    two["layers.0.weight"][0, 0] = np.inf
+    found = measured([one, two], "mlp", x, y, name)[name]
+    assert json.dumps(compare._finite(found.told()), allow_nan=False) and "nan" in found.text()
+
+
 def test_stragglers_and_sharpness_are_those_of_the_functions():
     one, two, x, y = units_exchanged()
     of, layers = compare.Task(mlp.forward, x, y), {f"layers.{i}": [f"layers.{i}.{k}" for k in KINDS] for i in range(2)}
