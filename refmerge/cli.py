@@ -509,7 +509,9 @@ def inspect(
 @click.option("--layers", is_flag=True, help="the barrier of each layer by itself, too: --measure layers")
 @click.option(
     "--measure", "measures", multiple=True, help="what else to measure, with --data; more than once",
-    type=click.Choice(["layers", "shallow", "deep", "activations", "stragglers", "sharpness", "quadratic", "dropout"]),
+    type=click.Choice(
+        ["layers", "shallow", "deep", "activations", "stragglers", "sharpness", "quadratic", "aligned", "dropout"]
+    ),
 )  # fmt: skip
 @click.option("--plot", type=click.Path(), metavar="OUT.SVG", help="draw the loss on the line")
 @_options("json")
@@ -525,8 +527,8 @@ def compare(
     changed, with --rank the effective rank of A - B: exp of the entropy of its singular values. With --data nothing of that,
     but the barrier: how far the loss rises above the line between its ends. Measures with it: barriers of one layer alone
     (layers), of the first or the last ones (shallow, deep); CKA and correlations of activations; stragglers, B being a
-    fine-tune of A; sharpness by layer; barriers predicted from slopes (quadratic, by torch); the path through halves of both
-    networks (dropout), which is in the plot too.
+    fine-tune of A; sharpness by layer; barriers predicted from slopes (quadratic, by torch); and, in the plot too, the line
+    to B with its units reordered (aligned) and the path through halves of both networks (dropout).
     """
     from refmerge import compare as comparing
     from refmerge.adapted import open_model

@@ -17,6 +17,7 @@ import numpy as np
 from refmerge.compare import Task, digits, shown
 from refmerge.errors import UsageError
 from refmerge.numeric import host
+from refmerge.procedures.alignment.git_rebasin import git_rebasin
 from refmerge.procedures.measures._common import layers_of
 from refmerge.procedures.measures.activation_correlation import activation_correlation
 from refmerge.procedures.measures.cka import cka
@@ -26,6 +27,7 @@ from refmerge.procedures.measures.layerwise_sharpness import layerwise_sharpness
 from refmerge.procedures.measures.loss_barrier import loss_barrier
 from refmerge.procedures.measures.quadratic_barrier import quadratic_barrier
 from refmerge.procedures.measures.straggler_score import straggler_score
+from refmerge.symmetry.architectures import detect
 
 if TYPE_CHECKING:
     from refmerge.procedures.measures.loss_barrier import Barrier
@@ -118,6 +120,19 @@ def alike(x: np.ndarray, y: np.ndarray) -> tuple[float | None, ...]:
     return cka(x, y), debiased, cka(x, y, kernel="rbf"), found.aligned, found.matched
 
 
+def aligned(models: Sequence[Model], of: Task) -> Measure:
+    """The line from A to B with its units in the order of A's, by their weights."""
+    heads = {"num_attention_heads": of.options.get("heads"), "num_key_value_heads": of.options.get("groups")}
+    net = of.forward.__module__.rpartition(".")[2]
+    spec = detect(models[0], {key: x for key, x in heads.items() if x is not None}, net)
+    found = git_rebasin(models, spec)
+    path = loss_barrier([models[0], found.models[1]], of.loss, **LENIENT)
+    perms = found.permutations[1].values()
+    moved = sum(int(np.count_nonzero(p != np.arange(p.shape[-1]))) for p in perms)
+    about = f"the line to B with its units in A's order, by git_rebasin; {moved} of {sum(p.size for p in perms)} units move"
+    return Measure(about, ("barrier", "at"), {"aligned": (path.barrier, path.at)}, path, "aligned")
+
+
 def dropout(models: Sequence[Model], of: Task) -> Measure:
     """A path around the barrier, for networks that can do without half of their units."""
     order = [name for tensors in in_order(models[0], of).values() for name in tensors if len(models[0][name].shape) > 1]
@@ -142,6 +157,7 @@ MEASURES: dict[str, Callable[[Sequence[Model], Task], Measure]] = {
     "stragglers": stragglers,
     "sharpness": sharpness,
     "quadratic": quadratic,
+    "aligned": aligned,
     "dropout": dropout,
 }
 

@@ -433,6 +433,10 @@ def test_measures_of_weights_that_are_not_finite(name):
         pytest.importorskip("torch")
     one, two, x, y = units_exchanged()
     two["layers.0.weight"][0, 0] = np.inf
+    if name == "aligned":
+        with pytest.raises(InputError, match="must be finite"):
+            measured([one, two], "mlp", x, y, name)
+        return
     found = measured([one, two], "mlp", x, y, name)[name]
     assert json.dumps(compare._finite(found.told()), allow_nan=False) and "nan" in found.text()
 
@@ -485,6 +489,27 @@ def test_gradients_without_torch(monkeypatch):
     one, two, x, y = units_exchanged()
     with pytest.raises(UsageError, match=r"pip install 'refmerge\[torch\]'"):
         measured([one, two], "mlp", x, y, "quadratic")
+
+
+@pytest.mark.parametrize("net", ["mlp", "vit"])
+def test_a_permuted_network_is_aligned(net, tmp_path):
+    draw = np.random.default_rng(0)
+    if net == "mlp":
+        one, two, x, y = units_exchanged()
+        spec = None
+    else:
+        one = {k: v.astype(np.float32) for k, v in vit.init(draw, outputs=3).items()}
+        spec = architectures.vit(one, 2)
+        two = {k: np.asarray(v) for k, v in spec.apply(spec.random(one, draw), one).items()}
+        x, y = draw.standard_normal((6, 3, 8, 8)), draw.integers(0, 3, 6)
+    options = {} if spec is None else {"options": {"heads": 2}}
+    for models in ([one, two], opened(tmp_path, a=one, b=two)):
+        of = compare.Task(compare.network(net), x, y, **options)
+        line = compare.along(models, of, 3, ["aligned"])
+        (row,) = line.measures["aligned"].rows.values()
+        assert row[0] == pytest.approx(0, abs=1e-6) and abs(line.loss.losses[1] - line.loss.losses[0]) > 1e-3
+        assert line.paths().keys() == {"on the line", "aligned"}
+    assert "units move" in line.text()
 
 
 def test_around_the_barrier_of_networks_with_copied_halves():
