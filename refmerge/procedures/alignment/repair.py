@@ -142,16 +142,16 @@ def batch_correlation(
     those of all batches together, by their "moments", or the means of each of the "batches"' unbiased ones."""
     if deviations not in ("moments", "batches"):
         raise UsageError(f"repair: deviations = {deviations!r} is none of 'moments', 'batches'")
-    pairs = [(by_unit({"a": a}, "a"), by_unit({"b": b}, "b")) for a, b in zip(first, second, strict=True)]
-    if not pairs:
+    found = []
+    for a, b in zip(first, second, strict=True):
+        a, b = by_unit({"a": a}, "a"), by_unit({"b": b}, "b")
+        spread = [np.sqrt(unbiased(x, "units")) if deviations == "batches" else (x * x).mean(axis=0) for x in (a, b)]
+        found.append((a.mean(axis=0), b.mean(axis=0), *spread, a.T @ b / len(a)))
+    if not found:
         raise UsageError("repair: no batches")
-    ma, mb = (np.mean([x[i].mean(axis=0) for x in pairs], axis=0) for i in (0, 1))
-    outer = np.mean([a.T @ b / len(a) for a, b in pairs], axis=0)
-    if deviations == "batches":
-        sa, sb = (np.mean([np.sqrt(unbiased(x[i], "units")) for x in pairs], axis=0) for i in (0, 1))
-    else:
-        qa, qb = (np.mean([(x[i] * x[i]).mean(axis=0) for x in pairs], axis=0) for i in (0, 1))
-        sa, sb = (np.sqrt(np.maximum(q - m * m, 0.0)) for q, m in ((qa, ma), (qb, mb)))  # rounding may go below 0
+    ma, mb, sa, sb, outer = (sum(x) / len(found) for x in zip(*found))
+    if deviations == "moments":  # of constants rounding may go below 0
+        sa, sb = (np.sqrt(np.maximum(q - m * m, 0.0)) for q, m in ((sa, ma), (sb, mb)))
     return (outer - np.outer(ma, mb)) / (np.outer(sa, sb) + eps)
 
 
