@@ -236,12 +236,13 @@ def drawn(seed, count, n):
 
 
 @FEW
-@given(seeds, st.integers(1, 4), st.integers(1, 6), st.sampled_from([0.0, 1e-4, 0.3, 1.0]), st.floats(0, 1))
-def test_merged_features_are_a_partition(seed, count, n, alpha, beta):
+@given(seeds, st.integers(1, 4), st.integers(1, 6), st.sampled_from([0.0, 1e-4, 0.3, 1.0]), st.floats(0, 1), st.data())
+def test_merged_features_are_a_partition(seed, count, n, alpha, beta, data):
     _, S = drawn(seed, count, n)
-    U = zip_features(S, count, alpha=alpha, beta=beta)
-    assert U.shape == (count * n, n) and set(U.ravel()) <= {0.0, 1.0} and (U.sum(axis=1) == 1).all()
-    np.testing.assert_allclose(average_matrix(U) @ U, np.eye(n), atol=1e-15)
+    keep = data.draw(st.one_of(st.none(), st.integers(1, count * n)))
+    U, few = zip_features(S, count, alpha=alpha, beta=beta, keep=keep), keep or n
+    assert U.shape == (count * n, few) and set(U.ravel()) <= {0.0, 1.0} and (U.sum(axis=1) == 1).all()
+    np.testing.assert_allclose(average_matrix(U) @ U, np.eye(few), atol=1e-15)
 
 
 @FEW
