@@ -511,27 +511,37 @@ def inspect(
 @click.option("--net", metavar="NAME", help="the network whose weights these are, with --data: mlp, resnet, vit, ...")
 @click.option("--heads", type=click.IntRange(min=1), help="of attention, where the network has it; else as config.json says")
 @click.option("--points", type=click.IntRange(min=2), default=25, show_default=True, help="on the line, its ends among them")
-@click.option("--layers", is_flag=True, help="the barrier of each layer by itself, too")
+@click.option("--layers", is_flag=True, help="the barrier of each layer by itself, too: --measure layers")
+@click.option(
+    "--measure", "measures", multiple=True, help="what else to measure, with --data; more than once",
+    type=click.Choice(
+        ["layers", "shallow", "deep", "activations", "stragglers", "sharpness", "quadratic", "aligned", "dropout"]
+    ),
+)  # fmt: skip
 @click.option("--plot", type=click.Path(), metavar="OUT.SVG", help="draw the loss on the line")
 @_options("json")
 def compare(
     a: str, b: str, base: str | None, top: int, by: str, rank: bool, rank_limit: int | None, html: str | None,
-    data: str | None, net: str | None, heads: int | None, points: int, layers: bool, plot: str | None, json: bool,
+    data: str | None, net: str | None, heads: int | None, points: int, layers: bool, measures: tuple[str, ...],
+    plot: str | None, json: bool,
 ) -> None:  # fmt: skip
     """Compare the checkpoints A and B: tensor by tensor, or with --data by the loss on the line between them.
 
     The norm of A - B relative to that of A, the cosine of the angle between them, their norms, and the entries that differ
     or are not finite; tensors are read in blocks. With --base also the cosine and the conflicts of sign of what A and B
     changed, with --rank the effective rank of A - B: exp of the entropy of its singular values. With --data nothing of that,
-    but the barrier: how far the loss rises above the line between its ends.
+    but the barrier: how far the loss rises above the line between its ends. Measures with it: barriers of one layer alone
+    (layers), of the first or the last ones (shallow, deep); CKA and correlations of activations; stragglers, B being a
+    fine-tune of A; sharpness by layer; barriers predicted from slopes (quadratic, by torch); and, in the plot too, the line
+    to B with its units reordered (aligned) and the path through halves of both networks (dropout).
     """
     from refmerge import compare as comparing
     from refmerge.adapted import open_model
 
     if (data is None) != (net is None):
         raise click.UsageError("--data and --net want each other")
-    if data is None and (plot is not None or layers or heads is not None):
-        raise click.UsageError("--plot, --layers and --heads want --data and --net")
+    if data is None and (plot is not None or layers or measures or heads is not None):
+        raise click.UsageError("--plot, --layers, --measure and --heads want --data and --net")
     if plot is not None and not plot.endswith(".svg"):
         raise click.UsageError(f"--plot writes SVG, and {plot} does not end in .svg")
     if data is not None and base is not None:
@@ -557,11 +567,11 @@ def compare(
             say(found.text(top, by) if not json else jsonlib.dumps(found.told(), indent=2))
             return
         of = comparing.task(net, data, **comparing.options_of(net, one.config, heads))
-        line = comparing.along([one, other], of, points, layers)
+        line = comparing.along([one, other], of, points, ("layers",) * layers + measures)
         if plot is not None:
             from refmerge.plots import draw_paths
 
-            _write(plot, draw_paths({"": line.loss}, f"{net}: the loss from {a} to {b}"))
+            _write(plot, draw_paths(line.paths(), f"{net}: the loss from {a} to {b}"))
         click.echo(line.text() if not json else jsonlib.dumps(line.told(), indent=2))
 
 

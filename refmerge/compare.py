@@ -12,7 +12,7 @@ import pkgutil
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from refmerge.numeric import STRETCH, exact_sum, expansion, host, leaf_sums
 from refmerge.recipe.layers import place_of
 
 if TYPE_CHECKING:
-    from refmerge.procedures.measures.layerwise_barrier import LayerBarriers
+    from refmerge.compare_measures import Measure
     from refmerge.procedures.measures.loss_barrier import Barrier
 
 __all__ = ["Comparison", "Line", "Task", "Tensor", "along", "network", "networks", "options_of", "task", "weights"]
@@ -419,28 +419,78 @@ def network(name: str) -> Callable[..., Any]:
     return importlib.import_module(f"refmerge.nets.{name}").forward
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """A network's losses and errors on labelled inputs, functions of a model."""
+    """A network's losses and errors on labelled inputs, and what else can be found out of a model by running it.
 
-    loss: Callable[[Mapping[str, Any]], float]
-    error: Callable[[Mapping[str, Any]], float]
-    samples: int
+    batch: how many inputs are run at a time. options: of forward, such as heads.
+    """
+
+    forward: Callable[..., Any]
+    inputs: np.ndarray
+    labels: np.ndarray
+    batch: int = 256
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _last: tuple[Any, tuple[float, float]] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def samples(self) -> int:
+        return self.labels.size
+
+    def loss(self, model: Mapping[str, Any]) -> float:
+        """The mean cross-entropy."""
+        return self._both(model)[0]
+
+    def error(self, model: Mapping[str, Any]) -> float:
+        """The share of wrong answers."""
+        return self._both(model)[1]
+
+    def _both(self, model: Mapping[str, Any]) -> tuple[float, float]:
+        if self._last is None or self._last[0] is not model:  # both are asked of one model in turn
+            self._last = model, _evaluate(self.run(model))
+        return self._last[1]
+
+    def run(self, model: Mapping[str, Any], taps: Any = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Outputs and labels of each batch. taps: a dictionary that the network writes into, emptied before each."""
+        params = {name: host(model[name]) for name in model}
+        wide = any(x.dtype == np.float64 for x in params.values())
+        for x, y in self.batches():
+            if taps is not None:
+                taps.clear()
+            if x.dtype.kind == "f":
+                x = x.astype(np.float64 if wide else np.float32)
+            with np.errstate(all="ignore"):
+                z = self.fitting(np.asarray(self.outputs(params, x, taps), dtype=np.float64), y)
+            yield z, y
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(self.inputs), self.batch):
+            yield self.inputs[start : start + self.batch], self.labels[start : start + self.batch].reshape(-1)
+
+    def outputs(self, params: Mapping[str, Any], x: Any, taps: Any = None) -> Any:
+        """What the network gives. UsageError where weights and inputs do not fit it."""
+        try:
+            return self.forward(params, x, taps, **self.options)
+        except (KeyError, ValueError, TypeError, IndexError) as e:
+            reason = f"tensor {e} is missing" if isinstance(e, KeyError) else str(e)
+            net = self.forward.__module__.rpartition(".")[2]
+            raise UsageError(f"{net} cannot run these weights on these inputs: {reason}") from e
+
+    @staticmethod
+    def fitting(z: Any, y: np.ndarray) -> Any:
+        """Outputs as rows, one for each label. UsageError where they do not fit."""
+        z = z.reshape(-1, z.shape[-1])
+        if len(z) != len(y) or y.min() < 0 or y.max() >= z.shape[1]:
+            raise UsageError(
+                f"labels from {y.min()} to {y.max()} do not fit {len(z)} outputs of {z.shape[1]} classes for {len(y)}"
+            )
+        return z
 
 
 def task(net: str, data: str | Path, *, batch: int = 256, **options: Any) -> Task:
     """Cross-entropy and share of errors of a network of refmerge.nets on the inputs and labels in an .npz file, in float32
     for weights of 32 bits or fewer. options: of its forward, such as heads."""
-    forward = network(net)
-    inputs, labels = _labelled(data)
-    last: dict[str, Any] = {}
-
-    def both(model: Mapping[str, Any]) -> tuple[float, float]:
-        if last.get("model") is not model:  # both are asked of one model in turn
-            last.update(model=model, found=_evaluate(forward, model, inputs, labels, batch, options))
-        return last["found"]
-
-    return Task(lambda model: both(model)[0], lambda model: both(model)[1], labels.size)
+    return Task(network(net), *_labelled(data), batch, options)
 
 
 def options_of(net: str, config: Mapping[str, Any] | None, heads: int | None) -> dict[str, Any]:
@@ -479,29 +529,10 @@ def _labelled(data: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return inputs, labels
 
 
-def _evaluate(
-    forward: Any, model: Mapping[str, Any], inputs: np.ndarray, labels: np.ndarray, batch: int, options: Mapping[str, Any]
-) -> tuple[float, float]:
-    params = {name: host(model[name]) for name in model}
-    wide = any(x.dtype == np.float64 for x in params.values())
+def _evaluate(found: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Mean cross-entropy and share of errors of batches of outputs and labels."""
     losses, wrong = [], 0
-    for start in range(0, len(inputs), batch):
-        x, y = inputs[start : start + batch], labels[start : start + batch].reshape(-1)
-        if x.dtype.kind == "f":
-            x = x.astype(np.float64 if wide else np.float32)
-        try:
-            with np.errstate(all="ignore"):
-                z = np.asarray(forward(params, x, **options), dtype=np.float64)
-        except (KeyError, ValueError, TypeError, IndexError) as e:
-            reason = f"tensor {e} is missing" if isinstance(e, KeyError) else str(e)
-            raise UsageError(
-                f"{forward.__module__.rpartition('.')[2]} cannot run these weights on these inputs: {reason}"
-            ) from e
-        z = z.reshape(-1, z.shape[-1])
-        if len(z) != len(y) or y.min() < 0 or y.max() >= z.shape[1]:
-            raise UsageError(
-                f"labels from {y.min()} to {y.max()} do not fit {len(z)} outputs of {z.shape[1]} classes for {len(y)}"
-            )
+    for z, y in found:
         with np.errstate(all="ignore"):
             z = z - z.max(axis=1, keepdims=True)
             of_label = z[np.arange(len(y)), y]
@@ -512,13 +543,18 @@ def _evaluate(
 
 @dataclass(frozen=True)
 class Line:
-    """loss, error: barriers on the line between two models. layers: the loss's barrier in each layer, if it was asked for.
-    samples: of the data."""
+    """loss, error: barriers on the line between two models. measures: what else was asked for, by name. samples: of the
+    data."""
 
     loss: Barrier
     error: Barrier
-    layers: LayerBarriers | None
+    measures: dict[str, Measure]
     samples: int
+
+    def paths(self) -> dict[str, Barrier]:
+        """The losses that there is a plot of: on the line, and on another path where a measure has one."""
+        others = {m.path_label: m.path for m in self.measures.values() if m.path is not None}
+        return {"on the line": self.loss, **others} if others else {"": self.loss}
 
     def told(self) -> dict[str, Any]:
         """For programs: what is not finite is None."""
@@ -526,9 +562,7 @@ class Line:
             "samples": self.samples, "t": self.loss.t, "loss": self.loss.losses, "barrier": self.loss.barrier,
             "at": self.loss.at, "error": self.error.losses, "error_barrier": self.error.barrier, "error_at": self.error.at,
         }  # fmt: skip
-        if self.layers is not None:
-            found["layers"] = {label: x.barriers for label, x in self.layers.layers.items()}
-        return _finite(found)
+        return _finite(found | {name: measure.told() for name, measure in self.measures.items()})
 
     def text(self) -> str:
         """For people."""
@@ -544,12 +578,7 @@ class Line:
         lowest = min(range(len(self.loss.t)), key=lambda i: _key(self.loss.losses[i]))
         wrong = f"{100 * self.error.losses[lowest]:.1f} % wrong"
         lines.append(f"lowest    {digits(self.loss.losses[lowest], 4)}, {wrong}, at t = {digits(self.loss.t[lowest])}")
-        if self.layers is not None:
-            lines += ["", "one layer alone half-way, above the mean loss of A and B: in A, and in B"]
-            width = max(map(len, self.layers.layers))
-            for label, x in self.layers.layers.items():
-                lines.append(f"  {shown(label):{width}}  {digits(x.barriers[0]):>9}  {digits(x.barriers[1]):>9}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"\n{measure.text()}" for measure in self.measures.values())])
 
 
 def _key(x: float) -> float:
@@ -564,19 +593,22 @@ def _finite(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def along(models: Sequence[Any], of: Task, points: int = 25, layers: bool = False) -> Line:
-    """The barriers of loss and error on the line between two models, and on request of each layer's loss. Counters and other
-    integers between the ends are the first model's, and weights that are not finite pass."""
-    from refmerge.procedures.measures.layerwise_barrier import layerwise_barrier
+def along(models: Sequence[Any], of: Task, points: int = 25, measures: Sequence[str] = ()) -> Line:
+    """The barriers of loss and error on the line between two models, and what measures of refmerge.compare_measures say.
+    Counters and other integers between the ends are the first model's, and weights that are not finite pass."""
+    from refmerge.compare_measures import LENIENT, MEASURES
     from refmerge.procedures.measures.loss_barrier import barrier_of, loss_barrier
 
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise UsageError(f"there is no measure {unknown[0]!r} (there are {', '.join(MEASURES)})")
     errors: list[float] = []
 
     def loss(model: Mapping[str, Any]) -> float:
         errors.append(of.error(model))
         return of.loss(model)
 
-    options: dict[str, Any] = {"integers": "base", "nonfinite": "propagate"}
-    found = loss_barrier(models, loss, points=points, **options)
+    found = loss_barrier(models, loss, points=points, **LENIENT)
     error = barrier_of(found.t, errors)
-    return Line(found, error, layerwise_barrier(models, of.loss, **options) if layers else None, of.samples)
+    with np.errstate(all="ignore"):
+        more = {name: MEASURES[name](models, of) for name in dict.fromkeys(measures)}
+    return Line(found, error, more, of.samples)

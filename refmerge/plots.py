@@ -15,9 +15,11 @@ __all__ = ["draw_layers", "draw_paths", "draw_search", "draw_series"]
 WIDE, HIGH, LEFT, TOP = 420.0, 220.0, 64.0, 58.0
 
 
-def draw_paths(paths: Mapping[str, Any], title: str, label: str = "loss") -> str:
-    """The losses of loss_barrier's results over t, by label, each with the line between its ends and its barrier. UsageError
-    where there is nothing finite to draw."""
+def draw_paths(
+    paths: Mapping[str, Any], title: str, label: str = "loss", *, word: str = "barrier", chords: bool = True
+) -> str:
+    """The losses of loss_barrier's results over t, by label, each with the line between its ends, if chords are wanted, and
+    its barrier, or what the word says that it is. UsageError where there is nothing finite to draw."""
     finite = [value for path in paths.values() for value in path.losses if math.isfinite(value)]
     if not finite:
         raise UsageError("there is no plot of losses none of which is finite")
@@ -39,7 +41,7 @@ def draw_paths(paths: Mapping[str, Any], title: str, label: str = "loss") -> str
     body.append(f'<text x="{_n(LEFT + WIDE + 10)}" y="{_n(TOP + HIGH + 18)}" fill="{FAINT}">t</text>')
     for i, (name, path) in enumerate(paths.items()):
         colour = COLOURS[i % len(COLOURS)]
-        if math.isfinite(path.losses[0]) and math.isfinite(path.losses[-1]):
+        if chords and math.isfinite(path.losses[0]) and math.isfinite(path.losses[-1]):
             (x0, y0), (x1, y1) = at(0, path.losses[0]), at(1, path.losses[-1])
             line = f"M{_n(x0)} {_n(y0)}L{_n(x1)} {_n(y1)}"
             body.append(f'<path d="{line}" stroke="{colour}" stroke-dasharray="3 3" fill="none"/>')
@@ -48,8 +50,8 @@ def draw_paths(paths: Mapping[str, Any], title: str, label: str = "loss") -> str
             k = path.t.index(path.at)
             x, y = at(path.at, path.losses[k])
             body.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="3.5" fill="{RESULT}"/>')
-        word = f"{name}: barrier {_g(path.barrier)}" if name else f"barrier {_g(path.barrier)}"
-        body.append(f'<text x="{_n(LEFT)}" y="{_n(TOP + HIGH + 38 + 16 * i)}" fill="{colour}">{_escape(word)}</text>')
+        said = f"{name}: {word} {_g(path.barrier)}" if name else f"{word} {_g(path.barrier)}"
+        body.append(f'<text x="{_n(LEFT)}" y="{_n(TOP + HIGH + 38 + 16 * i)}" fill="{colour}">{_escape(said)}</text>')
     height = TOP + HIGH + 38 + 16 * len(paths)
     return _svg(LEFT + WIDE + 28, height, title, "The loss along a path between two models.", body)
 

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refmerge import InputError, UsageError, compare, open_checkpoint
+from refmerge import InputError, UsageError, cli, compare, compare_measures, open_checkpoint, registry
 from refmerge.checkpoint import save
 from refmerge.compare_page import page
-from refmerge.nets import mlp, vit
+from refmerge.nets import mlp, resnet, vit
 from refmerge.plots import draw_layers
 from refmerge.symmetry import architectures
 
@@ -283,10 +283,10 @@ def test_a_permuted_network_has_a_barrier_on_the_line(tmp_path):
     one, two, x, y = units_exchanged()
     np.savez(tmp_path / "data.npz", inputs=x, labels=y)
     of = compare.task("mlp", tmp_path / "data.npz")
-    line = compare.along(opened(tmp_path, a=one, b=two), of, points=5, layers=True)
+    line = compare.along(opened(tmp_path, a=one, b=two), of, points=5, measures=["layers"])
     assert line.loss.losses[0] == pytest.approx(line.loss.losses[-1]) and line.loss.barrier > 0
     assert line.error.losses[0] == 0.0 and len(line.error.losses) == 5
-    assert list(line.layers.layers) == ["layers.0", "layers.1"]
+    assert list(line.measures["layers"].rows) == ["layers.0", "layers.1"]
     assert compare.along(opened(tmp_path, c=one, d=one), of, points=3).loss.barrier == pytest.approx(0, abs=1e-9)
     bad = compare.along([one, {k: x * np.nan for k, x in two.items()}], of, points=3)
     assert json.loads(json.dumps(bad.told(), allow_nan=False))["barrier"] is None and bad.error.losses[-1] == 1.0
@@ -352,6 +352,193 @@ def test_data_that_do_not_fit_the_weights(tmp_path, inputs, labels, said):
         compare.task("mlp", tmp_path / "data.npz").loss(units_exchanged()[0])
     with pytest.raises(UsageError, match="is missing"):
         compare.task("vit", tmp_path / "data.npz", heads=1).loss(units_exchanged()[0])
+
+
+# --- Measures ---------------------------------------------------------------------------------------------------------
+
+
+KINDS = ("weight", "bias")
+
+
+def measured(models, net, inputs, labels, *names, **how):
+    return compare.along(models, compare.Task(compare.network(net), inputs, labels, **how), 3, names).measures
+
+
+def test_the_command_knows_all_measures():
+    (option,) = [x for x in cli.compare.params if x.name == "measures"]
+    assert list(option.type.choices) == list(compare_measures.MEASURES)
+    with pytest.raises(UsageError, match="no measure 'norm' \\(there are layers"):
+        measured([{}, {}], "mlp", np.ones((1, 1)), np.zeros(1, int), "norm")
+
+
+def test_layers_are_in_the_order_of_the_network(tmp_path):
+    """A file has its names sorted, so that the head comes first."""
+    draw = np.random.default_rng(0)
+    sizes = {"fc2": (6, 5), "fc10": (5, 6), "head": (3, 5)}
+    models = [
+        {f"{k}.{part}": draw.standard_normal(n if part == "weight" else n[:1]) for k, n in sizes.items() for part in KINDS}
+        for _ in range(2)
+    ]
+    x, y = draw.standard_normal((20, 5)), draw.integers(0, 3, 20)
+    found = measured(opened(tmp_path, a=models[0], b=models[1]), "mlp", x, y, "shallow", "deep")
+    assert list(found["shallow"].rows) == ["fc2", "fc10", "head"] and list(found["deep"].rows) == ["head", "fc10", "fc2"]
+    full = compare.along(models, compare.Task(mlp.forward, x, y), 3).loss
+    for name, last in (("shallow", "head"), ("deep", "fc2")):
+        assert found[name].rows[last] == pytest.approx([full.losses[1] - (full.losses[0] + full.losses[2]) / 2] * 2)
+
+
+def test_activations_of_a_permuted_network():
+    one, two, x, y = units_exchanged()
+    (table,) = measured([one, two], "mlp", x, y, "activations", batch=7).values()
+    assert list(table.rows) == ["layers.0.weight", "layers.0", "layers.1.weight"]
+    for name, row in table.rows.items():
+        found = dict(zip(table.columns, row))
+        assert [found[k] for k in ("cka", "debiased", "rbf", "matched")] == pytest.approx([1] * 4, abs=1e-6), name
+        assert found["aligned"] < 0.9 if name != "layers.1.weight" else found["aligned"] == pytest.approx(1)
+
+
+def test_activations_beside_numpy():
+    one, _, x, y = units_exchanged(0)
+    other = units_exchanged(1)[0]
+    (table,) = measured([one, other], "mlp", x, y, "activations").values()
+    a, b = (np.maximum(x @ m["layers.0.weight"].T + m["layers.0.bias"], 0) for m in (one, other))
+    alive = (np.ptp(a, axis=0) > 0) & (np.ptp(b, axis=0) > 0)
+    C = np.corrcoef(a.T[alive], b.T[alive])[: alive.sum(), alive.sum() :]
+    assert table.rows["layers.0"][3] == pytest.approx(np.trace(C) / 8, rel=1e-5)
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    expected = np.linalg.norm(a.T @ b) ** 2 / np.linalg.norm(a.T @ a) / np.linalg.norm(b.T @ b)
+    assert table.rows["layers.0"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_few_rows_of_many_activations(monkeypatch):
+    monkeypatch.setattr(compare_measures, "ROWS", 12)
+    draw = np.random.default_rng(0)
+    model = resnet.init(draw, (4, 8), 1)
+    of = compare.Task(resnet.forward, draw.standard_normal((6, 3, 8, 8)), np.zeros(6, int), batch=2)
+    found = compare_measures.tapped(model, of)
+    assert {len(x) for name, x in found.items() if name.startswith("layer")} == {12}
+    assert len(found["fc.weight"]) == 6
+
+
+def test_three_samples_have_no_debiased_likeness():
+    one, two, x, y = units_exchanged()
+    (table,) = measured([one, two], "mlp", x[:3], y[:3], "activations").values()
+    assert all(row[1] is None for row in table.rows.values()) and "-" in table.text()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", compare_measures.MEASURES)
+def test_measures_of_weights_that_are_not_finite(name):
+    if name == "quadratic":
+        pytest.importorskip("torch")
+    one, two, x, y = units_exchanged()
+    two["layers.0.weight"][0, 0] = np.inf
+    if name == "aligned":
+        with pytest.raises(InputError, match="must be finite"):
+            measured([one, two], "mlp", x, y, name)
+        return
+    found = measured([one, two], "mlp", x, y, name)[name]
+    assert json.dumps(compare._finite(found.told()), allow_nan=False) and "nan" in found.text()
+
+
+def test_stragglers_and_sharpness_are_those_of_the_functions():
+    one, two, x, y = units_exchanged()
+    of, layers = compare.Task(mlp.forward, x, y), {f"layers.{i}": [f"layers.{i}.{k}" for k in KINDS] for i in range(2)}
+    found = measured([one, two], "mlp", x, y, "stragglers", "sharpness")
+    scores = registry.procedure("straggler_score")(one, two, of.loss, layers=layers).scores
+    assert {label: row[0] for label, row in found["stragglers"].rows.items()} == scores
+    assert [row[0] for row in found["stragglers"].rows.values()] == sorted(scores.values(), reverse=True)
+    sharp = [registry.procedure("layerwise_sharpness")(m, of.loss, layers=layers) for m in (one, two)]
+    assert found["sharpness"].rows["layers.1"] == tuple(s.layers["layers.1"] for s in sharp)
+    assert found["sharpness"].rows["all layers"] == tuple(s.whole for s in sharp)
+
+
+def test_gradients_beside_differences():
+    pytest.importorskip("torch")
+    one, _, x, y = units_exchanged()
+    model = {k: v.astype(np.float64) for k, v in one.items()}
+    of = compare.Task(mlp.forward, x.astype(np.float64), y, batch=7)
+    slopes = compare_measures.gradient(model, of)
+    assert slopes.keys() == model.keys()
+    for name, place in (("layers.0.weight", (3, 1)), ("layers.0.bias", (5,)), ("layers.1.weight", (2, 7))):
+        sides = []
+        for h in (1e-5, -1e-5):
+            moved = {k: v.copy() for k, v in model.items()}
+            moved[name][place] += h
+            sides.append(of.loss(moved))
+        assert slopes[name][place] == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5, abs=1e-9)
+
+
+def test_a_predicted_barrier():
+    """From each end the loss of the line falls no further than to where a cubic with these slopes has its middle."""
+    pytest.importorskip("torch")
+    one, two, x, y = units_exchanged()
+    models = [{k: v.astype(np.float64) for k, v in m.items()} for m in (one, two)]
+    (table,) = measured(models, "mlp", x.astype(np.float64), y, "quadratic").values()
+    of, h = compare.Task(mlp.forward, x.astype(np.float64), y), 1e-5
+
+    def at(t):
+        return of.loss({k: (1 - t) * models[0][k] + t * models[1][k] for k in models[0]})
+
+    curvature = (at(1 + h) - at(1 - h) - at(h) + at(-h)) / (2 * h)
+    assert table.rows["all layers"] == pytest.approx([max(0.0, -curvature / 8)] * 2, rel=1e-4, abs=1e-8)
+
+
+def test_gradients_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    one, two, x, y = units_exchanged()
+    with pytest.raises(UsageError, match=r"pip install 'refmerge\[torch\]'"):
+        measured([one, two], "mlp", x, y, "quadratic")
+
+
+@pytest.mark.parametrize("net", ["mlp", "vit"])
+def test_a_permuted_network_is_aligned(net, tmp_path):
+    draw = np.random.default_rng(0)
+    if net == "mlp":
+        one, two, x, y = units_exchanged()
+        spec = None
+    else:
+        one = {k: v.astype(np.float32) for k, v in vit.init(draw, outputs=3).items()}
+        spec = architectures.vit(one, 2)
+        two = {k: np.asarray(v) for k, v in spec.apply(spec.random(one, draw), one).items()}
+        x, y = draw.standard_normal((6, 3, 8, 8)), draw.integers(0, 3, 6)
+    options = {} if spec is None else {"options": {"heads": 2}}
+    for models in ([one, two], opened(tmp_path, a=one, b=two)):
+        of = compare.Task(compare.network(net), x, y, **options)
+        line = compare.along(models, of, 3, ["aligned"])
+        (row,) = line.measures["aligned"].rows.values()
+        assert row[0] == pytest.approx(0, abs=1e-6) and abs(line.loss.losses[1] - line.loss.losses[0]) > 1e-3
+        assert line.paths().keys() == {"on the line", "aligned"}
+    assert "units move" in line.text()
+
+
+def test_around_the_barrier_of_networks_with_copied_halves():
+    """Each network has its units twice, so that half of them, doubled, is the network."""
+    draw = np.random.default_rng(0)
+    models, (x, y) = [], units_exchanged()[2:]
+    for _ in range(2):
+        half = mlp.init(draw, [4, 6, 3])
+        first, second = half["layers.0.weight"], half["layers.1.weight"]
+        models.append({
+            "layers.0.weight": np.concatenate([first, first]), "layers.0.bias": np.tile(half["layers.0.bias"], 2),
+            "layers.1.weight": np.concatenate([second, second], axis=1) / 2, "layers.1.bias": half["layers.1.bias"],
+        })  # fmt: skip
+    of = compare.Task(mlp.forward, x, y)
+    line = compare.along(models, of, 11, ["dropout"])
+    table = line.measures["dropout"]
+    losses = [of.loss(m) for m in models]
+    assert table.rows["A, halved in its last hidden layer"] == pytest.approx(losses[:1], rel=1e-6)
+    assert table.rows["B, halved in its last hidden layer"] == pytest.approx(losses[1:], rel=1e-6)
+    assert table.rows["the highest on the path, above the worse of A and B"] == pytest.approx([0], abs=1e-7)
+    assert line.paths().keys() == {"on the line", "through halves"}
+    assert json.loads(json.dumps(line.told()))["dropout"]["A, halved in its last hidden layer"]["loss"] > 0
+
+
+def test_networks_without_a_path_through_halves():
+    draw = np.random.default_rng(0)
+    models = [resnet.init(draw, (4, 8), 1) | {"bn1.num_batches_tracked": np.array(n)} for n in (5, 7)]
+    with pytest.raises(UsageError, match="is neither weight nor bias of a layer"):
+        measured(models, "resnet", draw.standard_normal((2, 3, 8, 8)), np.zeros(2, int), "dropout")
 
 
 # --- By layer, and the page -------------------------------------------------------------------------------------------
@@ -572,8 +759,13 @@ def test_the_command_with_data(folder):
     assert done.stdout.startswith("A         loss ") and "barrier   " in done.stdout and "layers.1" in done.stdout
     assert "\nlowest    " in done.stdout
     assert ElementTree.parse(folder / "line.svg").getroot().tag.endswith("svg")
-    told = json.loads(refmerge(*arguments, "--json", cwd=folder).stdout)
+    assert (folder / "line.svg").read_text(encoding="utf-8").count("stroke-dasharray") == 1
+    more = ("--measure", "dropout", "--measure", "activations")
+    told = json.loads(refmerge(*arguments, *more, "--plot", "two.svg", "--json", cwd=folder).stdout)
     assert told["samples"] == 40 and len(told["loss"]) == 5 and told["barrier"] > 0
+    assert told["activations"]["layers.0"]["matched"] == pytest.approx(1) and "dropout" in told
+    drawn = (folder / "two.svg").read_text(encoding="utf-8")
+    assert "on the line: barrier" in drawn and "through halves: barrier" in drawn
 
 
 @pytest.mark.parametrize(
@@ -582,6 +774,8 @@ def test_the_command_with_data(folder):
         (["--data", "data.npz"], 2, "--data and --net want each other"),
         (["--net", "mlp"], 2, "--data and --net want each other"),
         (["--plot", "line.svg"], 2, "want --data and --net"),
+        (["--measure", "dropout"], 2, "want --data and --net"),
+        (["--data", "data.npz", "--net", "mlp", "--measure", "norm"], 2, "'norm' is not one of"),
         (["--data", "data.npz", "--net", "mlp", "--plot", "a.safetensors"], 2, "does not end in .svg"),
         (["--data", "data.npz", "--net", "mlp", "--plot", "gone/line.svg"], 2, "gone/line.svg cannot be written"),
         (["--data", "data.npz", "--net", "cnn"], 2, "there is no network 'cnn'"),

@@ -11,6 +11,7 @@ stored under `case/` and the name that it had there.
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,29 @@ def test_finite_differences_are_the_gradient():
     assert len(found.losses) == 3
     merged = loss(found.merged, 0)
     assert merged == pytest.approx(min(found.losses), rel=1e-12)
+
+
+def test_gradients_of_torch_are_those_of_differences():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((8, 3)), rng.standard_normal((8, 2))
+    a, b, spec = two(0, (3, 4, 2))
+    wide = torch.from_numpy(x), torch.from_numpy(y)
+    known = module.finite_differences(lambda w, step: float(np.mean((mlp.forward(w, x) - y) ** 2)))
+    gradient = module.torch_gradient(lambda w, step: torch.mean((mlp.forward(w, wide[0]) - wide[1]) ** 2))
+    (value, slopes), (expected, others) = gradient(a | {"idle": np.ones(2)}, 0), known(a, 0)
+    assert value == pytest.approx(expected, rel=1e-12) and slopes["idle"].tolist() == [0.0, 0.0]
+    for name, slope in others.items():
+        np.testing.assert_allclose(slopes[name], slope, rtol=1e-6, atol=1e-8)
+    found = [git_rebasin([a, b], spec, by="straight_through", gradient=g, steps=4) for g in (gradient, known)]
+    assert found[0].losses == pytest.approx(found[1].losses, rel=1e-6)
+    assert all(np.array_equal(p, found[1].permutations[1][name]) for name, p in found[0].permutations[1].items())
+
+
+def test_gradients_want_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UsageError, match=r"pip install 'refmerge\[torch\]'"):
+        module.torch_gradient(lambda weights, step: None)
 
 
 def test_who_is_beside_whom():

@@ -25,6 +25,7 @@ from refmerge.procedures.alignment.pleas import (
     allowed,
     blocks_of,
     distances,
+    inner_products,
     matrices,
     ratios_for,
     system,
@@ -176,6 +177,8 @@ def test_distances():
     one = [{"P": np.array([[0.0, 1.0], [0.0, 1.0]])}, {"P": np.array([[3.0, 1.0], [4.0, 1.0]])}]
     assert distances([one], ["P"])["P"].tolist() == [[-5.0, -(2**0.5)], [-(13**0.5), 0.0]]
     assert distances([one, one], ["P"])["P"][0, 0] == -10.0
+    assert inner_products([one], ["P"])["P"].tolist() == [[0.0, 0.0], [7.0, 2.0]]
+    assert inner_products([one, one], {"Q": ["P", "P"]})["Q"][1].tolist() == [28.0, 8.0]
 
 
 def test_work():

@@ -19,7 +19,7 @@ from refmerge import UsageError, registry
 from refmerge.nets import mlp, resnet, vgg
 from refmerge.nets.layers import Layers, relu
 from refmerge.procedures.alignment.git_rebasin import assignment
-from refmerge.procedures.alignment.repair import batch_correlation, statistics_of
+from refmerge.procedures.alignment.repair import batch_correlation, closed_form, statistics_of
 from refmerge.symmetry import Spec, architectures
 
 repair = registry.procedure("repair")
@@ -313,3 +313,72 @@ def test_a_norm_needs_a_tap_before_it():
     model = {f"bn.{key}": np.ones(2) for key in ("weight", "bias", "running_mean", "running_var")}
     with pytest.raises(UsageError, match="no tap has what norm 'bn' reads"):
         repair(model, [], forward, [X])
+
+
+def test_correlation_by_the_batches_own_deviations():
+    """5 / (2 + eps) of a unit with itself that is 0, 2 and 4, 6; with its negative the same below 0."""
+    x = [np.array([[0.0, 0.0], [2.0, -2.0]]), np.array([[4.0, -4.0], [6.0, -6.0]])]
+    found = batch_correlation(x, x, deviations="batches")
+    np.testing.assert_allclose(found, np.array([[1, -1], [-1, 1]]) * 5 / 2.0001, rtol=1e-12)
+    np.testing.assert_allclose(batch_correlation(x, x), np.array([[1, -1], [-1, 1]]) * 5 / 5.0001, rtol=1e-12)
+    for batches, how, said in (
+        (x, "all", "none of 'moments', 'batches'"), ([], "moments", "no batches"), ([x[0][:1]], "batches", "one row"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            batch_correlation(batches, batches, deviations=how)
+
+
+def linear(params, batch, taps):
+    taps["fc.weight"] = batch @ params["fc.weight"].T + params["fc.bias"]
+
+
+FOUR = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+
+
+def test_closed_form_by_hand():
+    """(6, 8) and (6, -8) have the deviation 10 and the correlation -0.28, so that of the average is 6."""
+    a = {"fc.weight": np.array([[6.0, 8.0], [3.0, 4.0]]), "fc.bias": np.array([1.0, 5.0])}
+    b = {"fc.weight": np.array([[6.0, -8.0], [3.0, 4.0]]), "fc.bias": np.array([3.0, 5.0])}
+    merged = refmerge.merge([a, b], "linear")
+    layers = {"fc": "fc.weight"}
+    got = closed_form(merged, [a, b], linear, [FOUR], layers=layers)
+    np.testing.assert_allclose(got.model["fc.weight"], [[10, 0], [3, 4]], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got.model["fc.bias"], [2, 5], rtol=1e-12)
+    np.testing.assert_allclose(got.measured["fc"].var, np.array([36.0, 25.0]) * 4 / 3, rtol=1e-12)
+    # a correlation of 0 is told: 10 over the root of 50, and the root of 1 + 3 under it
+    told = closed_form(merged, [a, b], linear, [FOUR], layers=layers, correlation={"fc": [0.0, 1.0]}, eps=3.0)
+    np.testing.assert_allclose(told.model["fc.weight"], [[6 * 2**0.5 / 2, 0], [1.5, 2]], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(told.model["fc.bias"], [2 - 2**0.5 * 2 + 2**0.5 / 2 * 2, 2.5], rtol=1e-12)
+
+
+def test_closed_form_of_units_that_cancel():
+    a = {"fc.weight": np.array([[1.0, 0.0]]), "fc.bias": np.array([2.0])}
+    b = {"fc.weight": np.array([[-1.0, 0.0]]), "fc.bias": np.array([4.0])}
+    got = closed_form(refmerge.merge([a, b], "linear"), [a, b], linear, [FOUR], layers={"fc": "fc.weight"})
+    assert got.model["fc.weight"].tolist() == [[0.0, 0.0]] and got.model["fc.bias"].tolist() == [3.0]
+
+
+@FEW
+@given(seeds, st.floats(0, 1))
+def test_closed_form_is_repair_in_the_first_layer(seed, alpha):
+    rng = np.random.default_rng(seed)
+    a, b = (mlp.init(rng, [5, 4, 3]) for _ in range(2))
+    x = rng.normal(size=(30, 5))
+    merged = refmerge.merge([a, b], "linear", weight=[1 - alpha, alpha], normalize=False)
+    one = closed_form(merged, [a, b], mlp.forward, [x], alpha=alpha)
+    other = repair(merged, [a, b], mlp.forward, [x], alpha=alpha, eps=0.0)
+    for name in merged:
+        np.testing.assert_allclose(one.model[name], other.model[name], rtol=1e-7, atol=1e-9)
+
+
+def test_refusals_of_closed_form():
+    a = {"fc.weight": np.eye(2), "fc.bias": np.zeros(2)}
+    layers = {"fc": "fc.weight"}
+    for given_, said in (({"correlation": {}}, "nothing for layer 'fc'"), ({"correlation": {"fc": [1.0]}}, "for 2 units")):
+        with pytest.raises(UsageError, match=said):
+            closed_form(a, [a, a], linear, [FOUR], layers=layers, **given_)
+    with pytest.raises(UsageError, match="no batches"):
+        closed_form(a, [a, a], linear, [], layers=layers)
+    model = resnet.init(np.random.default_rng(0), (4, 8), 1)
+    with pytest.raises(UsageError, match="is a norm, whose statistics are measured"):
+        closed_form(model, [model, model], resnet.forward, [np.zeros((2, 3, 8, 8))])

@@ -172,6 +172,28 @@ def test_weights_by_hand():
     assert [h["fc2.weight"].tolist() for h in got.heads] == [[[1.0, 5.0, 0.0]], [[5.0, 0.0, 10.0]]]
 
 
+def test_wider_and_narrower_than_one_model():
+    got = zipit([A, B], TWO, {"P": S}, beta=1.0, keep={"P": 5})
+    assert groups(np.concatenate(got.unmerge["P"])) == [[0, 4], [1], [2], [3], [5]]
+    assert got.merged["fc1.weight"].ravel().tolist() == [2.0, 2.0, 4.0, 8.0, 6.0]
+    assert got.merged["fc2.weight"].tolist() == [[3.0, 1.0, 1.5, 2.0, 3.0]]  # (1 + 5)/2, then halves
+    assert groups(zip_features(S, 2, beta=1.0, keep=4)) == [[0, 4], [1, 2], [3], [5]]
+    assert groups(zip_features(S, 2, beta=0.0, keep=4)) == [[0, 4], [1], [2, 3], [5]]
+    assert zip_features(S, 2, beta=1.0, keep=6).tolist() == np.eye(6).tolist()
+    assert zip_features(S, 2, beta=1.0, keep=1).tolist() == [[1.0]] * 6
+
+
+@FEW
+@given(seeds, st.integers(2, 3))
+def test_all_features_kept_give_the_mean_of_the_outputs(seed, count):
+    rng = np.random.default_rng(seed)
+    models, x = [mlp.init(rng, [4, 5, 6, 3]) for _ in range(count)], rng.normal(size=(7, 4))
+    sigma = {p: np.cov(rng.normal(size=(count * n, 40)), bias=True) for p, n in (("layers.0", 5), ("layers.1", 6))}
+    got = zipit(models, architectures.mlp(models[0]), sigma, keep={"layers.0": 5 * count, "layers.1": 6 * count})
+    expected = sum(mlp.forward(m, x) for m in models) / count
+    np.testing.assert_allclose(mlp.forward(got.merged, x), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_transposed():
     def turn(model):
         return {name: x.T for name, x in model.items()}
@@ -214,12 +236,13 @@ def drawn(seed, count, n):
 
 
 @FEW
-@given(seeds, st.integers(1, 4), st.integers(1, 6), st.sampled_from([0.0, 1e-4, 0.3, 1.0]), st.floats(0, 1))
-def test_merged_features_are_a_partition(seed, count, n, alpha, beta):
+@given(seeds, st.integers(1, 4), st.integers(1, 6), st.sampled_from([0.0, 1e-4, 0.3, 1.0]), st.floats(0, 1), st.data())
+def test_merged_features_are_a_partition(seed, count, n, alpha, beta, data):
     _, S = drawn(seed, count, n)
-    U = zip_features(S, count, alpha=alpha, beta=beta)
-    assert U.shape == (count * n, n) and set(U.ravel()) <= {0.0, 1.0} and (U.sum(axis=1) == 1).all()
-    np.testing.assert_allclose(average_matrix(U) @ U, np.eye(n), atol=1e-15)
+    keep = data.draw(st.one_of(st.none(), st.integers(1, count * n)))
+    U, few = zip_features(S, count, alpha=alpha, beta=beta, keep=keep), keep or n
+    assert U.shape == (count * n, few) and set(U.ravel()) <= {0.0, 1.0} and (U.sum(axis=1) == 1).all()
+    np.testing.assert_allclose(average_matrix(U) @ U, np.eye(few), atol=1e-15)
 
 
 @FEW
@@ -394,6 +417,9 @@ FUSED = Spec({"fc1.weight": (Slices(["P", "P"]), None), "fc2.weight": (None, "P"
         ([A, B], TWO, {"P": S}, {"alpha": -1.0}, r"alpha and beta lie in \[0, 1\]"),
         ([A, B], TWO, {"P": S}, {"match": "kmeans"}, "none of 'zip', 'permute', 'identity', 'optimal'"),
         ([A, B], TWO, {"P": S}, {"semantics": "code"}, "none of 'paper', 'official'"),
+        ([A, B], TWO, {"P": S}, {"keep": 7}, "keep = 7 is no whole number from 1 to the 6 features"),
+        ([A, B], TWO, {"P": S}, {"keep": {"P": 0}}, "keep = 0 is no whole number"),
+        ([A, B], TWO, {"P": S}, {"keep": 3, "match": "permute"}, "keep goes with match = 'zip'"),
         ([A, B, A], TWO, {"P": np.eye(9)}, {"match": "optimal"}, "of two models, not of 3"),
         ([A, B | {"fc1.weight": np.full((3, 1), np.inf)}], TWO, {"P": S}, {}, "'fc1.weight' has entries that are infinite"),
         ([A, {"fc1.weight": np.ones((2, 1)), "fc2.weight": np.ones((1, 2))}], TWO, {"P": S}, {}, "'P' has 3, 2 units"),
@@ -406,6 +432,11 @@ FUSED = Spec({"fc1.weight": (Slices(["P", "P"]), None), "fc2.weight": (None, "P"
 def test_refusals(models, spec, sigma, options, said):
     with pytest.raises(UsageError, match=said):
         zipit(models, spec, sigma, **options)
+
+
+def test_features_of_models_of_one_width():
+    with pytest.raises(UsageError, match="6 features are not those of 4 models"):
+        zip_features(S, 4)
 
 
 def test_layers_are_zipped_from_the_first_on():

@@ -25,7 +25,7 @@ from refmerge.symmetry.view import Mean, pairs, permuted
 
 __all__ = [
     "Matching", "Rebasin", "Visit", "activation_matching", "assignment", "cost", "git_rebasin", "merge_many",
-    "straight_through", "weight_matching",
+    "straight_through", "torch_gradient", "weight_matching",
 ]  # fmt: skip
 
 CHUNK = 1 << 22  # elements of a factor of a product in float64
@@ -538,5 +538,25 @@ def finite_differences(loss: Callable[..., float]) -> Callable[..., Any]:
                     sides.append(float(loss({**weights, name: moved}, step)))
                 slopes[name][place] = (sides[0] - sides[1]) / (2 * h)
         return float(loss(weights, step)), slopes
+
+    return gradient
+
+
+def torch_gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss of torch tensors with its gradient by autograd, as `straight_through` takes it: loss(weights, step), weights a
+    mapping name -> float64 tensor, gives one number. What it does not depend on has the gradient 0."""
+    try:
+        import torch
+    except ImportError:
+        raise UsageError("torch_gradient wants torch: pip install 'refmerge[torch]'") from None
+
+    def gradient(weights: Mapping[str, np.ndarray], step: int) -> tuple[float, dict[str, np.ndarray]]:
+        given = {name: torch.tensor(x, dtype=torch.float64, requires_grad=True) for name, x in weights.items()}
+        value = loss(given, step)
+        found = torch.autograd.grad(value, list(given.values()), allow_unused=True)
+        slopes = {
+            name: np.zeros(x.shape) if slope is None else slope.numpy() for (name, x), slope in zip(weights.items(), found)
+        }
+        return float(value.detach()), slopes
 
     return gradient

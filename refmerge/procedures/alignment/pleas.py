@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +18,8 @@ from refmerge.procedures.alignment.zipit import along, by_unit, of_axis, rounded
 from refmerge.symmetry import Spec
 
 __all__ = [
-    "Blocks", "Pleas", "allowed", "blocks_of", "distances", "matrices", "pleas", "ratios_for", "system", "weight_similarity",
-    "work",
+    "Blocks", "Pleas", "allowed", "blocks_of", "distances", "inner_products", "matrices", "pleas", "ratios_for", "system",
+    "weight_similarity", "work",
 ]  # fmt: skip
 
 Model = Mapping[str, Any]
@@ -127,11 +127,26 @@ def distances(
     """permutation -> minus the Euclidean distance of the activations of units of two models, summed over batches: in a batch
     a mapping name -> activations (rows, units) for both models. names: of permutations, under which activations lie, or
     permutation -> names of the activations whose distances are summed."""
+    return summed(batches, names, lambda x, y: -cdist(x.T, y.T))
+
+
+def inner_products(
+    batches: Iterable[Sequence[Mapping[str, Any]]], names: Iterable[str] | Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """permutation -> sums of the products of the activations of units of two models; batches and names as for distances."""
+    return summed(batches, names, lambda x, y: x.T @ y)
+
+
+def summed(
+    batches: Iterable[Sequence[Mapping[str, Any]]],
+    names: Iterable[str] | Mapping[str, Sequence[str]],
+    similarity: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> dict[str, np.ndarray]:
     names = names if isinstance(names, Mapping) else {name: (name,) for name in names}
     found: dict[str, list[np.ndarray]] = {p: [] for p in names}
     for first, second in batches:
         for p, taps in names.items():
-            found[p] += [-cdist(by_unit(first, tap).T, by_unit(second, tap).T) for tap in taps]
+            found[p] += [similarity(by_unit(first, tap), by_unit(second, tap)) for tap in taps]
     if not all(found.values()):
         raise UsageError("pleas: no samples")
     return {p: sum(each) for p, each in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from refmerge.procedure import procedure
 from refmerge.procedures.alignment.zipit import by_unit, rounded
 from refmerge.sources import dtype_name
 
-__all__ = ["Repaired", "Statistics", "batch_correlation", "repair", "statistics_of", "targets_of"]
+__all__ = ["Repaired", "Statistics", "batch_correlation", "closed_form", "repair", "statistics_of", "targets_of"]
 
 Model = Mapping[str, Any]
 
@@ -100,6 +100,76 @@ def targets_of(first: Statistics, second: Statistics, alpha: float = 0.5) -> tup
     return mean, (1 - alpha) * np.sqrt(first.var) + alpha * np.sqrt(second.var)
 
 
+def closed_form(
+    merged: Model,
+    parents: Sequence[Model],
+    forward: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    alpha: float = 0.5,
+    layers: Mapping[str, str] | None = None,
+    correlation: Mapping[str, Any] | None = None,
+    eps: float = 0.0,
+) -> Repaired:
+    """Repair an average of two parents by what their statistics say that its own are, without running it: exact in the first
+    layer, and for networks without norms. The result's `measured` are these statistics.
+
+    correlation: layer -> that of each unit of the first parent with the same one of the second; of what the layer gives, if
+    it is not given. eps: what a norm adds to a variance of 1 before it is fused. All else as for repair.
+    """
+    batches = list(batches)
+    if not batches:
+        raise UsageError("repair: no batches")
+    model = doubles(merged)
+    layers = layers_of(model, forward, batches[0]) if layers is None else dict(layers)
+    check(model, layers, parents)
+    if norms := [name for name in layers if is_norm(model, name)]:
+        raise UsageError(f"repair: {norms[0]!r} is a norm, whose statistics are measured: closed_form is for other layers")
+    taps, wide = list(layers.values()), [doubles(p) for p in parents]
+    first, second = (statistics_of(p, forward, batches, taps) for p in wide)
+    if correlation is None:
+        known = correlations_of(wide, forward, batches, taps)
+        correlation = {name: known[tap] for name, tap in layers.items()}
+    elif missing := [name for name in layers if name not in correlation]:
+        raise UsageError(f"repair: correlation has nothing for layer {missing[0]!r}")
+    goal, expected = {}, {}
+    for name, tap in layers.items():
+        a, b, rho = first[tap], second[tap], scores(correlation[name])
+        if rho.shape != a.mean.shape:
+            raise UsageError(f"repair: correlations of {name!r} are of shape {list(rho.shape)} for {len(a.mean)} units")
+        mu, sigma = goal[name] = targets_of(a, b, alpha)
+        products = alpha * (1 - alpha) * np.sqrt(a.var * b.var) * rho
+        var = np.maximum((1 - alpha) ** 2 * a.var + alpha**2 * b.var + 2 * products, 0.0)
+        expected[name] = Statistics(mu, var)
+        # a unit that cannot vary becomes the constant mu
+        g = np.divide(sigma, np.sqrt(var), out=np.zeros_like(sigma), where=var > 0)
+        scale, W = g / np.sqrt(1 + eps), model[f"{name}.weight"]
+        model[f"{name}.weight"] = scale.reshape(-1, *[1] * (W.ndim - 1)) * W
+        model[f"{name}.bias"] = mu - g * mu + scale * model[f"{name}.bias"]
+    result = {n: rounded(x, merged[n], n) if x.dtype == np.float64 else x for n, x in model.items()}
+    return Repaired(result, expected, goal)
+
+
+def correlations_of(
+    parents: Sequence[Model], forward: Callable[..., Any], batches: Iterable[Any], taps: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """tap -> the correlation of each unit of one model with the same one of another, by plain means over the batches; 0 of
+    a unit that does not vary."""
+    each: dict[str, list[tuple[np.ndarray, ...]]] = {tap: [] for tap in taps}
+    for batch in batches:
+        one, other = (tapped(p, forward, batch, taps) for p in parents)
+        for tap in taps:
+            a, b = one[tap], other[tap]
+            each[tap].append(tuple(x.mean(axis=0) for x in (a, b, a * a, b * b, a * b)))
+    found = {}
+    for tap, moments in each.items():
+        ma, mb, qa, qb, ab = (sum(x) / len(moments) for x in zip(*moments))
+        spread = np.sqrt(np.maximum(qa - ma * ma, 0.0) * np.maximum(qb - mb * mb, 0.0))
+        rho = np.divide(ab - ma * mb, spread, out=np.zeros_like(spread), where=spread > 0)
+        found[tap] = np.clip(rho, -1.0, 1.0)
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -130,15 +200,28 @@ def averaged(found: Sequence[Statistics]) -> Statistics:
     return Statistics(np.mean([s.mean for s in found], axis=0), np.mean([s.var for s in found], axis=0))
 
 
-def batch_correlation(first: Iterable[Any], second: Iterable[Any], *, eps: float = 1e-4) -> np.ndarray:
+def batch_correlation(
+    first: Iterable[Any],
+    second: Iterable[Any],
+    *,
+    eps: float = 1e-4,
+    deviations: Literal["moments", "batches"] = "moments",
+) -> np.ndarray:
     """The correlation of two models' units (rows: the first's) by which the authors align them before they average: of
-    batches of activations (rows, units), each of which counts alike; eps is added to the products of deviations."""
-    moments = []
+    batches of activations (rows, units), each of which counts alike; eps is added to the products of deviations. deviations:
+    those of all batches together, by their "moments", or the means of each of the "batches"' unbiased ones."""
+    if deviations not in ("moments", "batches"):
+        raise UsageError(f"repair: deviations = {deviations!r} is none of 'moments', 'batches'")
+    found = []
     for a, b in zip(first, second, strict=True):
         a, b = by_unit({"a": a}, "a"), by_unit({"b": b}, "b")
-        moments.append((a.mean(axis=0), b.mean(axis=0), (a * a).mean(axis=0), (b * b).mean(axis=0), a.T @ b / len(a)))
-    ma, mb, qa, qb, outer = (sum(x) / len(moments) for x in zip(*moments))
-    sa, sb = (np.sqrt(np.maximum(q - m * m, 0.0)) for q, m in ((qa, ma), (qb, mb)))  # of constants rounding may go below 0
+        spread = [np.sqrt(unbiased(x, "units")) if deviations == "batches" else (x * x).mean(axis=0) for x in (a, b)]
+        found.append((a.mean(axis=0), b.mean(axis=0), *spread, a.T @ b / len(a)))
+    if not found:
+        raise UsageError("repair: no batches")
+    ma, mb, sa, sb, outer = (sum(x) / len(found) for x in zip(*found))
+    if deviations == "moments":  # of constants rounding may go below 0
+        sa, sb = (np.sqrt(np.maximum(q - m * m, 0.0)) for q, m in ((sa, ma), (sb, mb)))
     return (outer - np.outer(ma, mb)) / (np.outer(sa, sb) + eps)
 
 

@@ -46,6 +46,7 @@ def zipit(
     alpha: float = 0.3,
     beta: float = 0.125,
     match: Literal["zip", "permute", "identity", "optimal"] = "zip",
+    keep: int | Mapping[str, int] | None = None,
     multihead: bool = False,
     transposed: Sequence[str] = (),
     semantics: Semantics = "paper",
@@ -60,6 +61,8 @@ def zipit(
         raise UsageError(f"zipit: match = {match!r} is none of {', '.join(map(repr, MATCHES))}")
     if semantics not in ("paper", "official"):
         raise UsageError(f"zipit: semantics = {semantics!r} is none of 'paper', 'official'")
+    if keep is not None and match != "zip":
+        raise UsageError(f"zipit: keep goes with match = 'zip': {match!r} has as many features as one model")
     sizes = shared_sizes(models, spec, covariance)
     merge, unmerge = {}, {}
     for name, sigma in covariance.items():
@@ -72,7 +75,8 @@ def zipit(
         S = correlation(sigma, semantics=semantics)
         # 2. zip
         if match == "zip":
-            U = zip_features(S, len(models), alpha=alpha, beta=beta, semantics=semantics)
+            few = keep.get(name) if isinstance(keep, Mapping) else keep
+            U = zip_features(S, len(models), alpha=alpha, beta=beta, keep=few, semantics=semantics)
         else:
             U = MATCHES[match](S, len(models))
         # 3. merge and unmerge matrices
@@ -137,27 +141,33 @@ def correlation(covariance: Any, *, semantics: Semantics = "paper") -> np.ndarra
 
 
 def zip_features(
-    S: Any, count: int, *, alpha: float = 0.3, beta: float = 0.125, semantics: Semantics = "paper"
+    S: Any, count: int, *, alpha: float = 0.3, beta: float = 0.125, keep: int | None = None, semantics: Semantics = "paper"
 ) -> np.ndarray:
     """U: a row for each feature of the `count` models, a column for each merged feature, 1 where it is a member.
 
-    S: similarities of the features, the first model's first; what is on the diagonal does not matter.
+    S: similarities of the features, the first model's first; what is on the diagonal does not matter. keep: how many merged
+    features there are to be, as many as one model has if not given.
     """
     if not 0 <= beta <= 1 or (not 0 <= alpha <= 1 and semantics == "paper"):
         raise UsageError(f"zipit: alpha and beta lie in [0, 1], not {alpha} and {beta}")
     S = scores(S).copy()
     if np.isnan(S).any():
         raise UsageError("zipit: a similarity is NaN")
+    if len(S) % count:
+        raise UsageError(f"zipit: {len(S)} features are not those of {count} models of one width")
     n = len(S) // count
+    few = n if keep is None else keep
+    if type(few) is not int or not 1 <= few <= len(S):
+        raise UsageError(f"zipit: keep = {keep!r} is no whole number from 1 to the {len(S)} features that there are")
     owner = np.repeat(np.arange(count), n)
     kept = np.ones(len(S), bool)
     U = np.eye(len(S))
-    budget = np.full(count, int((len(S) - n) // count * beta + 1e-4))
+    budget = np.full(count, int((len(S) - few) // count * beta + 1e-4))
     if semantics == "official":
         budget = np.maximum(budget, 1)  # it is looked at after a merge only
     apart = ~np.eye(len(S), dtype=bool)  # pairs of features that are still two
     barred = within(owner, budget <= 0)
-    for _ in range(len(S) - n):
+    for _ in range(len(S) - few):
         # the pair that is most alike, of equal ones the first; a barred one only where no other is left
         pairs = apart & ~barred
         if not pairs.any() and semantics == "paper":

@@ -44,8 +44,8 @@ def dropout_path(
     """
     if isinstance(models, Mapping) or len(models := list(models)) != 2:
         raise UsageError("dropout_path: models are two: write [a, b]")
-    checked(models, {})
     a, b = (Net.of(model, layers) for model in opened(models))
+    checked(models, {})
     kept = a.halves(keep)
     # 1. empty the first model, layer by layer from the top
     there, pieces, dropped = emptied(a, kept)
