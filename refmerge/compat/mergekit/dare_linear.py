@@ -19,7 +19,7 @@ def dare_linear(
     """Drop at random, restore each tensor's sum of magnitudes with one factor, add."""
     # 1. task vectors
     delta = [x - base for x in models]
-    # 2. drop
+    # 2. drop and rescale
     sparse = bernoulli(delta, density, rescale, rng, group)
     # 3. add
     mixed = weighted_sum(sparse, weight, normalize)

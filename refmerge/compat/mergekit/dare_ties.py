@@ -19,7 +19,7 @@ def dare_ties(
     """Drop at random, restore each tensor's sum of magnitudes with one factor, then elect and add what agrees; no trim."""
     # 1. task vectors
     delta = [x - base for x in models]
-    # 2. drop
+    # 2. drop and rescale
     sparse = bernoulli(delta, density, rescale, rng, group)
     # 3. elect and merge
     mixed = consensus(sparse, weight, normalize)

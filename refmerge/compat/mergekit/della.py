@@ -29,7 +29,7 @@ def della(
     """Drop by rank along axis 1, restore each tensor's sum of magnitudes with one factor, elect, weighted mean."""
     # 1. task vectors
     delta = [x - base for x in models]
-    # 2. drop
+    # 2. drop and rescale
     sparse = magprune(delta, density, epsilon, rescale, rng, group)
     # 3. elect and merge
     mixed = consensus(sparse, weight, normalize)

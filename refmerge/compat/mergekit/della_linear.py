@@ -26,7 +26,7 @@ def della_linear(
     """Drop by rank along axis 1, restore each tensor's sum of magnitudes with one factor, add."""
     # 1. task vectors
     delta = [x - base for x in models]
-    # 2. drop
+    # 2. drop and rescale
     sparse = magprune(delta, density, epsilon, rescale, rng, group)
     # 3. add
     mixed = weighted_sum(sparse, weight, normalize)
