@@ -211,7 +211,7 @@ def report_nonfinite(source: Source, t: Tensor) -> NoReturn:
     """Raise the error that names the tensor, the first index and the count."""
     raise InputError(
         f"{count_nonfinite(source, t).told(source, t.name)}; nonfinite='propagate' (--nonfinite propagate) merges them, and "
-        "nonfinite='skip-model' merges a tensor from the models in which it is finite"
+        "nonfinite='skip-model' (--nonfinite skip-model) merges a tensor from the models in which it is finite"
     )
 
 
