@@ -513,7 +513,7 @@ def checkpoints(
     Values are small and dyadic, so that sums are exact and ties common, with zeros of both signs, magnitudes that are
     equal and opposite, subnormals, and NaN and infinities with `nonfinite`. A model may be fresh, equal to the base,
     equal to the first model, or its mirror image about the base. Shapes are 0-d to 4-d, with empty and single elements;
-    those of more than two axes have sides of 3 at most.
+    those of more than two axes have sides of 2 at most.
     """
     # hypothesis is a test dependency: check() and assert_same must work without it.
     from hypothesis import strategies as st
@@ -530,7 +530,7 @@ def checkpoints(
             values += [np.nan, np.inf, -np.inf]
         elements = st.sampled_from(values)
         flat = hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=max_side)
-        deep = hnp.array_shapes(min_dims=3, max_dims=4, min_side=0, max_side=min(max_side, 3))
+        deep = hnp.array_shapes(min_dims=3, max_dims=4, min_side=0, max_side=min(max_side, 2))
         shapes = draw(st.lists(flat | deep, min_size=1, max_size=max_tensors))
         named = dict(zip("acbdefgh", shapes))  # not in sorted order: code that relies on it must sort
 
