@@ -251,6 +251,18 @@ def test_models_of_other_heads(tmp_path, aligner):
     assert aligner == []
 
 
+def test_models_of_other_tensors(tmp_path, aligner):
+    """A head that is the embedding, and one that is stored: as a merge that would leave it out."""
+    model = llama.init(np.random.default_rng(0), 4, 2)
+    shuffled(tmp_path, model, architectures.llama(model, 4, 2), CONFIG)
+    tied = {n: x for n, x in open_checkpoint(tmp_path / "b").items() if n != "lm_head.weight"}
+    config = json.dumps(CONFIG).encode()
+    save(tied, tmp_path / "b", overwrite=True, extra_files={"config.json": config})
+    with pytest.raises(UsageError, match=r"tensor 'lm_head.weight' is in ./a and not in ./b: aligned models"):
+        run(tmp_path, RECIPE, missing="skip")
+    assert aligner == []
+
+
 def test_tokens_that_differ(tmp_path, aligner):
     """The order of units says nothing of that of tokens: it has to be asked for that rows are merged as they are."""
     model = {n: x.astype(np.float32) for n, x in llama.init(np.random.default_rng(0), 4, 2).items()}

@@ -324,6 +324,25 @@ def test_vision_transformers_of_transformers(torch, kind, tmp_path):
     np.testing.assert_allclose(after, before, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_residual_networks_of_transformers(torch, kind):
+    transformers, rng = pytest.importorskip("transformers"), np.random.default_rng(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[2, 1], layer_type=kind)
+    torch.manual_seed(0)
+    net = transformers.ResNetForImageClassification(config).double().eval()
+    for x in (*net.parameters(), *(b for n, b in net.named_buffers() if "running" in n)):
+        x.data = torch.abs(x + 0.1 * torch.randn_like(x)) if x.ndim == 1 else x + 0.1 * torch.randn_like(x)
+    model, x = net.state_dict(), torch.randn(2, 3, 32, 32).double()
+    with torch.no_grad():
+        before = net(x).logits
+        spec = architectures.detect(model)
+        net.load_state_dict(spec.apply(spec.random(model, rng), model))
+        after = net(x).logits
+    inner = [f"layer{block}.conv{i + 1}" for block in ("1.0", "1.1", "2.0") for i in range(1 + (kind == "bottleneck"))]
+    assert spec.permutations == sorted(["layer1", "layer2", *inner])
+    assert torch.max(torch.abs(after - before)) < 1e-12 * torch.max(torch.abs(before))
+
+
 # ---------------------------------------------------------------------------------------------------------------- detection
 
 

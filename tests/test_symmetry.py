@@ -146,7 +146,7 @@ def test_what_is_no_entry(said):
     "model, message",
     [
         ({"w": (2, 3), "b": (3,)}, "'P' has 2 units by axis 0 of 'w' and 3 by axis 0 of 'b'"),
-        ({"w": (2, 3)}, "'b' is in the spec only"),
+        ({"w": (2, 3)}, "'b' is in the spec and not in the model"),
         ({"w": (2, 3), "b": (2,), "c": (1,)}, "'c' is in the model and not in the spec"),
         ({"w": (2, 3), "b": (2, 1)}, "'b' of shape .2, 1. has 1 entries"),
     ],

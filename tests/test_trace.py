@@ -105,6 +105,8 @@ HIDDEN = {"a": ("a", None), "b": ("a",), "c": (None, "a")}
         lambda p, x: np.where(x @ p["a"].T > p["b"], 1.0, 0.5) @ p["c"].T,
         lambda p, x: np.concatenate([x @ p["a"].T, p["b"][None, :]], axis=0) @ p["c"].T,
         lambda p, x: (relu(x @ p["a"].T) @ p["b"])[:, None] + np.sum(p["c"].T * p["b"][:, None], axis=0),
+        lambda p, x: np.einsum("bh,h,oh->bo", np.einsum("bi, hi -> bh", x, p["a"]), p["b"], p["c"]),
+        lambda p, x: np.dot(np.dot(x, p["a"].T) - p["b"], p["c"].T) * np.ndim(p["b"]) / np.shape(p["a"])[0],
         lambda p, x: (p["b"] @ p["c"].T) * np.std(x @ p["a"].T @ p["c"].T, axis=0),
     ],
 )  # fmt: skip
@@ -141,6 +143,9 @@ def test_what_picks_a_place_fixes_it(forward, axes):
         (lambda p, x: np.add.reduce(p["a"]), "np.add.reduce is not known"),
         (lambda p, x: p["a"].argmax(), "does what is not known here .*argmax.*: write the spec by hand"),
         (lambda p, x: np.pad(p["a"], 1), "xp.pad is not known"),
+        (lambda p, x: np.einsum("...i,ij->...j", x, p["a"]), "einsum of '...i,ij->...j' is not known"),
+        (lambda p, x: np.einsum("bi,ij->bj", x, p["b"]), "an axis of 3 places meets one of 4"),
+        (lambda p, x: np.dot(x, x[None] @ p["a"]), "np.dot of more than two dimensions is not known"),
         (lambda p, x: (x @ p["a"],), "gives tuple, and not an array"),
     ],
 )

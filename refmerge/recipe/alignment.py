@@ -143,8 +143,12 @@ class Aligner:
         first, *others = self._checkpoints
         self._spec = _spec(align.spec, first, first.config)
         for name, checkpoint in zip(self.names[1:], others):
-            if _spec(align.spec, checkpoint, checkpoint.config or first.config) != self._spec:
+            axes = _spec(align.spec, checkpoint, checkpoint.config or first.config).axes
+            if any(axes[tensor] != self._spec.axes[tensor] for tensor in axes.keys() & self._spec.axes.keys()):
                 raise UsageError(f"align: the config.json of {name} has other heads than that of {align.to}")
+            if odd := axes.keys() ^ self._spec.axes.keys():
+                has, lacks = (name, align.to) if min(odd) in axes else (align.to, name)
+                raise UsageError(f"align: tensor {min(odd)!r} is in {has} and not in {lacks}: aligned models have the same")
         shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
         sizes = {p: n for p, n in self._spec.sizes(first).items() if not self._spec.owners[p]}
         for checkpoint in others:

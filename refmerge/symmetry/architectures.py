@@ -24,6 +24,7 @@ from refmerge.symmetry.spec import Model, Spec
 __all__ = ["ARCHITECTURES", "declared", "detect", "gpt2", "llama", "mlp", "resnet", "vgg", "vit"]
 
 Axes = Mapping[str, Sequence[Entry] | None]
+_RESNET_BLOCK = "encoder.stages.0.layers.0.layer.0.convolution."  # in names of transformers' ResNet
 
 
 def mlp(model: Model, layers: Sequence[str] | None = None) -> Spec:
@@ -60,8 +61,13 @@ def vgg(model: Model) -> Spec:
 
 
 def resnet(model: Model) -> Spec:
-    """refmerge.nets.resnet: the residual stream of each stage, and the channels inside of each block."""
+    """refmerge.nets.resnet (torchvision's names), or the ResNet of transformers, whose permutations have the names that they
+    would have there: the residual stream of each stage, and the channels inside of each block."""
     shapes = _shapes(model)
+    if any(_RESNET_BLOCK in name for name in shapes):
+        named = {name: _as_torchvision(name) for name in shapes}
+        spec = resnet({called: shapes[name] for name, called in named.items()})
+        return Spec({name: spec.axes[called] for name, called in named.items()})
     _needs("resnet", shapes, "conv1.weight", "layer1.0.conv1.weight")
     units = resnet_net.blocks(shapes)
     axes: dict[str, Sequence[Entry] | None] = {
@@ -78,6 +84,23 @@ def resnet(model: Model) -> Spec:
             axes |= _norm(f"{block.shortcut}.1", block.after)
     head = resnet_net.head(shapes)
     return _spec("resnet", model, axes | {f"{head}.weight": (None, units[-1].after), f"{head}.bias": (None,)})
+
+
+def _as_torchvision(name: str) -> str:
+    """The name that a tensor of transformers' ResNet has in torchvision's."""
+    name = name.removeprefix("resnet.").replace("embedder.embedder.convolution", "conv1")
+    name = name.replace("embedder.embedder.normalization", "bn1").replace("classifier.1.", "fc.")
+    block = re.fullmatch(
+        r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(shortcut|layer\.(\d+))\.(convolution|normalization)\.(.+)", name
+    )
+    if block is None:
+        return name
+    stage, number, kind, layer, part, key = block.groups()
+    if kind == "shortcut":
+        of = f"downsample.{0 if part == 'convolution' else 1}"
+    else:
+        of = f"{'conv' if part == 'convolution' else 'bn'}{int(layer) + 1}"
+    return f"layer{int(stage) + 1}.{number}.{of}.{key}"
 
 
 def vit(model: Model, heads: int) -> Spec:
@@ -279,7 +302,7 @@ def _are_counted(layers: Sequence[str]) -> bool:
 # Part of a name that no other architecture has.
 _SIGNS = {
     "llama": ("layers.0.self_attn.q_proj.", "layers.0.self_attn.qkv_proj."), "gpt2": ("h.0.attn.c_attn.",),
-    "vit": ("blocks.0.attn.qkv.", "embeddings.patch_embeddings.projection."), "resnet": ("layer1.0.conv1.",),
+    "vit": ("blocks.0.attn.qkv.", "embeddings.patch_embeddings.projection."), "resnet": ("layer1.0.conv1.", _RESNET_BLOCK),
     "vgg": ("features.0.",),
 }  # fmt: skip
 # Where a config.json says how many heads there are.

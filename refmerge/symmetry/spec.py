@@ -93,8 +93,8 @@ class Spec:
         found: dict[str, tuple[int, str, int]] = {}
         shapes = _shapes(model)
         if odd := sorted(shapes.keys() ^ self.axes.keys()):
-            where = "the model and not in the spec: give its axes, or None" if odd[0] in shapes else "the spec only"
-            raise UsageError(f"spec: tensor {odd[0]!r} is in {where}")
+            known, lacking = ("model", "spec: give its axes, or None") if odd[0] in shapes else ("spec", "model")
+            raise UsageError(f"spec: tensor {odd[0]!r} is in the {known} and not in the {lacking}")
         for tensor, entries in self.axes.items():
             shape = shapes[tensor]
             if entries is not None and len(entries) != len(shape):

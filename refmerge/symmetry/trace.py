@@ -331,6 +331,23 @@ def _matmul(a: Any, b: Any) -> Traced:
     return Traced([*outer.axes, a.axes[-2], b.axes[-1]])
 
 
+def _dot(a: Any, b: Any) -> Traced:
+    if NAMESPACE.asarray(b).ndim > 2:
+        raise UsageError("trace: np.dot of more than two dimensions is not known: write the spec by hand")
+    return _matmul(a, b)
+
+
+def _einsum(subscripts: str, *operands: Any) -> Traced:
+    """Sums of products by letters: axes of one letter meet."""
+    read, arrow, given = subscripts.replace(" ", "").partition("->")
+    arrays, axes = list(map(NAMESPACE.asarray, operands)), dict[str, Term]()
+    if not arrow or "." in subscripts or [len(part) for part in read.split(",")] != [x.ndim for x in arrays]:
+        raise UsageError(f"trace: einsum of {subscripts!r} is not known: write the spec by hand")
+    for letter, axis in zip(read.replace(",", ""), (axis for x in arrays for axis in x.axes)):
+        axes[letter] = meet(axes[letter], axis) if letter in axes else axis
+    return Traced([axes[letter] for letter in given])
+
+
 def _reduced(x: Traced, *, axis: Any = None, keepdims: bool = False) -> Traced:
     """A sum, a mean or the like over some axes: they have no order."""
     gone = range(x.ndim) if axis is None else [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
@@ -392,6 +409,8 @@ class _Namespace:
     asarray = staticmethod(lambda x, **_: x if isinstance(x, Traced) else Traced([Fixed(n) for n in np.shape(x)]))
     astype = staticmethod(lambda x, *_, **__: x)
     matmul = staticmethod(_matmul)
+    dot = staticmethod(_dot)
+    einsum = staticmethod(_einsum)
     reshape = staticmethod(_reshape)
     concat = staticmethod(_concat)
     take = staticmethod(_take)
@@ -399,6 +418,7 @@ class _Namespace:
     moveaxis = staticmethod(_moveaxis)
     permute_dims = staticmethod(lambda x, axes: Traced([x.axes[i] for i in axes]))
     matrix_transpose = staticmethod(lambda x: x.mT)
+    shape, ndim = staticmethod(lambda x: x.shape), staticmethod(lambda x: x.ndim)
     float32, float64 = np.float32, np.float64
 
     def __getattr__(self, name: str) -> Any:

@@ -81,11 +81,13 @@ def check(
         raise UsageError(f"git_rebasin: {len(models)} models: it takes two at least")
     sizes = spec.sizes(models[0])
     for k, model in enumerate(models[1:], 1):
-        if spec.sizes(model) != sizes:
-            name = next(name for name, n in spec.sizes(model).items() if n != sizes[name])
-            raise UsageError(
-                f"git_rebasin: {name!r} has {sizes[name]} units in model 0 and {spec.sizes(model)[name]} in model {k}"
-            )
+        try:
+            here = spec.sizes(model)
+        except UsageError as e:
+            raise UsageError(f"git_rebasin: model {k} does not fit: {e}") from None
+        if here != sizes:
+            name = next(name for name, n in here.items() if n != sizes[name])
+            raise UsageError(f"git_rebasin: {name!r} has {sizes[name]} units in model 0 and {here[name]} in model {k}")
         for name, x in getattr(model, "tensors", model).items():
             shape = tuple(getattr(models[0], "tensors", models[0])[name].shape)
             if tuple(x.shape) != shape:
