@@ -133,6 +133,18 @@ def test_of_equal_adapters_tsv_and_isotropy_are_well_posed(seed):
     assert core_space(copies, isotropize=True).modules["q"].rank == 3
 
 
+@RELAXED
+@given(SEEDS, st.sampled_from(["task_arithmetic", "ties", "tsvm", "iso_c"]))
+def test_isotropy_of_one_change_by_other_factors_is_the_same_in_float32_and_float64(seed, rule):
+    draw = np.random.default_rng(seed)
+    A, B = draw.standard_normal((4, 24)), draw.standard_normal((16, 4))
+    turns, made = draw.standard_normal((3, 4, 4)), []
+    for dtype in (np.float32, np.float64):
+        adapters = [Adapter({"q": Factors((G @ A).astype(dtype), (B @ np.linalg.inv(G)).astype(dtype))}) for G in turns]
+        made.append(product(core_space(adapters, method=rule, isotropize=True)).astype(float))
+    assert np.linalg.norm(made[0] - made[1]) <= 1e-4 * np.linalg.norm(made[1])
+
+
 def test_zero_adapters_change_nothing():
     adapters = random(0, ranks=(2, 2))
     still = Adapter({"q": Factors(adapters[1].modules["q"].A, np.zeros((9, 2)))})

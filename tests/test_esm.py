@@ -124,6 +124,21 @@ def test_rank_deficient_inputs():
     np.testing.assert_allclose(nothing["2.fc"], base["2.fc"])
 
 
+@RELAXED
+@given(SEEDS, st.integers(1, 3), st.sampled_from(["vision", "language"]), st.sampled_from([0.0, 10.0]))
+def test_changes_of_low_rank_give_the_same_in_float32_and_float64(seed, rank, variant, weights):
+    draw = np.random.default_rng(seed)
+    base = (weights * draw.standard_normal((14, 10))).astype(np.float32).astype(float)
+    models = [base + draw.standard_normal((14, rank)) @ draw.standard_normal((rank, 10)) for _ in range(2)]
+    inputs = [{"fc": draw.standard_normal((30, 10))} for _ in models]
+    narrow, wide = (
+        esm([{"fc": m.astype(d)} for m in models], {"fc": base.astype(d)}, inputs, variant=variant)["fc"] - base
+        for d in (np.float32, np.float64)
+    )
+    assert np.linalg.norm(narrow - wide) <= 1e-3 * np.linalg.norm(wide)
+    assert np.linalg.matrix_rank(wide, tol=1e-6 * np.linalg.norm(wide)) == 2 * rank
+
+
 def test_files_dtypes_and_integers(tmp_path):
     base, models, inputs = random(2)
     small = [{k: x.astype(np.float32) for k, x in m.items()} | {"ids": np.arange(3)} for m in (base, *models)]
@@ -139,6 +154,8 @@ def test_refusals():
     base, models, inputs = random(0)
     with pytest.raises(UsageError, match="inputs of 1 models for 2 models"):
         esm(models, base, inputs[:1])
+    with pytest.raises(UsageError, match=r"tolerance = 1\.0 is not in"):
+        esm(models, base, inputs, tolerance=1.0)
     with pytest.raises(UsageError, match="variant = 'audio'"):
         esm(models, base, inputs, variant="audio")
     with pytest.raises(InputError, match=r"not all models have inputs for tensor '2\.fc'"):

@@ -40,21 +40,20 @@ def dc_merge(
     # 2. task singular vectors
     k = max(1, min(base.shape) // len(models))
     tasks = [leading(scores(theta_t - base), k, tolerance, name) for theta_t in models]
-    sizes = np.concatenate([S_t for _, S_t, _ in tasks])
     # 3. smooth
-    tasks = [(U_t, smoothed(S_t, smoothing, rho), V_t) for U_t, S_t, V_t in tasks]
+    tasks = [(U_t, smoothed(S_t, smoothing, rho), V_t, C_t) for U_t, S_t, V_t, C_t in tasks]
     # 4. cover space
-    U, S, V = side_by_side(tasks)
-    P, Q = polar(U, sizes, tolerance), polar(V, sizes, tolerance)
+    U, S, V, C = side_by_side(tasks)
+    P, Q = polar(U, C, tolerance), polar(V, C, tolerance)
     # 5. project
-    M = [((P.T @ U_t) * S_t) @ (V_t.T @ Q) for U_t, S_t, V_t in tasks]
+    M = [((P.T @ U_t) * S_t) @ (V_t.T @ Q) for U_t, S_t, V_t, _ in tasks]
     # 6. keep the largest
     r = min(base.shape) if len(S) == k * len(tasks) else len(S)
     M = [largest(M_t, max(1, int(density * r**2)), tolerance) for M_t in M]
     # 7. average what agrees in sign
     M = disjoint_mean(M, elect(M))
     # 8. cut out the blocks
-    M = M * blocks([len(S_t) for _, S_t, _ in tasks])
+    M = M * blocks([len(S_t) for _, S_t, *_ in tasks])
     # 9. back from the cover space
     return base + lambda_ * product(P, M @ Q.T, base)
 

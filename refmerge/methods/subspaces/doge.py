@@ -5,8 +5,8 @@ import numpy as np
 from refmerge.matrices import decomposed
 from refmerge.method import method
 from refmerge.methods.subspaces.low_rank_residual import as_matrix, finite
-from refmerge.methods.subspaces.tsvm import directions
-from refmerge.methods.subspaces.wudi import adam, inverse, is_layer, significant
+from refmerge.methods.subspaces.tsvm import directions, leading, side_by_side
+from refmerge.methods.subspaces.wudi import adam, inverse, is_layer
 from refmerge.numeric import array_namespace, like, scores, total
 
 
@@ -77,11 +77,9 @@ def shared_basis(T, subspace, tolerance):
     Of directions that are shared alike, those come first in which the task vectors are larger.
     """
     r = min(T[0].shape)
-    U, S, _ = zip(*(significant(*decomposed(T_t), tolerance) for T_t in T))
-    first = np.concatenate([U_t[:, : r // len(T)] for U_t in U], axis=1)
-    sizes = np.concatenate([S_t[: r // len(T)] for S_t in S])
-    large = first * sizes
-    B, shares, _ = directions(first, sizes, tolerance)
+    U, S, _, C = side_by_side([leading(T_t.copy(), r // len(T), tolerance, "") for T_t in T])
+    large = U * S
+    B, shares, _ = directions(U, C, tolerance)
     alike = np.split(B, np.flatnonzero(shares[1:] < (1 - max(tolerance, 1e-9)) * shares[:-1]) + 1, axis=1)
     return np.concatenate([part @ decomposed(part.T @ large)[0] for part in alike], axis=1)[:, : r // subspace]
 

@@ -2,7 +2,7 @@ from refmerge.matrices import decomposed, less_product, product, total_scores
 from refmerge.method import method
 from refmerge.methods.subspaces.iso_c import isotropic, spanned
 from refmerge.methods.subspaces.low_rank_residual import finite
-from refmerge.methods.subspaces.tsvm import is_matrix, leading, polar, side_by_side, whole_matrices
+from refmerge.methods.subspaces.tsvm import certainty, is_matrix, leading, polar, side_by_side, whole_matrices
 from refmerge.numeric import mean, scores
 
 
@@ -33,14 +33,16 @@ def iso_cts(
         return base + lambda_ * mean([theta_t - base for theta_t in models])
     # 2. common space
     M = total_scores(theta_t - base for theta_t in models)
-    U, S, V = spanned(decomposed(finite(M, name), spend=True), tolerance)
+    triplets = decomposed(finite(M, name), spend=True)
+    U, S, V = spanned(triplets, tolerance)
+    C = certainty(triplets[1], tolerance)
     c, n = dimensions(len(S), len(models), common_space_fraction)
-    common = U[:, :c], S[:c], V[:, :c]
+    common = U[:, :c], S[:c], V[:, :c], C[:c]
     # 3. task-specific spaces
-    tasks = [leading(outside(U[:, :c], theta_t - base), n, tolerance, name, S[0]) for theta_t in models if n]
+    tasks = [own(theta_t - base, U[:, :c], n, tolerance, name, S[0]) for theta_t in models if n]
     # 4. orthogonalise
-    U, S, V = side_by_side([*tasks, common])
-    P, Q = polar(U, S, tolerance), polar(V, S, tolerance)
+    U, S, V, C = side_by_side([*tasks, common])
+    P, Q = polar(U, C, tolerance), polar(V, C, tolerance)
     # 5. make isotropic
     return base + lambda_ * product(P, isotropic(S) * Q.T, base)
 
@@ -51,7 +53,8 @@ def dimensions(r, T, fraction):
     return r - n * T, n
 
 
-def outside(U, Delta):
-    """What of a task vector the columns of U do not span."""
+def own(Delta, U, n, tolerance, name, least):
+    """The first n triplets of what of a task vector the columns of U do not span."""
     R = scores(Delta)
-    return less_product(R, U, U.T @ R)
+    R = less_product(R, U, U.T @ R)
+    return leading(R, n, tolerance, name, least, min(len(R) - U.shape[1], R.shape[1]))

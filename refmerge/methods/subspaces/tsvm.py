@@ -34,9 +34,9 @@ def tsvm(
         return base + lambda_ * mean([theta_t - base for theta_t in models])
     # 2. task singular vectors
     k = max(1, min(base.shape) // len(models))
-    U, S, V = side_by_side([leading(scores(theta_t - base), k, tolerance, name) for theta_t in models])
+    U, S, V, C = side_by_side([leading(scores(theta_t - base), k, tolerance, name) for theta_t in models])
     # 3. decorrelate
-    P, Q = polar(U, S, tolerance), polar(V, S, tolerance)
+    P, Q = polar(U, C, tolerance), polar(V, C, tolerance)
     # 4. merge
     return base + lambda_ * product(P, (Q * S).T, base)
 
@@ -46,12 +46,20 @@ def is_matrix(base, name, averaged):
     return base.ndim == 2 and not any(fnmatchcase(name, glob) for glob in averaged)
 
 
-def leading(R, k, tolerance, name, least=0.0):
-    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or `least`. R may be
-    overwritten."""
+def leading(R, k, tolerance, name, least=0.0, full=None):
+    """The first k singular triplets (U, S, V) of R, without those that count as zero beside the largest or `least`, and how
+    certain each is, where `full` is the rank that R can have. R may be overwritten."""
     U, S, V = decomposed(finite(R, name), spend=True)
-    k = min(k, rank(S, tolerance, least))
-    return U[:, :k].copy(), S[:k], V[:, :k].copy()
+    C = certainty(S, tolerance, least, full)
+    k = min(k, len(C))
+    return U[:, :k].copy(), S[:k], V[:, :k].copy(), C[:k]
+
+
+def certainty(S, tolerance, least=0.0, full=None):
+    """1 for each of the singular values of a matrix of full rank. Of one that has zeros, which are noise, each S over the
+    largest: its vectors are off by the noise over S."""
+    rho = rank(S, tolerance, least)
+    return np.ones(rho) if rho >= (len(S) if full is None else full) else S[:rho] / max(*S[:1], least)
 
 
 def rank(S, tolerance, least=0.0):
@@ -60,35 +68,25 @@ def rank(S, tolerance, least=0.0):
     return int(np.count_nonzero(tolerance * largest < S))
 
 
-def side_by_side(triplets):
+def side_by_side(tasks):
     """The tasks' triplets as one: U and V by columns."""
-    U, S, V = zip(*triplets)
-    return np.concatenate(U, axis=1), np.concatenate(S), np.concatenate(V, axis=1)
+    return tuple(np.concatenate(x, axis=-1) for x in zip(*tasks))
 
 
-def polar(X, S, tolerance):
+def polar(X, C, tolerance):
     """A B^T of X = A diag(sigma) B^T: the nearest matrix of orthonormal columns, of columns that are equal a share of one. X
     may be overwritten."""
-    A, _, B = directions(X, S, tolerance)
+    A, _, B = directions(X, C, tolerance)
     return product_over(A, B.T, A)
 
 
-def directions(X, S, tolerance):
-    """The singular triplets (A, sigma, B) of X without the directions in which X diag(S) counts as zero: a vector of a small
-    singular value has more rounding in it. X may be overwritten."""
+def directions(X, C, tolerance):
+    """The singular triplets (A, sigma, B) of X without directions in which X diag(C) counts as zero, written over X."""
     A, sigma, B = decomposed(X, spend=True)
-    if not independent(sigma, B, S, tolerance):
-        W, w, _ = decomposed(sigma[:, None] * B.T * S)
+    if np.any(C < 1) or rank(sigma, tolerance) < len(C):
+        Z = sigma[:, None] * B.T
+        W, w, _ = decomposed(Z * C)
         W = W[:, : rank(w, tolerance)]
-        C, sigma, B = decomposed((W.T * sigma) @ B.T)
-        A = A @ (W @ C)
+        Y, sigma, B = decomposed(W.T @ Z)
+        A = A @ (W @ Y)
     return A, sigma, B
-
-
-def independent(sigma, B, S, tolerance):
-    """Whether X diag(S) surely has no direction that counts as zero: its least singular value is above 1 / |its inverse|."""
-    if len(sigma) < len(S):
-        return False
-    with np.errstate(all="ignore"):
-        inverse = np.linalg.norm(B / sigma / S[:, None])
-    return tolerance * np.max(S, initial=0.0) * np.max(sigma, initial=0.0) * inverse < 1

@@ -7,6 +7,8 @@ from refmerge.matrices import decomposed
 from refmerge.methods.subspaces.wudi import significant
 from refmerge.procedure import procedure
 
+NOISE = 1e-5  # of factors in float32, beside the largest singular value
+
 
 @procedure("core_space", paper="arXiv:2509.17786")
 def core_space(
@@ -37,6 +39,7 @@ def core_space(
         # 4. singular values
         X, S, Y = significant(*decomposed(finite(M, module)))
         if isotropize:
+            X, S, Y = significant(X, S, Y, NOISE)
             S = np.full_like(S, np.mean(S)) if S.size else S
         # 5. turn back
         merged[module] = factors_of(*split(U @ X, S, (V @ Y).T, "both"), factors[0], dtype_of(*factors))

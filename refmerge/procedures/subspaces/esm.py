@@ -16,15 +16,18 @@ from refmerge.sources import dtype_name, stored_bytes
 
 
 @procedure("esm", paper="arXiv:2602.20208")
-def esm(models, base, inputs, *, others="tsvm", variant="vision", lambda_=1.0):
+def esm(models, base, inputs, *, others="tsvm", variant="vision", lambda_=1.0, tolerance=1e-5):
     """Essential Subspace Merging: each task keeps the directions in which it moves its layers' outputs most, seen on a few
     inputs; they are made orthonormal together, and what is strong is made stronger. Returns a mapping name -> NumPy array.
 
     models, base: paths, open checkpoints or mappings. inputs: for each model a mapping, matrix's name -> inputs of its layer
-    in that model, in rows. others: what merges matrices without inputs.
+    in that model, in rows. others: what merges matrices without inputs. tolerance: singular values up to this times the
+    largest count as zero.
     """
     models, base = [opened(m) for m in models], opened(base)
     plan = prepare(models, "task_arithmetic", base=base)
+    if not 0 <= tolerance < 1:
+        raise UsageError(f"esm: tolerance = {tolerance} is not in [0, 1)")
     seen = checked(inputs, base, len(models), variant)
     D = {}
     for tensor in plan.work.tensors:
@@ -34,14 +37,15 @@ def esm(models, base, inputs, *, others="tsvm", variant="vision", lambda_=1.0):
         if name in seen:
             # 2. essential directions
             k = max(1, tau[0].shape[0] // T)
-            U, e = zip(*(essential(finite(scores(X[name]), name), tau_t, k) for X, tau_t in zip(inputs, tau)))
+            U, e = zip(*(essential(finite(scores(X[name]), name), tau_t, k, tolerance) for X, tau_t in zip(inputs, tau)))
             V = [U_t.T @ tau_t for U_t, tau_t in zip(U, tau)]
             # 3. scale tasks and inputs
             left, right = np.hstack([U_t * e_t for U_t, e_t in zip(U, e)]), [e_t[:, None] * V_t for e_t, V_t in zip(e, V)]
             if variant == "vision":
                 right = polarised(right, [np.linalg.norm(tau_t) for tau_t in tau])
             # 4. make orthonormal
-            D[name] = (2.0 if variant == "vision" else 1.0) * orthonormal(left) @ orthonormal(np.vstack(right))
+            P, Q = orthonormal(left, tolerance), orthonormal(np.vstack(right), tolerance)
+            D[name] = (2.0 if variant == "vision" else 1.0) * P @ Q
         elif tau[0].ndim == 2:
             # 5. matrices without inputs
             D[name] = call(others, tau, np.zeros_like(tau[0]), name=name)
@@ -79,10 +83,10 @@ def checked(inputs, base, count, variant):
     return set(inputs[0])
 
 
-def essential(X, tau, k):
+def essential(X, tau, k, tolerance=1e-5):
     """The first k principal directions of what tau makes of the inputs, and a factor for each: the eigenvalue over the mean
     of the k, to the power 0.15, and over the mean of these. A direction in which nothing moves has 0."""
-    _, S, V = significant(*decomposed(X @ tau.T))
+    _, S, V = significant(*decomposed(X @ tau.T), tolerance)
     e = np.zeros(k)
     e[: len(S)] = S[:k] ** 2
     e = (e * k / np.sum(e)) ** 0.15 if len(S) else e
@@ -99,10 +103,10 @@ def polarised(right, norms):
     return [(columns / (np.mean(columns) or 1.0)) ** 2 * V for V in right]
 
 
-def orthonormal(X):
+def orthonormal(X, tolerance):
     """The nearest matrix with orthonormal rows or columns, times the mean of X's singular values; 0 in directions in which X
     is 0."""
-    U, S, V = significant(*decomposed(X))
+    U, S, V = significant(*decomposed(X), tolerance)
     return (np.sum(S) / max(min(X.shape), 1)) * (U @ V.T)
 
 
