@@ -8,7 +8,7 @@ there and missing is a failure instead of a skip.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,10 @@ KNOWN = ("numpy", "torch", "array_api_strict", "torch:cuda:0", "cupy")
 def pytest_configure(config):
     if unknown := DEMANDED - set(KNOWN):
         raise pytest.UsageError(f"REFMERGE_TEST_BACKENDS: {', '.join(sorted(unknown))} is none of {', '.join(KNOWN)}")
+    if importlib.util.find_spec("tqdm"):  # which libraries under test bring
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # its thread would stay, and with another thread about no merge forks
 
 
 def _params(*names):
