@@ -58,8 +58,8 @@ KNOWN = {
     "mergekit:arcee_fusion": "an empty tensor, of which the tool takes a quartile: ArceeEmpty",
     "mergekit:breadcrumbs": "which of several equal magnitudes are kept depends on the tool's sort",
     "mergekit:breadcrumbs_ties": "which of several equal magnitudes are kept depends on the tool's sort",
-    "mergekit:karcher": "models on opposite sides, where the mean is anywhere: KarcherOpposite; tol 0, where an angle of 0 is "
-    "divided by its sine, and rounding says whether it is 0",
+    "mergekit:karcher": "models on opposite sides, where the mean is anywhere: KarcherOpposite; tol 0, where an angle is "
+    "divided by its sine, and rounding says whether both are 0",
     "mergekit:multislerp": "directions of three models that cancel, an error there: MultislerpCancelOfThree",
     "mergekit:nuslerp": "opposite directions, where the tool divides rounding by rounding: NuslerpOpposite",
     "mergekit:sce": "which of several equal variances are kept depends on the tool's sort",
