@@ -230,6 +230,13 @@ def hand() -> Hand:
         ),
     )
     case(
+        "short-row-long-column",
+        "(10, 1/2) in one column and (-1, 5) in the other: the axes are the basis; 1/2 is a row of a twentieth",
+        [[[10.0, 0.0], [0.5, 0.0]], [[0.0, -1.0], [0.0, 5.0]]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        ("knots", {"trim": 1.0, "tolerance": 0.1}, [[10.0, -1.0], [0.0, 5.0]], "rows are compared, not columns"),
+    )
+    case(
         "zero-sum",
         "one row; 4 and -4 weigh the same, and 1 and 2 do not",
         [[[4.0, 1.0]], [[-4.0, 2.0]]],

@@ -276,6 +276,37 @@ def hand() -> Hand:
         ),
     )
     case(
+        "weak-and-close-in-two-sizes",
+        "4 e_1 e_1^T and 1/8 of e_2 e_2^T, or a quarter of 4 e_4 e_4^T and 1/8 of (0.96 e_2 + 0.28 e_3) e_3^T",
+        [
+            np.diag([4.0, 0.125, 0.0, 0.0]).tolist(),
+            [[0.0] * 4, [0.0, 0.0, 0.03, 0.0], [0.0, 0.0, 0.00875, 0.0], [0.0, 0.0, 0.0, 1.0]],
+        ],
+        [[0.0] * 4] * 4,
+        (
+            "tsvm",
+            {"tolerance": 0.01},
+            [[4.0, 0.0, 0.0, 0.0], [0.0, 0.0875, 0.021875, 0.0], [0.0, 0.0125, 0.003125, 0.0], [0.0, 0.0, 0.0, 1.0]],
+            "as certain as 1/32 of each task's largest: of the two weak directions one counts, (7 e_2 + e_3)/sqrt(50)",
+        ),
+    )
+    case(
+        "weak-and-close-of-full-rank",
+        "both tasks have all four singular values, 4, 1/8, 1/16 and 1/16; the second ones' left directions are 16 degrees "
+        "apart",
+        [
+            np.diag([4.0, 0.125, 0.0625, 0.0625]).tolist(),
+            [[0.0, 0.0625, 0.0, 0.0], [-0.0175, 0.0, 0.12, 0.0], [0.06, 0.0, 0.035, 0.0], [0.0, 0.0, 0.0, 4.0]],
+        ],
+        [[0.0] * 4] * 4,
+        (
+            "tsvm",
+            {"tolerance": 0.01},
+            [[4.0, 0.0, 0.0, 0.0], [0.0, 0.1, 0.075, 0.0], [0.0, -0.075, 0.1, 0.0], [0.0, 0.0, 0.0, 4.0]],
+            "nothing counts as zero: turned apart, these are 0.8 e_2 - 0.6 e_3 and 0.6 e_2 + 0.8 e_3",
+        ),
+    )
+    case(
         "vector",
         "base 1; changes (2, -4) and (4, 2) of mean (3, -1); half of it",
         [[3.0, -3.0], [5.0, 3.0]],
