@@ -10,8 +10,7 @@ memory on one thread. What is printed for each method, in seconds of the process
     refmerge   the merge
     ratio      of the two
 
-Iterations are left out: `doge`, `dop` and `wudi` are merged without steps of descent, `wudi` by its exact solver. A method
-that asks for lengths or ranks over the whole model (`opcm`, `knots`, `doge`) decomposes each matrix anew in each pass.
+Iterations are left out: `doge`, `dop` and `wudi` are merged without steps of descent, `wudi` by its exact solver.
 """
 
 from __future__ import annotations
