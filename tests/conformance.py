@@ -47,11 +47,13 @@ RANK = "a change of less than full rank, whose other directions are the decompos
 KNOWN = {
     "dcmerge:iso_cts": "a vector, an error there: adapters are matrices",
     "dcmerge:tsvm": "a vector, an error there: adapters are matrices",
+    "fusion_bench:dop": "a subnormal number, which one of the two rounds to zero",
     "fusion_bench:emr": "a tensor without entries, the mean of which is NaN there: EmrEmpty",
     "fusion_bench:iso_c": f"{RANK}: IsoRank",
     "fusion_bench:iso_cts": f"{RANK}: IsoCtsRank",
     "fusion_bench:opcm": "a subnormal number, which one of the two rounds to zero",
     "fusion_bench:slerp": "a threshold of 1, of two equal tensors: NaN there, the tensor here",
+    "fusion_bench:svc": "a sum that cancels, of which rounding leaves something in one of the two",
     "fusion_bench:ties": EMPTY,
     "fusion_bench:tsvm": "a task that changed nothing, whose directions are the decomposition's choice: TsvmRank",
     "fusion_bench:wudi": "a change so small that its square is 0 in float32: NaN there",
@@ -90,6 +92,7 @@ KNOWN = {
     "peft:ties": f"{SORT}: TiesThresholdTies",
     "sd_mecha:model_stock": "a tensor of one number without axes, which gets one there",
     "sd_mecha:slerp": "opposite directions half-way, where rounding is all that is left",
+    "sd_mecha:ties_sum_extended": "a tensor of one number without axes, which gets one there",
 }
 
 
