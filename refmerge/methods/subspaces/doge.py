@@ -80,8 +80,9 @@ def shared_basis(T, subspace, tolerance):
     U, S, _, C = side_by_side([leading(T_t.copy(), r // len(T), tolerance, "") for T_t in T])
     large = U * S
     B, shares, _ = directions(U, C, tolerance)
-    alike = np.split(B, np.flatnonzero(shares[1:] < (1 - max(tolerance, 1e-9)) * shares[:-1]) + 1, axis=1)
-    return np.concatenate([part @ decomposed(part.T @ large)[0] for part in alike], axis=1)[:, : r // subspace]
+    ends = np.flatnonzero(shares[1:] < (1 - max(tolerance, 1e-9)) * shares[:-1]) + 1
+    alike = zip(np.split(B, ends, axis=1), np.split(B.T @ large, ends))
+    return np.concatenate([part @ decomposed(size)[0] for part, size in alike], axis=1)[:, : r // subspace]
 
 
 def outside(B, g):
