@@ -56,12 +56,7 @@ def repair(
     (parameters, batch, taps) -> output, which writes activations (rows, units) into taps, as refmerge.nets has them. layers:
     module -> tap of what it gives, or, of a norm, of what it reads, in the network's order; found by itself if not given.
     """
-    batches = list(batches)
-    if not batches:
-        raise UsageError("repair: no batches")
-    model = doubles(merged)
-    layers = layers_of(model, forward, batches[0]) if layers is None else dict(layers)
-    check(model, layers, parents)
+    model, batches, layers = opened(merged, parents, forward, batches, layers)
     free = [name for name in layers if not is_norm(model, name)]
     # 1. statistics of the parents
     found = [statistics_of(doubles(p), forward, batches, [layers[name] for name in free]) for p in parents if free]
@@ -81,6 +76,20 @@ def repair(
         model |= corrected(model, name, measured[name], goal.get(name), eps)
     result = {n: rounded(x, merged[n], n) if x.dtype == np.float64 else x for n, x in model.items()}
     return Repaired(result, measured, goal)
+
+
+def opened(
+    merged: Model, parents: Sequence[Model], forward: Callable[..., Any], batches: Iterable[Any],
+    layers: Mapping[str, str] | None,
+) -> tuple[dict[str, Any], list[Any], dict[str, str]]:  # fmt: skip
+    """The merged model in float64, the batches and the layers. UsageError where they do not fit each other."""
+    batches = list(batches)
+    if not batches:
+        raise UsageError("repair: no batches")
+    model = doubles(merged)
+    layers = layers_of(model, forward, batches[0]) if layers is None else dict(layers)
+    check(model, layers, parents)
+    return model, batches, layers
 
 
 def corrected(model: Model, name: str, now: Statistics, goal: Any, eps: float) -> dict[str, np.ndarray]:
@@ -117,12 +126,7 @@ def closed_form(
     correlation: layer -> that of each unit of the first parent with the same one of the second; of what the layer gives, if
     it is not given. eps: what a norm adds to a variance of 1 before it is fused. All else as for repair.
     """
-    batches = list(batches)
-    if not batches:
-        raise UsageError("repair: no batches")
-    model = doubles(merged)
-    layers = layers_of(model, forward, batches[0]) if layers is None else dict(layers)
-    check(model, layers, parents)
+    model, batches, layers = opened(merged, parents, forward, batches, layers)
     if norms := [name for name in layers if is_norm(model, name)]:
         raise UsageError(f"repair: {norms[0]!r} is a norm, whose statistics are measured: closed_form is for other layers")
     taps, wide = list(layers.values()), [doubles(p) for p in parents]
