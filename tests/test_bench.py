@@ -195,5 +195,5 @@ def test_methods_of_singular_vectors_are_timed_over_their_decompositions(monkeyp
     monkeypatch.setattr(sys, "argv", ["decompositions", "--models", "2", "--shrink", "64"])
     decompositions.main()
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split(" ")[1] for row in rows][:2] == ["iso_c", "svc"] and len(rows) == 10
+    assert [row.split(" ")[1] for row in rows][:2] == ["iso_c", "svc"] and len(rows) == 11
     assert decompositions.decomposed("tsvm", 4, 7, 2) == [(4, 7), (4, 7), (4, 4), (7, 4)]

@@ -11,21 +11,25 @@ memory on one thread. What is printed for each method, in seconds of the process
     ratio      of the two
 
 Iterations are left out: `doge`, `dop` and `wudi` are merged without steps of descent, `wudi` by its exact solver.
+`core_space` merges adapters of rank 64 for these matrices, by task arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from refmerge import merge
+from refmerge.adapters import Adapter, Factors
+from refmerge.procedures.subspaces.core_space import core_space
 
 LAYER = {"q": (896, 896), "k": (128, 896), "v": (128, 896), "o": (896, 896), "gate": (4864, 896), "up": (4864, 896),
          "down": (896, 4864)}  # fmt: skip
+RANK = 64  # of adapters
 PARAMS = {"wudi": {"solver": "exact"}, "doge": {"steps": 0}, "dop": {"steps": 0}}
 
 
@@ -42,6 +46,7 @@ def decomposed(name: str, m: int, n: int, T: int) -> list[tuple[int, int]]:
         "iso_c": tasks[:1], "svc": tasks[:1], "tsvm": tasks + bases(m, n, T), "dc_merge": tasks + bases(m, n, T),
         "iso_cts": [*tasks, tasks[0], *bases(m, n, 1)], "knots": [(m, T * n)], "opcm": tasks[1:],
         "doge": [*tasks, bases(m, n, T)[0]], "dop": 2 * tasks[1:], "wudi": [(T * m, n)],
+        "core_space": [(m, T * RANK), (n, T * RANK), (min(m, T * RANK), min(n, T * RANK))],
     }  # fmt: skip
     return shapes[name]
 
@@ -53,6 +58,13 @@ def seconds(f: Callable[[], object]) -> float:
         f()
         times.append(time.process_time() - start)
     return min(times)
+
+
+def adapter(shapes: Mapping[str, tuple[int, int]], draw: np.random.Generator) -> Adapter:
+    def normal(*shape: int) -> np.ndarray:
+        return draw.standard_normal(shape, np.float32)
+
+    return Adapter({k: Factors(normal(RANK, n), normal(m, RANK), RANK) for k, (m, n) in shapes.items()})
 
 
 def measured(names: list[str], models: int, shrink: int) -> Iterator[tuple[str, float, float]]:
@@ -68,13 +80,17 @@ def measured(names: list[str], models: int, shrink: int) -> Iterator[tuple[str, 
         arrays = {shape: draw.standard_normal(shape) for shape in set(of)}
         with threadpool_limits(1):
             lapack = sum(seconds(lambda x=x: np.linalg.svd(x, full_matrices=False)) * of.count(s) for s, x in arrays.items())
+            if name == "core_space":
+                adapters = [adapter(shapes, draw) for _ in range(models)]
+                yield name, lapack, seconds(lambda a=adapters: core_space(a))
+                continue
         given = [summed, *tuned] if name == "svc" else tuned
         params = PARAMS.get(name, {})
         yield name, lapack, seconds(lambda g=given, n=name, p=params: merge(g, n, base=base, threads=1, **p))
 
 
 def main() -> None:
-    every = ["iso_c", "svc", "tsvm", "iso_cts", "dc_merge", "knots", "opcm", "doge", "dop", "wudi"]
+    every = ["iso_c", "svc", "tsvm", "iso_cts", "dc_merge", "knots", "opcm", "doge", "dop", "wudi", "core_space"]
     parser = argparse.ArgumentParser(prog="python -m tests.bench.decompositions")
     parser.add_argument("methods", nargs="*", choices=[*every, []], metavar="METHOD")
     parser.add_argument("--models", type=int, default=3)
