@@ -189,8 +189,8 @@ class Group:
         raise Pause(self._of_tensor, asked, kind.part(want, place, arrays()))
 
     def sum(self, *xs: Any, of: Callable[[Any], Any] | None = None) -> Any:
-        """Sum of each array over the group, or of what `of` makes of it (xp.abs, say): the correctly rounded sum of leaves
-        of 1024, each a tree of fixed shape."""
+        """Sum of each array over the group, or of what `of` makes of each entry (xp.abs, say): the correctly rounded sum of
+        leaves of 1024, each a tree of fixed shape."""
         return self._ask(Asked("sum", len(xs)), lambda: xs if of is None else _made(of, [(x,) for x in xs]))
 
     def dot(self, *pairs: tuple[Any, Any]) -> Any:
@@ -374,8 +374,8 @@ class _Made:
 
 
 def _made(f: Callable[..., Any], of: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """f of each of these tuples of arrays; where all are NumPy's, when it is needed."""
-    if all(is_numpy_array(x) for xs in of for x in xs):
+    """f of the entries of each of these tuples of arrays; when it is needed, where all are NumPy's and none is broadcast."""
+    if all(is_numpy_array(x) and x.shape == xs[0].shape for xs in of for x in xs):
         return [_Made(f, tuple(flat(x) for x in xs)) for xs in of]
     return [f(*xs) for xs in of]
 

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import refmerge.group
 import refmerge.rng
 import refmerge.selection
 from refmerge import merge, registry
@@ -621,6 +622,22 @@ def test_sums_over_several_stretches(size):
     expected = rounded_sum(leaves(x))
     for elements in (1 << 22, 65536, 131072, 100_000, 70_001, 1024):
         assert one(ask(lambda g, y: g.sum(y), [x], elements=elements)) == expected
+
+
+@pytest.mark.parametrize("size", [65535, 65536, 65537, 200_000])
+def test_sums_are_the_same_piece_by_piece(size, monkeypatch):
+    monkeypatch.setattr(refmerge.group, "PIECE", 65536)
+    draw = np.random.default_rng(size)
+    x, y = (draw.integers(-9, 9, (1, size)).astype(np.float32) for _ in range(2))
+
+    def asked(g, x, y):
+        one = np.ones((1, 1), np.float32)
+        return (*g.sum(x, y, of=np.abs), g.dot((x, y)), *g.dot((one, y), (y, one)), *g.gram(x, y)[0])
+
+    a, b = ([int(v) for v in z.ravel()] for z in (x, y))
+    products = sum(v * w for v, w in zip(a, b))
+    expected = (sum(map(abs, a)), sum(map(abs, b)), products, sum(b), sum(b), sum(v * v for v in a), products)
+    assert one(ask(asked, [x, y], view="tensor")) == expected
 
 
 def test_parameters_that_ask_a_group_for_different_k():

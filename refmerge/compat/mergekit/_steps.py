@@ -1,7 +1,8 @@
 """Steps that mergekit's task-arithmetic family shares (mergekit 0.1.5, generalized_task_arithmetic.py and sparsify.py)."""
 
 from refmerge.errors import UsageError
-from refmerge.numeric import array_namespace, at_precision, in_float32, indicator, rounded_like, stacked_sum
+from refmerge.methods.task_vectors.sce import majority, quotient
+from refmerge.numeric import array_namespace, at_precision, in_float32, rounded_like, stacked_sum
 
 
 def largest(delta, density, group):
@@ -58,13 +59,11 @@ def consensus(delta, weight, normalize):
     """Elect the sign of the weighted sum (0 elects +), add what agrees, divide by the weights that agree."""
     weight = [at_precision(w, delta[0]) for w in weight]
     weighted = [w * d for w, d in zip(weight, delta)]
-    sign = 2 * indicator(stacked_sum(weighted) >= 0, like=weighted[0]) - 1
-    agrees = [indicator(sign * x > 0, like=x) for x in weighted]
+    agrees = majority(weighted, stacked_sum)
     mixed = stacked_sum(m * x for m, x in zip(agrees, weighted))
     if not normalize:
         return mixed
-    divisor = stacked_sum(w * m for w, m in zip(weight, agrees))
-    return mixed / (divisor + indicator(divisor == 0, like=divisor))
+    return quotient(mixed, stacked_sum(w * m for w, m in zip(weight, agrees)))
 
 
 def weighted_sum(delta, weight, normalize):

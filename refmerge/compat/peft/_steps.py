@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from refmerge.numeric import array_namespace, divided, indicator, stacked_sum
+from refmerge.methods.task_vectors.bitdelta import signs
+from refmerge.methods.task_vectors.ties import elected
+from refmerge.numeric import array_namespace, divided, stacked_sum
 
 
 def keep_largest(t, group, density):
@@ -21,7 +23,7 @@ def keep_at_random(t, rng, density):
 def majority(t, how):
     """+1 where the sum, or the sum of the signs, is not negative, else -1."""
     votes = t if how == "total" else map(array_namespace(*t).sign, t)
-    return 2 * indicator(stacked_sum(votes) >= 0, like=t[0]) - 1
+    return signs(stacked_sum(votes))
 
 
 def weighted(t, weights):
@@ -31,7 +33,7 @@ def weighted(t, weights):
 
 def disjoint_merge(t, weights, sign):
     """Sum of the weighted entries of that sign over their number: the weights are neither in the vote nor in the divisor."""
-    agrees = [indicator(sign * x > 0, like=x) for x in t]
+    agrees = [elected(x, sign) for x in t]
     count = stacked_sum(agrees)
     mixed = stacked_sum(m * x for m, x in zip(agrees, weighted(t, weights)))
     return mixed / array_namespace(count).maximum(count, array_namespace(count).ones_like(count))

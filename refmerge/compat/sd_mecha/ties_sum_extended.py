@@ -1,7 +1,8 @@
 from refmerge.compat.sd_mecha._steps import finite, over_count, trimmed, voted
 from refmerge.compat.sd_mecha.model_stock import as_rows, stock_ratio
 from refmerge.method import method
-from refmerge.numeric import array_namespace, indicator, total
+from refmerge.methods.task_vectors.ties import elected
+from refmerge.numeric import array_namespace, total
 
 
 @method(
@@ -34,7 +35,7 @@ def ties_sum_extended(
     # 3. elect sign
     gamma = voted(tau, vote_sgn)
     # 4. keep what agrees
-    agrees = [indicator(gamma * x > 0, like=x) for x in tau]
+    agrees = [elected(x, gamma) for x in tau]
     rows = [as_rows(a * x) for a, x in zip(agrees, tau)]
     count = as_rows(total(agrees))
     # 5. interpolation ratio
